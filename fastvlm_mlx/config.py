@@ -1,0 +1,259 @@
+"""What a FastVLM is, as frozen dataclasses: encoder, language model, and the two together.
+
+Key names are those of Apple's `config.json` (`model_type` `llava_qwen2`) and of the
+`vision_config` that mlx-vlm and mlx-swift-lm write.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fastvlm_mlx.errors import ConfigError
+
+MODEL_TYPE = "llava_qwen2"
+IMAGE_TOKEN = "<image>"
+# llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
+# own ids. Ours are in the vocabulary; this one is only ever compared with.
+REFERENCE_IMAGE_TOKEN_INDEX = -200
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """FastViTHD. The defaults are MobileCLIP-L's (`mobileclip_l_1024`)."""
+
+    image_size: int = 1024
+    layers: tuple[int, ...] = (2, 12, 24, 4, 2)
+    embed_dims: tuple[int, ...] = (96, 192, 384, 768, 1536)
+    mlp_ratios: tuple[float, ...] = (4, 4, 4, 4, 4)
+    token_mixers: tuple[str, ...] = ("repmixer", "repmixer", "repmixer", "attention", "attention")
+    pos_embs_shapes: tuple[int | None, ...] = (None, None, None, 7, 7)
+    repmixer_kernel_size: int = 3
+    down_patch_size: int = 7
+    down_stride: int = 2
+    cls_ratio: float = 2.0
+    head_dim: int = 32
+    projection_dim: int = 768
+
+    def __post_init__(self) -> None:
+        stages = len(self.layers)
+        for name in ("embed_dims", "mlp_ratios", "token_mixers", "pos_embs_shapes"):
+            if len(getattr(self, name)) != stages:
+                raise ConfigError(
+                    f"vision_config.{name} has {len(getattr(self, name))} entries where layers has "
+                    f"{stages}: give one for each stage"
+                )
+        for mixer, dim in zip(self.token_mixers, self.embed_dims, strict=True):
+            if mixer not in ("repmixer", "attention"):
+                raise ConfigError(
+                    f"vision_config.token_mixers holds {mixer!r}: expected repmixer or attention"
+                )
+            if mixer == "attention" and dim % self.head_dim:
+                raise ConfigError(
+                    f"vision_config.embed_dims holds {dim} for an attention stage: expected a "
+                    f"multiple of the head width {self.head_dim}"
+                )
+        if self.image_size <= 0 or self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image size {self.image_size} is not a positive multiple of {self.patch_size}, "
+                "the encoder's stride: choose one that is"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of the input under one output token, along one side (64 for FastViTHD)."""
+        return 4 * self.down_stride ** (len(self.layers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Output tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens per image."""
+        return self.grid**2
+
+    @property
+    def hidden_size(self) -> int:
+        """C, channels of the output (3072 for FastViTHD)."""
+        return int(self.embed_dims[-1] * self.cls_ratio)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VisionConfig:
+        """Read a `vision_config`; keys that are not FastViTHD's shape are left out.
+
+        Raises:
+            ConfigError: a value of the wrong kind, or one that contradicts another.
+        """
+        known: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name in data:
+                value = data[field.name]
+                known[field.name] = tuple(value) if isinstance(value, list) else value
+        shapes = known.get("pos_embs_shapes")
+        if shapes is not None:
+            known["pos_embs_shapes"] = tuple(
+                s[0] if isinstance(s, list | tuple) else s for s in shapes
+            )
+        try:
+            config = cls(**known)
+        except TypeError as error:
+            raise ConfigError(f"vision_config can't be read: {error}") from error
+        hidden = data.get("hidden_size")
+        if hidden is not None and hidden not in (config.hidden_size, 1024):
+            # mlx-vlm's default of 1024 stands in bundles of MobileCLIP-L and means nothing.
+            raise ConfigError(
+                f"vision_config.hidden_size is {hidden} but embed_dims and cls_ratio make "
+                f"{config.hidden_size}: correct one of them"
+            )
+        return config
+
+    @classmethod
+    def from_tower_name(cls, name: str) -> VisionConfig:
+        """`mobileclip_l_1024` → MobileCLIP-L at 1024×1024, as the reference reads the name."""
+        match = re.fullmatch(r"(?:.*/)?mobileclip_l_(\d+)", name)
+        if not match:
+            raise ConfigError(
+                f"mm_vision_tower is {name!r}: expected mobileclip_l_SIZE (FastViTHD), or a "
+                "vision_config that describes the encoder"
+            )
+        return cls(image_size=int(match.group(1)))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {**data, "hidden_size": self.hidden_size, "patch_size": self.patch_size}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Qwen2, under the keys of its `config.json`."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 32_768
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}: correct config.json"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}: correct config.json"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TextConfig:
+        """Read Qwen2's keys, at the top level or below `text_config`.
+
+        Raises:
+            ConfigError: a key is missing or is not a number, or RoPE is scaled.
+        """
+        data = {**data, **data.get("text_config", {})}
+        rope = data.get("rope_parameters") or {}
+        if "rope_theta" not in data and "rope_theta" in rope:
+            data["rope_theta"] = rope["rope_theta"]
+        scaling = data.get("rope_scaling") or (
+            rope if rope.get("rope_type", "default") != "default" else None
+        )
+        if scaling:
+            raise ConfigError(
+                f"config.json scales RoPE ({scaling}): FastVLM's Qwen2 has none, remove rope_scaling"
+            )
+        known: dict[str, Any] = {}
+        for field in fields(cls):
+            value = data.get(field.name)
+            if value is None:
+                continue
+            kind = {"int": int, "float": (int, float), "bool": bool}[str(field.type)]
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise ConfigError(
+                    f"config.json: {field.name} is {value!r}, expected {field.type}: correct it"
+                )
+            if kind is not bool and value <= 0:
+                raise ConfigError(
+                    f"config.json: {field.name} is {value!r}, expected more than zero: correct it"
+                )
+            known[field.name] = value
+        known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+        missing = [
+            name
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "intermediate_size",
+                "num_attention_heads",
+                "vocab_size",
+            )
+            if name not in known
+        ]
+        if missing:
+            raise ConfigError(
+                f"config.json lacks {', '.join(missing)}: expected a Qwen2 configuration"
+            )
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class FastVLMConfig:
+    """The encoder, the language model, and how they meet."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_aspect_ratio: str | None
+    image_token_index: int
+    dtype: str
+    quantization: dict[str, Any] | None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FastVLMConfig:
+        """Read a `llava_qwen2` config.json: a checkpoint's, one of our bundles' or Apple's.
+
+        Raises:
+            ConfigError: another architecture, another projector, or keys that contradict.
+        """
+        model_type = data.get("model_type")
+        if model_type != MODEL_TYPE:
+            raise ConfigError(
+                f"config.json says model_type {model_type!r}, which is not FastVLM: expected "
+                f"{MODEL_TYPE!r}"
+            )
+        if data.get("vision_config"):
+            vision = VisionConfig.from_dict(data["vision_config"])
+        elif data.get("mm_vision_tower"):
+            vision = VisionConfig.from_tower_name(data["mm_vision_tower"])
+        else:
+            vision = VisionConfig()
+        projector = data.get("mm_projector_type", "mlp2x_gelu")
+        if projector != "mlp2x_gelu":
+            raise ConfigError(
+                f"mm_projector_type is {projector!r}: FastVLM's is mlp2x_gelu, the only one supported"
+            )
+        if data.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+            raise ConfigError(
+                f"mm_hidden_size is {data['mm_hidden_size']} but the encoder makes "
+                f"{vision.hidden_size} channels: correct config.json"
+            )
+        return cls(
+            text=TextConfig.from_dict(data),
+            vision=vision,
+            image_aspect_ratio=data.get("image_aspect_ratio"),
+            image_token_index=data.get("image_token_index", REFERENCE_IMAGE_TOKEN_INDEX),
+            dtype=data.get("torch_dtype") or data.get("dtype") or "float16",
+            quantization=data.get("quantization"),
+        )
