@@ -1,0 +1,59 @@
+"""The vision encoder of a bundle: float32 [1, 3, S, S] → float32 [1, N, C].
+
+On macOS the package runs through Core ML; elsewhere the same package is evaluated op by op.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fastvlm_mlx.errors import OptionError
+
+COMPUTE_UNITS = ("all", "cpu", "gpu", "ne")
+
+
+class VisionEncoder(Protocol):
+    """What the runtime needs of an encoder. S is `image_size`, N `num_tokens`, C `hidden_size`."""
+
+    image_size: int
+    num_tokens: int
+    hidden_size: int
+    backend: str
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float32 [1, 3, S, S] → float32 [1, N, C]."""
+        ...
+
+
+def load_encoder(package: Path, compute_units: str = "all") -> VisionEncoder:
+    """Load the encoder in an `.mlpackage`.
+
+    Args:
+        package: the `.mlpackage` directory.
+        compute_units: "all", or to leave out what Core ML may use besides the CPU: "cpu" alone,
+            "gpu" and CPU, "ne" (Neural Engine) and CPU. Only Core ML has compute units.
+
+    Raises:
+        OptionError: unknown compute units, or any but "all" where there is no Core ML.
+        EncoderError: the package is missing, damaged, or refused by Core ML.
+    """
+    if compute_units not in COMPUTE_UNITS:
+        raise OptionError(
+            f"compute units {compute_units!r} are unknown: choose one of {', '.join(COMPUTE_UNITS)}"
+        )
+    if sys.platform == "darwin":
+        from fastvlm_mlx.vision.coreml import CoreMLEncoder
+
+        return CoreMLEncoder(package, compute_units)
+    if compute_units != "all":
+        raise OptionError(
+            f"compute units {compute_units!r} were asked for, which exist on macOS only: leave the "
+            "option out here"
+        )
+    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+
+    return MLProgramEncoder(package)

@@ -1,0 +1,367 @@
+"""The operations of an ML Program, in torch.
+
+One builder for each operation type: it reads an operation's parameters once and returns a function
+of the operation's tensors. A parameter that a builder does not read, or a value it can't honour,
+is an error. Semantics are those of coremltools' `converters/mil/mil/ops/defs`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastvlm_mlx.errors import EncoderError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Compute = Callable[..., Any]
+
+
+class Operation:
+    """One MIL operation: its parameters, read once each.
+
+    `tensor` names an operand of the returned function (its arguments come in the order of the
+    calls); `value` reads a constant.
+    """
+
+    def __init__(self, op: Any):
+        self._op = op
+        self.name, self.type = str(op.name), str(op.op_type)
+        self.operands: list[Any] = []
+        self._unread = {name for name, value in op.inputs.items() if value is not None}
+
+    def tensor(self, name: str) -> None:
+        self._unread.discard(name)
+        variable = self._op.inputs[name]
+        self.operands.extend(variable if isinstance(variable, list | tuple) else [variable])
+
+    def has(self, name: str) -> bool:
+        """Whether an optional parameter is given."""
+        return self._op.inputs.get(name) is not None
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """A constant parameter as plain Python (arrays become lists)."""
+        self._unread.discard(name)
+        variable = self._op.inputs.get(name)
+        if variable is None:
+            return default
+        value = variable.val
+        if value is None:
+            raise self.error(f"a {name} that is computed", "a constant")
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    @property
+    def rank(self) -> int:
+        """Rank of the operand `x`."""
+        return len(self._op.inputs["x"].shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first output."""
+        return tuple(int(n) for n in self._op.outputs[0].shape)
+
+    def error(self, found: str, expected: str) -> EncoderError:
+        return EncoderError(
+            f"operation {self.type} {self.name!r} has {found}, expected {expected}: this machine "
+            "can't evaluate the package"
+        )
+
+    def finish(self) -> None:
+        """Refuse an operation of which a parameter was not read."""
+        if self._unread:
+            raise self.error(f"parameters {', '.join(sorted(self._unread))}", "only known ones")
+
+
+def _axes(values: Sequence[int] | int, rank: int) -> list[int]:
+    return [int(v) % rank for v in ([values] if isinstance(values, int) else values)]
+
+
+def conv(op: Operation) -> Compute:
+    import torch.nn.functional as F
+
+    op.tensor("x")
+    op.tensor("weight")
+    if biased := op.has("bias"):
+        op.tensor("bias")
+    spatial = op.rank - 2
+    convolve: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}.get(spatial)
+    if convolve is None:
+        raise op.error(f"rank {op.rank}", "3, 4 or 5")
+    strides = op.value("strides", [1] * spatial)
+    dilations = op.value("dilations", [1] * spatial)
+    groups = op.value("groups", 1)
+    pad_type = op.value("pad_type", "valid")
+    custom = op.value("pad", [0] * 2 * spatial)
+    if pad_type not in ("valid", "custom", "same", "same_lower"):
+        raise op.error(f"pad_type {pad_type!r}", "valid, custom, same or same_lower")
+
+    def pads(x: Tensor, weight: Tensor) -> list[tuple[int, int]]:
+        if pad_type == "valid":
+            return [(0, 0)] * spatial
+        if pad_type == "custom":
+            return [(custom[2 * i], custom[2 * i + 1]) for i in range(spatial)]
+        result = []
+        for i in range(spatial):
+            size, stride = x.shape[2 + i], strides[i]
+            reach = (weight.shape[2 + i] - 1) * dilations[i] + 1
+            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
+            small = total // 2
+            result.append((small, total - small) if pad_type == "same" else (total - small, small))
+        return result
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        sides = pads(x, weight)
+        if all(before == after for before, after in sides):
+            padding = [before for before, _ in sides]
+        else:
+            x = F.pad(x, [n for side in reversed(sides) for n in side])
+            padding = [0] * spatial
+        return convolve(x, weight, bias if biased else None, strides, padding, dilations, groups)
+
+    return compute
+
+
+def linear(op: Operation) -> Compute:
+    import torch.nn.functional as F
+
+    op.tensor("x")
+    op.tensor("weight")
+    if op.has("bias"):
+        op.tensor("bias")
+    return F.linear
+
+
+def matmul(op: Operation) -> Compute:
+    op.tensor("x")
+    op.tensor("y")
+    flip_x, flip_y = op.value("transpose_x", False), op.value("transpose_y", False)
+
+    def compute(x: Tensor, y: Tensor) -> Tensor:
+        x = x.transpose(-1, -2) if flip_x else x
+        return x @ (y.transpose(-1, -2) if flip_y else y)
+
+    return compute
+
+
+def layer_norm(op: Operation) -> Compute:
+    import torch.nn.functional as F
+
+    op.tensor("x")
+    affine = [name for name in ("gamma", "beta") if op.has(name)]
+    for name in affine:
+        op.tensor(name)
+    epsilon = op.value("epsilon", 1e-5)
+    rank = op.rank
+    axes = _axes(op.value("axes", list(range(rank))), rank)
+    if axes != sorted(set(axes)):
+        raise op.error(f"axes {axes}", "ascending ones")
+    order = [i for i in range(rank) if i not in axes] + axes
+    back = [order.index(i) for i in range(rank)]
+
+    def compute(x: Tensor, *parameters: Tensor) -> Tensor:
+        given = dict(zip(affine, parameters, strict=True))
+        z = x.permute(order)
+        shape = z.shape[rank - len(axes) :]
+        z = F.layer_norm(z, shape, given.get("gamma"), given.get("beta"), epsilon)
+        return z.permute(back)
+
+    return compute
+
+
+def batch_norm(op: Operation) -> Compute:
+    import torch.nn.functional as F
+
+    for name in ("x", "mean", "variance"):
+        op.tensor(name)
+    affine = [name for name in ("gamma", "beta") if op.has(name)]
+    for name in affine:
+        op.tensor(name)
+    epsilon = op.value("epsilon", 1e-5)
+
+    def compute(x: Tensor, mean: Tensor, variance: Tensor, *parameters: Tensor) -> Tensor:
+        given = dict(zip(affine, parameters, strict=True))
+        return F.batch_norm(x, mean, variance, given.get("gamma"), given.get("beta"), eps=epsilon)
+
+    return compute
+
+
+def gelu(op: Operation) -> Compute:
+    import torch.nn.functional as F
+
+    op.tensor("x")
+    mode = op.value("mode", "EXACT")
+    if mode == "EXACT":
+        return F.gelu
+    if mode == "TANH_APPROXIMATION":
+        return functools.partial(F.gelu, approximate="tanh")
+    if mode == "SIGMOID_APPROXIMATION":
+        return lambda x: x * (1.702 * x).sigmoid()
+    raise op.error(f"mode {mode!r}", "EXACT, TANH_APPROXIMATION or SIGMOID_APPROXIMATION")
+
+
+def softmax(op: Operation) -> Compute:
+    op.tensor("x")
+    axis = op.value("axis", -1)
+    return lambda x: x.softmax(axis)
+
+
+def cast(op: Operation) -> Compute:
+    import torch
+
+    op.tensor("x")
+    dtype = op.value("dtype")
+    # fp16 is a matter of rounding, which is the evaluator's; the arithmetic is fp32 throughout.
+    kinds = {
+        "fp16": torch.float32,
+        "fp32": torch.float32,
+        "int32": torch.int32,
+        "bool": torch.bool,
+    }
+    if dtype not in kinds:
+        raise op.error(f"dtype {dtype!r}", ", ".join(kinds))
+    return lambda x: x.to(kinds[dtype])
+
+
+def reshape(op: Operation) -> Compute:
+    op.tensor("x")
+    op.value("shape")
+    # The inferred shape: 0 and -1 in the parameter are resolved in it.
+    shape = op.shape
+    return lambda x: x.reshape(shape)
+
+
+def transpose(op: Operation) -> Compute:
+    op.tensor("x")
+    perm = op.value("perm")
+    return lambda x: x.permute(perm)
+
+
+def squeeze(op: Operation) -> Compute:
+    op.tensor("x")
+    op.value("axes")
+    shape = op.shape
+    return lambda x: x.reshape(shape)
+
+
+def expand_dims(op: Operation) -> Compute:
+    op.tensor("x")
+    op.value("axes")
+    shape = op.shape
+    return lambda x: x.reshape(shape)
+
+
+def split(op: Operation) -> Compute:
+    op.tensor("x")
+    axis, sizes, count = op.value("axis"), op.value("split_sizes"), op.value("num_splits")
+
+    def compute(x: Tensor) -> Any:
+        return x.split(sizes if sizes is not None else x.shape[axis] // count, axis)
+
+    return compute
+
+
+def concat(op: Operation) -> Compute:
+    import torch
+
+    op.tensor("values")
+    axis = op.value("axis")
+    if op.value("interleave", False):
+        raise op.error("interleave", "plain concatenation")
+    return lambda *values: torch.cat(values, axis)
+
+
+def slice_by_index(op: Operation) -> Compute:
+    op.tensor("x")
+    rank = op.rank
+    begin, end = op.value("begin"), op.value("end")
+    stride = op.value("stride", [1] * rank)
+    no = [False] * rank
+    from_start, to_end = op.value("begin_mask", no), op.value("end_mask", no)
+    single = op.value("squeeze_mask", no)
+    if min(stride) < 1:
+        raise op.error(f"stride {stride}", "positive ones")
+    index = tuple(
+        begin[i]
+        if single[i]
+        else slice(None if from_start[i] else begin[i], None if to_end[i] else end[i], stride[i])
+        for i in range(rank)
+    )
+    return lambda x: x[index]
+
+
+def reduce(name: str, op: Operation) -> Compute:
+    import torch
+
+    op.tensor("x")
+    axes = _axes(op.value("axes", list(range(op.rank))), op.rank)
+    keep = op.value("keep_dims", False)
+    function: Any = getattr(torch, name)
+    return lambda x: function(x, axes, keepdim=keep)
+
+
+def unary(name: str, op: Operation) -> Compute:
+    import torch
+
+    op.tensor("x")
+    return getattr(torch, name)
+
+
+def binary(name: str, op: Operation) -> Compute:
+    import torch
+
+    op.tensor("x")
+    op.tensor("y")
+    return getattr(torch, name)
+
+
+def rsqrt(op: Operation) -> Compute:
+    op.tensor("x")
+    epsilon = op.value("epsilon", 1e-12)
+    return lambda x: (x + epsilon).rsqrt()
+
+
+BUILDERS: dict[str, Callable[[Operation], Compute]] = {
+    "conv": conv,
+    "linear": linear,
+    "matmul": matmul,
+    "layer_norm": layer_norm,
+    "batch_norm": batch_norm,
+    "gelu": gelu,
+    "softmax": softmax,
+    "cast": cast,
+    "reshape": reshape,
+    "transpose": transpose,
+    "squeeze": squeeze,
+    "expand_dims": expand_dims,
+    "split": split,
+    "concat": concat,
+    "slice_by_index": slice_by_index,
+    "rsqrt": rsqrt,
+    **{f"reduce_{n}": functools.partial(reduce, t) for n, t in [("mean", "mean"), ("sum", "sum")]},
+    **{
+        mil: functools.partial(unary, name)
+        for mil, name in [
+            ("identity", "clone"),
+            ("relu", "relu"),
+            ("sigmoid", "sigmoid"),
+            ("tanh", "tanh"),
+            ("erf", "erf"),
+            ("sqrt", "sqrt"),
+            ("square", "square"),
+        ]
+    },
+    **{
+        mil: functools.partial(binary, name)
+        for mil, name in [
+            ("add", "add"),
+            ("sub", "sub"),
+            ("mul", "mul"),
+            ("real_div", "true_divide"),
+            ("pow", "pow"),
+            ("maximum", "maximum"),
+            ("minimum", "minimum"),
+        ]
+    },
+}

@@ -1,0 +1,269 @@
+"""An encoder package evaluated op by op with torch, where there is no Core ML.
+
+What runs is the package as it lies on disk, weights decompressed: both the encoder of machines
+without Core ML and the side of the numeric gate that speaks for what was written. Arithmetic is
+fp32, also where the program says fp16: torch's own half-precision convolution takes minutes on a
+CPU. `round_fp16` rounds the result of every fp16 operation instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
+from fastvlm_mlx.vision.package import (
+    FUNCTION_NAME,
+    INPUT_NAME,
+    OUTPUT_NAME,
+    PackageInfo,
+    describe,
+    describe_spec,
+    operations,
+    quiet_coremltools,
+    read_spec,
+    weights_dir,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MLProgram", "MLProgramEncoder", "PackageInfo", "describe"]
+
+_LOADER_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+)
+
+Observe = Callable[[str, str, "torch.Tensor"], None]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operation: what it reads and writes by name, and what is dead after it."""
+
+    name: str
+    type: str
+    compute: Compute
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    half: tuple[bool, ...]
+    dead: tuple[str, ...]
+
+
+class MLProgram:
+    """The main function of an ML Program package, ready to run.
+
+    Weights are widened to fp32 and laid out once, here: 4 bytes a parameter.
+
+    Raises:
+        EncoderError: the package is missing or damaged, or holds an operation, a parameter or a
+            type that is not known here.
+    """
+
+    def __init__(self, package: Path):
+        spec = read_spec(package)
+        self.info = describe_spec(spec, package)
+        for op in operations(spec):
+            if op.type not in BUILDERS and op.type != "const" and "constexpr_" not in op.type:
+                raise EncoderError(
+                    f"operation {op.type} {op.outputs[0].name!r} is not known: expected an encoder "
+                    "exported by fastvlm or by Apple's script, run this package on macOS"
+                )
+        function = _load_function(spec, package)
+        self._steps, self._constants = _compile(function)
+        self._outputs = tuple(str(v.name) for v in function.outputs)
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        round_fp16: bool = False,
+        observe: Observe | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Evaluate the function.
+
+        Args:
+            inputs: the function's inputs by name, float32.
+            round_fp16: round what every fp16 operation makes to fp16, overflow included.
+            observe: called with name, type and result (not to be written to) of every operation.
+        """
+        import torch
+
+        alive: dict[str, torch.Tensor] = dict(inputs)
+        with torch.inference_mode():
+            for step in self._steps:
+                operands = [
+                    self._constants[n] if n in self._constants else alive[n] for n in step.operands
+                ]
+                made = step.compute(*operands)
+                del operands
+                values = [made] if isinstance(made, torch.Tensor) else list(made)
+                del made
+                for name, half, value in zip(step.results, step.half, values, strict=True):
+                    rounded = value.half().float() if half and round_fp16 else value
+                    alive[name] = rounded
+                    if observe is not None:
+                        observe(step.name, step.type, rounded)
+                del values, value, rounded
+                for name in step.dead:
+                    alive.pop(name, None)
+        return {
+            name: self._constants[name] if name in self._constants else alive[name]
+            for name in self._outputs
+        }
+
+
+class MLProgramEncoder:
+    """The encoder in an `.mlpackage`, on any machine: float32 [1, 3, S, S] → [1, N, C].
+
+    Raises:
+        EncoderError: the package is missing, damaged, not an encoder's, or uses what is not known
+            here.
+    """
+
+    backend = "ML Program evaluated with torch"
+
+    def __init__(self, package: Path):
+        self._program = MLProgram(Path(package))
+        self.info = self._program.info
+        self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float32 [1, 3, S, S] in 0 to 1 → float32 [1, N, C]."""
+        return self.evaluate(images)
+
+    def evaluate(
+        self, images: np.ndarray, *, round_fp16: bool = False, observe: Observe | None = None
+    ) -> np.ndarray:
+        """`__call__` with fp16 rounding and with a look at every operation's result.
+
+        Args:
+            images: float32 [1, 3, S, S].
+            round_fp16: round what every fp16 operation makes to fp16, overflow included.
+            observe: called with name, type and result of every operation, in order.
+
+        Raises:
+            EncoderError: `images` has another shape.
+        """
+        import torch
+
+        check_images(images, self.image_size)
+        x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+        x = x.to(memory_format=torch.channels_last)
+        made = self._program.run({INPUT_NAME: x}, round_fp16=round_fp16, observe=observe)
+        return made[OUTPUT_NAME].contiguous().numpy()
+
+
+def encoder_shape(info: PackageInfo) -> tuple[int, int, int]:
+    """S, N and C of an encoder package.
+
+    Raises:
+        EncoderError: the inputs and outputs are not an encoder's.
+    """
+    declared = [f"{f.name} {f.dtype} {list(f.shape)}" for f in (*info.inputs, *info.outputs)]
+    problem = EncoderError(
+        f"the package declares {', '.join(declared) or 'nothing'}: expected {INPUT_NAME} float32 "
+        f"[1, 3, S, S] and {OUTPUT_NAME} float32 [1, N, C], export the encoder again"
+    )
+    if len(info.inputs) != 1 or len(info.outputs) != 1:
+        raise problem
+    image, features = info.inputs[0], info.outputs[0]
+    if (image.name, features.name) != (INPUT_NAME, OUTPUT_NAME):
+        raise problem
+    if (image.dtype, features.dtype) != ("float32", "float32"):
+        raise problem
+    match image.shape, features.shape:
+        case (1, 3, height, width), (1, tokens, channels) if height == width:
+            return height, tokens, channels
+    raise problem
+
+
+def check_images(images: np.ndarray, size: int) -> None:
+    """Refuse pixels of another shape than the encoder's own.
+
+    Raises:
+        EncoderError: `images` is not [1, 3, size, size].
+    """
+    if images.shape != (1, 3, size, size):
+        raise EncoderError(
+            f"pixels of shape {list(images.shape)} can't be encoded: expected [1, 3, {size}, "
+            f"{size}], preprocess the picture for this encoder"
+        )
+
+
+def _load_function(spec: Any, package: Path) -> Any:
+    with quiet_coremltools():
+        from coremltools.converters.mil.frontend.milproto.load import load
+
+        try:
+            program = load(spec, spec.specificationVersion, str(weights_dir(package)))
+        # The loader has no error class of its own for a program that is not well formed.
+        except _LOADER_ERRORS as error:
+            raise EncoderError(
+                f"the program in {package} can't be read ({error}): expected one written by "
+                "coremltools, export it again"
+            ) from error
+    return program.functions[FUNCTION_NAME]
+
+
+def _compile(function: Any) -> tuple[list[_Step], dict[str, torch.Tensor]]:
+    from coremltools.converters.mil.mil import types
+
+    constants: dict[str, torch.Tensor] = {}
+    drafts: list[tuple[Operation, Compute, tuple[str, ...], tuple[str, ...], tuple[bool, ...]]] = []
+    for op in function.operations:
+        if op.op_type == "const" or op.op_type.startswith("constexpr_"):
+            continue
+        operation = Operation(op)
+        compute = BUILDERS[operation.type](operation)
+        operation.finish()
+        for variable in operation.operands:
+            if variable.name not in constants and _is_constant(variable):
+                constants[variable.name] = _constant(variable)
+        drafts.append(
+            (
+                operation,
+                compute,
+                tuple(str(v.name) for v in operation.operands),
+                tuple(str(v.name) for v in op.outputs),
+                tuple(v.dtype == types.fp16 for v in op.outputs),
+            )
+        )
+    outputs = {str(v.name) for v in function.outputs}
+    steps: list[_Step] = []
+    later: set[str] = set(outputs)
+    for operation, compute, operands, results, half in reversed(drafts):
+        dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
+        later.update(operands)
+        steps.append(_Step(operation.name, operation.type, compute, operands, results, half, dead))
+    return steps[::-1], constants
+
+
+def _is_constant(variable: Any) -> bool:
+    op = variable.op
+    return op is not None and (op.op_type == "const" or op.op_type.startswith("constexpr_"))
+
+
+def _constant(variable: Any) -> torch.Tensor:
+    """The value of a const or of a compressed weight, fp32, convolutions' channels-last."""
+    import torch
+
+    op = variable.op
+    value = variable.val if op.op_type == "const" else op.materialized_val_inference()
+    array = np.asarray(value)
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    tensor = torch.from_numpy(np.array(array, copy=not array.flags.writeable))
+    if tensor.dim() == 4:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

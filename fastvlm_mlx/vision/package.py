@@ -1,0 +1,315 @@
+"""An `.mlpackage` on disk: what it declares, and whether it is whole.
+
+Everything here reads the specification (a megabyte) and the headers of the weights, never the
+weights themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx.errors import EncoderError
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "image_features"
+FUNCTION_NAME = "main"
+
+# coremltools/__init__.py: specification versions that hold an ML Program.
+_TARGETS = {
+    6: "iOS15/macOS12",
+    7: "iOS16/macOS13",
+    8: "iOS17/macOS14",
+    9: "iOS18/macOS15",
+    10: "iOS26/macOS26",
+}
+# FeatureTypes.proto, ArrayFeatureType.ArrayDataType.
+_ARRAY_TYPES = {
+    65568: "float32",
+    65552: "float16",
+    65600: "float64",
+    131104: "int32",
+    131080: "int8",
+}
+# MILBlob's header of one blob: sentinel, data type, bytes, offset of the data.
+_BLOB_HEADER = struct.Struct("<IIQQ")
+_BLOB_SENTINEL = 0xDEADBEEF
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input or output as the package declares it; `shape` is empty where none is fixed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    description: str
+
+
+@dataclass(frozen=True)
+class PackageInfo:
+    """What an ML Program package says about itself.
+
+    `precision` is that of the weights of the convolutions: fp32, fp16, or what they are compressed
+    to (int8, int4, palette6 …). `ops` counts the operations of the main function by type, constants
+    left out. `bytes` is the size of the package on disk.
+    """
+
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    specification_version: int
+    deployment_target: str
+    precision: str
+    ops: dict[str, int]
+    author: str
+    license: str
+    version: str
+    short_description: str
+    metadata: dict[str, str]
+    bytes: int
+
+
+@contextmanager
+def quiet_coremltools() -> Iterator[None]:
+    """Import or use coremltools without its warnings and progress bars.
+
+    On Linux it warns at import that Core ML's native libraries are missing, and about versions of
+    packages that it has not been tested with. Everything is put back on leaving.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    start_bar = tqdm.__init__
+    logger.setLevel(logging.CRITICAL)
+    tqdm.__init__ = functools.partialmethod(start_bar, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        tqdm.__init__ = start_bar
+        logger.setLevel(level)
+
+
+def model_path(package: Path) -> Path:
+    """The specification inside a package, found through its Manifest.json.
+
+    Raises:
+        EncoderError: no package, or no readable manifest.
+    """
+    if not package.is_dir():
+        raise EncoderError(
+            f"no encoder package at {package}: expected an .mlpackage directory, export it again"
+        )
+    manifest = package / "Manifest.json"
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        path = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
+    except FileNotFoundError as error:
+        raise EncoderError(
+            f"{package} has no Manifest.json: expected a complete .mlpackage, export it again"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EncoderError(
+            f"{manifest} does not name a model: expected a complete .mlpackage, export it again"
+        ) from error
+    return package / "Data" / str(path)
+
+
+def read_spec(package: Path) -> Any:
+    """Parse the specification and check that every weight it refers to is in the package.
+
+    Returns:
+        coremltools' `Model` message.
+
+    Raises:
+        EncoderError: the package is missing, damaged, or holds no ML Program.
+    """
+    path = model_path(package)
+    with quiet_coremltools():
+        from coremltools import proto
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    spec = proto.Model_pb2.Model()
+    try:
+        spec.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise EncoderError(
+            f"{path} can't be read ({error.strerror}): expected a complete .mlpackage, export it "
+            "again"
+        ) from error
+    except DecodeError as error:
+        raise EncoderError(
+            f"{path} is not a Core ML model: expected a complete .mlpackage, export it again"
+        ) from error
+    if spec.WhichOneof("Type") != "mlProgram":
+        raise EncoderError(
+            f"{path} holds {spec.WhichOneof('Type') or 'no model'}: expected an ML Program, export "
+            "it again"
+        )
+    if spec.specificationVersion not in _TARGETS:
+        raise EncoderError(
+            f"{path} has specification version {spec.specificationVersion}: expected one of "
+            f"{min(_TARGETS)} to {max(_TARGETS)}, export it again"
+        )
+    _check_weights(spec, path.parent)
+    return spec
+
+
+def operations(spec: Any) -> Any:
+    """The operations of the main function, in order.
+
+    Raises:
+        EncoderError: there is no main function.
+    """
+    function = spec.mlProgram.functions.get(FUNCTION_NAME)
+    if function is None or function.opset not in function.block_specializations:
+        raise EncoderError(
+            f"the package has no function {FUNCTION_NAME!r}: expected an encoder package, export "
+            "it again"
+        )
+    return function.block_specializations[function.opset].operations
+
+
+def weights_dir(package: Path) -> Path:
+    """Where the blobs lie that the specification refers to."""
+    return model_path(package).parent / "weights"
+
+
+def describe(package: Path) -> PackageInfo:
+    """Read what a package declares, without loading its weights.
+
+    Raises:
+        EncoderError: the package is missing, damaged, or holds no ML Program.
+    """
+    return describe_spec(read_spec(package), package)
+
+
+def describe_spec(spec: Any, package: Path) -> PackageInfo:
+    """`describe` for a specification already read."""
+    metadata = spec.description.metadata
+    return PackageInfo(
+        inputs=tuple(_feature(f) for f in spec.description.input),
+        outputs=tuple(_feature(f) for f in spec.description.output),
+        specification_version=spec.specificationVersion,
+        deployment_target=_TARGETS[spec.specificationVersion],
+        precision=_precision(spec),
+        ops=dict(sorted(Counter(op.type for op in operations(spec) if op.type != "const").items())),
+        author=metadata.author,
+        license=metadata.license,
+        version=metadata.versionString,
+        short_description=metadata.shortDescription,
+        metadata=dict(sorted(metadata.userDefined.items())),
+        bytes=sum(p.stat().st_size for p in package.rglob("*") if p.is_file()),
+    )
+
+
+def _feature(feature: Any) -> Feature:
+    kind = feature.type.WhichOneof("Type")
+    if kind != "multiArrayType":
+        return Feature(feature.name, kind or "none", (), feature.shortDescription)
+    array = feature.type.multiArrayType
+    dtype = _ARRAY_TYPES.get(array.dataType, f"type {array.dataType}")
+    return Feature(feature.name, dtype, tuple(array.shape), feature.shortDescription)
+
+
+def _values(operation: Any) -> Iterator[Any]:
+    """Every value an operation holds: a const's under attributes, a constexpr's under inputs."""
+    yield from operation.attributes.values()
+    for argument in operation.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "value":
+                yield binding.value
+
+
+def _precision(spec: Any) -> str:
+    from coremltools import proto
+
+    name_of = proto.MIL_pb2.DataType.Name
+    makers = {output.name: op for op in operations(spec) for output in op.outputs}
+    found: Counter[str] = Counter()
+    for op in operations(spec):
+        if op.type not in ("conv", "linear"):
+            continue
+        maker = makers.get(op.inputs["weight"].arguments[0].name)
+        if maker is None:
+            continue
+        size = 1
+        for dimension in maker.outputs[0].type.tensorType.dimensions:
+            size *= dimension.constant.size
+        found[_weight_format(maker, makers, name_of)] += size
+    # By elements: an exporter may leave small weights uncompressed.
+    return found.most_common(1)[0][0] if found else "none"
+
+
+def _weight_format(maker: Any, makers: dict[str, Any], name_of: Any) -> str:
+    def stored(name: str) -> Any:
+        for holder in (maker.attributes, maker.inputs):
+            if name in holder:
+                argument = holder[name]
+                if holder is maker.attributes:
+                    return argument.type.tensorType
+                binding = argument.arguments[0]
+                if binding.WhichOneof("binding") == "value":
+                    return binding.value.type.tensorType
+                return makers[binding.name].outputs[0].type.tensorType
+        raise EncoderError(
+            f"operation {maker.type} {maker.outputs[0].name} lacks {name}: expected a complete "
+            ".mlpackage, export it again"
+        )
+
+    if maker.type == "constexpr_affine_dequantize":
+        return name_of(stored("quantized_data").dataType).lower().removeprefix("u")
+    if maker.type == "constexpr_blockwise_shift_scale":
+        return name_of(stored("data").dataType).lower().removeprefix("u")
+    if maker.type == "constexpr_lut_to_dense":
+        lut = stored("lut")
+        if "indices" in maker.inputs or lut.rank > 1:  # iOS 18's: the type of the indices says it
+            return "palette" + name_of(stored("indices").dataType).lower().removeprefix("uint")
+        return f"palette{(lut.dimensions[0].constant.size - 1).bit_length()}"
+    if maker.type.startswith("constexpr_"):
+        return maker.type.removeprefix("constexpr_")
+    kind = name_of(maker.outputs[0].type.tensorType.dataType)
+    return kind.lower().replace("float", "fp")
+
+
+def _check_weights(spec: Any, directory: Path) -> None:
+    """Compare the header of every blob with the file it should lie in."""
+    blobs: dict[str, list[tuple[str, int]]] = {}
+    for function in spec.mlProgram.functions.values():
+        for block in function.block_specializations.values():
+            for op in block.operations:
+                for value in _values(op):
+                    if value.WhichOneof("value") == "blobFileValue":
+                        blob = value.blobFileValue
+                        blobs.setdefault(blob.fileName, []).append(
+                            (op.outputs[0].name, blob.offset)
+                        )
+    for file_name, entries in blobs.items():
+        path = directory / file_name.removeprefix("@model_path/")
+        if not path.is_file():
+            raise EncoderError(
+                f"{path} is missing: expected the weights of the encoder package, export it again"
+            )
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for name, offset in entries:
+                file.seek(offset)
+                header = file.read(_BLOB_HEADER.size)
+                if len(header) == _BLOB_HEADER.size:
+                    sentinel, _, length, start = _BLOB_HEADER.unpack(header)
+                    if sentinel == _BLOB_SENTINEL and start + length <= size:
+                        continue
+                raise EncoderError(
+                    f"{path} has {size} bytes and no room for {name} at {offset}: expected the "
+                    "whole file of weights, export it again"
+                )
