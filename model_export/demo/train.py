@@ -1,0 +1,437 @@
+"""Train the demo checkpoint: `python -m model_export.demo.train --out DIR --seed 0`.
+
+Two phases. The next-token loss alone leaves the encoder at chance, so the encoder is first
+trained by itself on what is in each cell, with linear heads that are dropped afterwards. Then,
+its features computed once for a pool of scenes, the projector and the language model are trained
+on the answers. The last part of that sees weights rounded as affine quantization rounds them, so
+that the answers survive 4 bits.
+
+Reproducible from the seed on one machine and number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from model_export.demo import scenes
+from model_export.demo import tokenizer as demo_tokenizer
+from model_export.demo.model import DemoModel, make_config, to_pixels
+from model_export.demo.scenes import GRID, Question, Scene, Score, generate, held_out, score
+from model_export.demo.tokenizer import AFTER_IMAGE, BEFORE_IMAGE
+from model_export.reference import FastViTHD, Reparam
+
+# What the encoder's heads tell apart in each cell. Class 0 of the last three is "none".
+HEADS = {
+    "content": 4,  # empty, shape, tens, units
+    "row": GRID,
+    "column": GRID,
+    "shape": 1 + len(scenes.SHAPES),
+    "colour": 1 + len(scenes.COLOURS),
+    "digit": 11,
+}
+
+# Segments of a training sequence: text before the picture, the picture, then one per question.
+PADDING, BEFORE, IMAGE = 99, 0, 1
+# Peak learning rates: of the matrices (Muon) and of everything else (AdamW).
+PEAK_MATRICES, PEAK_REST = 4e-3, 3e-3
+
+
+def cell_targets(scene: Scene) -> list[list[int]]:
+    """What is in each cell: [GRID², len(HEADS)], row-major as the encoder's tokens are."""
+    targets = [[0, cell // GRID, cell % GRID, 0, 0, 0] for cell in range(GRID**2)]
+    for item in scene.shapes:
+        target = targets[item.row * GRID + item.column]
+        target[0] = 1
+        target[3] = 1 + scenes.SHAPES.index(item.shape)
+        target[4] = 1 + tuple(scenes.COLOURS).index(item.colour)
+    if scene.number is not None:
+        cell = scene.number.row * GRID + scene.number.column
+        for offset, digit in enumerate(divmod(scene.number.value, 10)):
+            targets[cell + offset][0] = 2 + offset
+            targets[cell + offset][5] = 1 + digit
+    return targets
+
+
+def pictures(batch: list[Scene], rng: random.Random, size: int) -> Tensor:
+    """Scenes as the encoder meets them, [B, 3, S, S]: some drawn larger and reduced, some noisy."""
+    drawn = []
+    for scene in batch:
+        scale = rng.choice((1, 1, 1, 1, 1, 2, 2, 4))
+        picture = scene.draw(size * scale)
+        if scale > 1:
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        drawn.append(picture)
+    pixels = to_pixels(drawn)
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    pixels *= 1 - 0.12 * torch.rand((len(batch), 1, 1, 1), generator=generator)
+    for picture in pixels[: len(batch) // 4]:
+        picture += 0.03 * rng.random() * torch.randn(picture.shape, generator=generator)
+    return pixels.clamp_(0, 1)
+
+
+def initialize_encoder(encoder: FastViTHD) -> None:
+    """Start where a few hundred steps suffice: blocks that do something, mixers near identity."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in encoder.modules():
+        if isinstance(module, Reparam):
+            weight = module.reparam_conv.weight
+            nn.init.normal_(weight, std=0.3 / weight.shape[-1])
+            with torch.no_grad():
+                weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1
+        for scale in ("layer_scale", "layer_scale_1", "layer_scale_2"):
+            if hasattr(module, scale):
+                nn.init.constant_(getattr(module, scale), 0.3)
+    first = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+    with torch.no_grad():
+        # Backgrounds are nearly white and pixels are not normalized.
+        if first.bias is not None:
+            first.bias.copy_(-0.9 * first.weight.sum((1, 2, 3)))
+    nn.init.normal_(encoder.head.proj, std=0.02)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then linear to zero."""
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def train_encoder(model: DemoModel, steps: int, batch: int, seed: int, device: str) -> None:
+    encoder = model.encoder
+    initialize_encoder(encoder)
+    encoder.to(device).train()
+    heads = nn.Linear(model.config["mm_hidden_size"], sum(HEADS.values())).to(device)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    size = model.config["vision_config"]["image_size"]
+    rng = random.Random(seed)
+    start = time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * schedule(step, steps, 50)
+        chosen = [generate(rng.getrandbits(40), held_out=False) for _ in range(batch)]
+        targets = torch.tensor([cell_targets(scene) for scene in chosen], device=device)
+        pixels = pictures(chosen, rng, size).to(device)
+        logits = heads(model.encode(pixels)).split(list(HEADS.values()), -1)
+        loss = torch.zeros((), device=device)
+        right = torch.ones(targets.shape[:2], dtype=torch.bool, device=device)
+        for index, values in enumerate(logits):
+            target = targets[..., index]
+            # Most cells are empty: what little there is counts for more.
+            weight = torch.where(targets[..., 0] > 0, 1.0, 0.25)
+            loss = (
+                loss
+                + (F.cross_entropy(values.transpose(1, 2), target, reduction="none") * weight).sum()
+                / weight.sum()
+            )
+            right &= values.argmax(-1) == target
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 25 == 24 or step == steps - 1:
+            filled = right[targets[..., 0] > 0].float().mean()
+            print(
+                f"encoder {step + 1}/{steps}  loss {loss.item():.4f}"
+                f"  cells {right.float().mean():.4f}  filled {filled:.4f}  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+    encoder.eval()
+
+
+@torch.no_grad()
+def encode_pool(model: DemoModel, count: int, seed: int, device: str) -> tuple[list[Scene], Tensor]:
+    """Scenes for the second phase and their features, float16 [count, N, C]."""
+    rng = random.Random(seed)
+    size = model.config["vision_config"]["image_size"]
+    pool = [generate(rng.getrandbits(40), held_out=False) for _ in range(count)]
+    features = [
+        model.encode(pictures(pool[i : i + 64], rng, size).to(device)).half().cpu()
+        for i in range(0, count, 64)
+    ]
+    return pool, torch.cat(features)
+
+
+def round_weight(weight: Tensor, bits: int, group: int) -> Tensor:
+    """A weight as `mlx.core.quantize` (affine) keeps it: an end of each group's range is exact."""
+    groups = weight.unflatten(-1, (-1, group))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    steps = 2**bits - 1
+    scale = ((high - low) / steps).clamp_min(1e-7)
+    from_low = low.abs() > high.abs()
+    scale = torch.where(from_low, scale, -scale)
+    edge = torch.where(from_low, low, high)
+    whole = (edge / scale).round()
+    scale = torch.where(whole == 0, scale, edge / whole)
+    bias = torch.where(whole == 0, 0.0, edge)
+    return (((groups - bias) / scale).round().clamp(0, steps) * scale + bias).flatten(-2)
+
+
+@contextmanager
+def rounded(language: nn.Module, bits: int, group: int = 64) -> Iterator[None]:
+    """Linear layers and embedding as `bits` leave them, inside; as they were, afterwards.
+
+    A gradient computed inside is applied to the weights that come back: the straight-through
+    estimate. Does nothing where `bits` is 0.
+    """
+    layers = [m for m in language.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    kept = [layer.weight.detach().clone() for layer in layers] if bits else []
+    with torch.no_grad():
+        for layer, weight in zip(layers, kept, strict=False):
+            layer.weight.copy_(round_weight(weight, bits, group))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, kept, strict=False):
+                layer.weight.copy_(weight)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several questions about each picture in one sequence, behind one copy of the picture.
+
+    A question sees the picture and itself, and its positions start after the picture, so that it
+    is computed as if it stood alone. `ids`, `positions`, `segments`: [B, L]. One entry for each
+    token of each answer: `where` (row and position that predict it), `targets`, `weights`,
+    `question` (its index among all questions).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    where: Tensor
+    targets: Tensor
+    weights: Tensor
+    question: Tensor
+
+
+def collate(model: DemoModel, asked: list[list[Question]], device: str) -> Batch:
+    """One sequence for each list of questions."""
+    end = model.config["eos_token_id"]
+    before = model.tokenizer.encode(BEFORE_IMAGE).ids
+    prefix = len(before) + GRID**2
+    rows, positions, segments = [], [], []
+    where, targets, weights, index = [], [], [], []
+    count = 0
+    for row_number, questions in enumerate(asked):
+        row = before + [end] * GRID**2
+        position = list(range(prefix))
+        segment = [BEFORE] * len(before) + [IMAGE] * GRID**2
+        for number, question in enumerate(questions, IMAGE + 1):
+            suffix = model.tokenizer.encode(AFTER_IMAGE.format(question.prompt)).ids
+            answer = model.tokenizer.encode(question.answer).ids
+            length = len(answer) + 1
+            first = len(row) + len(suffix) - 1
+            where += [(row_number, first + i) for i in range(length)]
+            targets += [*answer, end]
+            # Between a mean over tokens, all description, and a mean over questions.
+            weights += [length**-0.5] * length
+            index += [count] * length
+            row = row + suffix + answer
+            position += range(prefix, prefix + len(suffix) + len(answer))
+            segment += [number] * (len(suffix) + len(answer))
+            count += 1
+        rows.append(row)
+        positions.append(position)
+        segments.append(segment)
+    longest = max(map(len, rows))
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([v + [fill] * (longest - len(v)) for v in values], device=device)
+
+    return Batch(
+        padded(rows, 0),
+        padded(positions, 0),
+        padded(segments, PADDING),
+        torch.tensor(where, device=device),
+        torch.tensor(targets, device=device),
+        torch.tensor(weights, device=device),
+        torch.tensor(index, device=device),
+    )
+
+
+def answer_loss(model: DemoModel, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted next-token loss over answers, and which of their tokens were right."""
+    table = model.language.embed_tokens.weight
+    segments = batch.segments
+    embeddings = F.embedding(batch.ids, table)
+    embeddings = embeddings.masked_scatter(
+        (segments == IMAGE)[..., None], model.projector(features)
+    )
+    causal = torch.ones(2 * segments.shape[1:], dtype=torch.bool, device=segments.device).tril()
+    mask = (segments[:, None, :] <= IMAGE) | (segments[:, None, :] == segments[:, :, None])
+    state = model.language(
+        inputs_embeds=embeddings,
+        attention_mask=(mask & causal)[:, None],
+        position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    logits = state[batch.where[:, 0], batch.where[:, 1]] @ table.T
+    losses = F.cross_entropy(logits, batch.targets, reduction="none")
+    loss = (losses * batch.weights).sum() / batch.weights.sum()
+    return loss, logits.argmax(-1) == batch.targets
+
+
+def choose(scene: Scene, rng: random.Random, describe: float) -> list[Question]:
+    """The questions of one training sequence, in a random order; `describe` is a probability."""
+    asked = [
+        q
+        for q in scene.questions(rng.getrandbits(32))
+        if q.kind != "describe" or rng.random() < describe
+    ]
+    rng.shuffle(asked)
+    return asked
+
+
+def initialize_language(model: DemoModel) -> None:
+    """Embeddings at a scale where, tied, the first logits are neither flat nor sharp."""
+    hidden = model.config["hidden_size"]
+    for name, parameter in model.language.named_parameters():
+        if "embed" in name:
+            nn.init.normal_(parameter, std=hidden**-0.5)
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.7 * parameter.shape[1] ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+def train_language(
+    model: DemoModel,
+    pool: list[Scene],
+    features: Tensor,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: str,
+    out: Path,
+) -> None:
+    initialize_language(model)
+    with torch.no_grad():
+        # The projector starts where its input has a variance of one.
+        next(model.projector.parameters()).div_(features[:512].float().square().mean().sqrt())
+    model.to(device)
+    model.language.train()
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = list(model.projector.parameters())
+    for name, parameter in model.language.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name
+        (matrices if is_matrix else rest).append(parameter)
+    peaks = (PEAK_MATRICES, PEAK_REST)
+    optimizers = (
+        torch.optim.Muon(matrices, lr=peaks[0], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=peaks[1], betas=(0.9, 0.98), weight_decay=0.01),
+    )
+    rng = random.Random(seed)
+    noise = torch.Generator().manual_seed(seed)
+    tally: dict[tuple[str, int], list[int]] = {}
+    start = time.monotonic()
+    for step in range(steps):
+        progress = step / steps
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule(step, steps, 100)
+            optimizer.zero_grad()
+        bits = rng.choice((0, 0, 4, 4, 8)) if progress > 0.6 else 0
+        rows = [rng.randrange(len(pool)) for _ in range(batch)]
+        asked = [choose(pool[row], rng, 0.35 if progress < 0.35 else 1.0) for row in rows]
+        seen = features[rows].float()
+        seen *= 1 + 0.02 * torch.randn(seen.shape, generator=noise)
+        questions = collate(model, asked, device)
+        with rounded(model.language, bits, rng.choice((32, 64, 64, 64, 128))):
+            loss, right = answer_loss(model, questions, seen.to(device))
+            loss.backward()
+        nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        wrong = torch.zeros(sum(map(len, asked)), device=device)
+        wrong.index_add_(0, questions.question, (~right).float())
+        flat = [question for some in asked for question in some]
+        for question, misses in zip(flat, wrong.tolist(), strict=True):
+            entry = tally.setdefault((question.kind, bits), [0, 0])
+            entry[0] += not misses
+            entry[1] += 1
+        if step % 100 == 99 or step == steps - 1:
+            shares = "  ".join(
+                f"{kind}{f' {bits} bit' if bits else ''} {right / asked:.3f}"
+                for (kind, bits), (right, asked) in sorted(tally.items(), key=lambda e: e[0][::-1])
+            )
+            tally.clear()
+            print(
+                f"answers {step + 1}/{steps}  loss {loss.item():.4f}  {shares}"
+                f"  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+        if step % 1000 == 999:
+            model.save(out)
+    model.language.eval()
+
+
+def measure(model: DemoModel, count: int, device: str) -> dict[int, dict[str, Score]]:
+    """Scores on held-out questions by bits (0: the 16 bits stored), greedy, float32."""
+    pairs = held_out(count)
+    size = model.config["vision_config"]["image_size"]
+    with torch.no_grad():
+        features = torch.cat(
+            [
+                model.encode(to_pixels([s.draw(size) for s, _ in pairs[i : i + 50]]).to(device))
+                for i in range(0, count, 50)
+            ]
+        )
+    scores = {}
+    for bits in (0, 8, 4):
+        with rounded(model.language, bits):
+            scores[bits] = score(pairs, model.answer(features, [q.prompt for _, q in pairs]))
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encoder-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--pool", type=int, default=20_000, help="scenes to ask about")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--encoder", type=Path, help="trained encoder: read if it is there, else written"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = demo_tokenizer.train()
+    model = DemoModel(make_config(tokenizer), tokenizer)
+    if options.encoder and options.encoder.is_file():
+        model.encoder.load_state_dict(torch.load(options.encoder, weights_only=True))
+        model.encoder.to(device).eval()
+    else:
+        train_encoder(model, options.encoder_steps, 32, options.seed, device)
+        if options.encoder:
+            torch.save(model.encoder.state_dict(), options.encoder)
+    start = time.monotonic()
+    pool, features = encode_pool(model, options.pool, options.seed + 1, device)
+    print(f"pool of {len(pool)} scenes encoded in {time.monotonic() - start:.0f} s", flush=True)
+    torch.manual_seed(options.seed)
+    train_language(model, pool, features, options.steps, 10, options.seed + 2, device, options.out)
+    model.save(options.out)
+    for bits, scores in measure(DemoModel.load(options.out), 1000, "cpu").items():
+        shares = "  ".join(f"{kind} {entry.share:.3f}" for kind, entry in scores.items())
+        print(f"held out, {f'{bits} bits' if bits else '16 bits'}: {shares}")
+
+
+if __name__ == "__main__":
+    main()
