@@ -49,9 +49,9 @@ SIZES = {
 def encoder_state_dict(config: VisionConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random float32 tensors of FastViTHD under the checkpoint's names, BatchNorm included.
 
-    Convolutions keep the variance of what they are given, depthwise mixers are near the identity
-    as re-parameterized ones are, and layer scales are large enough for every branch to matter, so
-    that the output is of order one and nothing saturates.
+    Depthwise mixers are near the identity, as re-parameterized ones are, and layer scales are large
+    enough for every branch to matter. At 1024×1024 the largest value inside is some tens and the
+    largest output a few units.
     """
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in FastViTHD(config).state_dict().items()}
@@ -71,7 +71,7 @@ def _encoder_tensor(name: str, shape: torch.Size, generator: torch.Generator) ->
     if name.endswith("running_var"):
         return uniform(0.5, 2.0)
     if "layer_scale" in name:
-        return normal(0.3)
+        return normal(0.2)
     if name.endswith(("norm.weight", "bn.weight")):
         return uniform(0.5, 1.5)
     if name.endswith(("bias", "running_mean")):
@@ -81,7 +81,7 @@ def _encoder_tensor(name: str, shape: torch.Size, generator: torch.Generator) ->
         weight[:, :, shape[2] // 2, shape[3] // 2] += 1
         return weight
     fan_in = shape[1:].numel() if len(shape) > 1 else 1
-    return normal((2 / fan_in) ** 0.5)
+    return normal(1.2 * fan_in**-0.5)
 
 
 def write_checkpoint(directory: Path, size: str = "0.5b", seed: int = 0) -> None:

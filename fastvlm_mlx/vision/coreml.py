@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +18,16 @@ from fastvlm_mlx.vision.package import INPUT_NAME, OUTPUT_NAME, describe, quiet_
 
 # Names of coremltools.ComputeUnit.
 _UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ne": "CPU_AND_NE"}
+_CACHE = Path("~/Library/Caches/fastvlm-mlx")
+_KEPT = 4  # compiled models, a quarter of a gigabyte each
 
 
 class CoreMLEncoder:
     """The encoder in an `.mlpackage` on the chosen compute units: float32 [1, 3, S, S] → [1, N, C].
 
-    Core ML compiles the package for the machine here, which takes seconds the first time for the
-    Neural Engine; the system keeps the result of that.
+    The package is compiled once for each version of macOS, into the user's cache, where the last
+    few stay: what the system prepares for the Neural Engine it keeps by the path of the compiled
+    model, and prepares again for another path.
 
     Raises:
         EncoderError: the package is missing, damaged, not an encoder's, or refused by Core ML.
@@ -29,20 +38,19 @@ class CoreMLEncoder:
         self.info = describe(package)
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
         self.backend = f"Core ML ({compute_units})"
-        with quiet_coremltools():
-            import coremltools as ct
-
-            try:
-                self._model = ct.models.MLModel(
-                    str(package), compute_units=ct.ComputeUnit[_UNITS[compute_units]]
-                )
-            # What Core ML refuses arrives as a RuntimeError with its NSError in the text.
-            except RuntimeError as error:
-                raise EncoderError(
-                    f"Core ML refuses {package} ({_one_line(error)}): expected macOS for "
-                    f"{self.info.deployment_target} or later, update the system or try other "
-                    "compute units"
-                ) from error
+        try:
+            self._model = _load(_compiled(package), _UNITS[compute_units])
+        # What Core ML refuses arrives as a RuntimeError with its NSError in the text.
+        except RuntimeError as error:
+            raise EncoderError(
+                f"Core ML refuses {package} ({_one_line(error)}): expected a system for "
+                f"{self.info.deployment_target} or later, update it or try other compute units"
+            ) from error
+        except OSError as error:
+            raise EncoderError(
+                f"{package} can't be compiled into {_CACHE} ({error.strerror}): expected room and "
+                "permission to write there, make some"
+            ) from error
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] in 0 to 1 → float32 [1, N, C].
@@ -67,6 +75,60 @@ class CoreMLEncoder:
                 f"{list(expected)}, export the encoder again"
             )
         return features
+
+
+def cache_key(package: Path) -> str:
+    """A name for the compiled package: its content and the version of macOS, in hexadecimal."""
+    digest = hashlib.sha256(platform.mac_ver()[0].encode())
+    for path in sorted(p for p in package.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _compiled(package: Path) -> Path:
+    """The compiled model of `package` in the cache, made if it is not there."""
+    directory = _CACHE.expanduser() / cache_key(package)
+    compiled = directory / "fastvithd.mlmodelc"
+    if compiled.is_dir():
+        os.utime(directory)
+        return compiled
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        target = Path(scratch) / "compiled" / compiled.name
+        target.parent.mkdir()
+        with quiet_coremltools():
+            import coremltools as ct
+
+            ct.utils.compile_model(str(package), str(target))
+        try:
+            os.rename(target.parent, directory)
+        except OSError:
+            # Another process was first; anything else shows as the compiled model's absence.
+            if not compiled.is_dir():
+                raise
+    _prune(directory.parent)
+    return compiled
+
+
+def _prune(cache: Path) -> None:
+    """Remove all but the models used last."""
+    kept = sorted(cache.glob("*/*.mlmodelc"), key=lambda p: p.parent.stat().st_mtime, reverse=True)
+    for compiled in kept[_KEPT:]:
+        shutil.rmtree(compiled.parent, ignore_errors=True)
+
+
+def _load(compiled: Path, units: str) -> Any:
+    with quiet_coremltools():
+        import coremltools as ct
+
+        try:
+            return ct.models.CompiledMLModel(str(compiled), compute_units=ct.ComputeUnit[units])
+        except RuntimeError:
+            # A damaged cache must not be met again; a refusal costs one more compilation.
+            shutil.rmtree(compiled.parent, ignore_errors=True)
+            raise
 
 
 def _one_line(error: Exception) -> str:
