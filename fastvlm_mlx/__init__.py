@@ -1,0 +1,42 @@
+"""Run FastVLM bundles: `load(path)`, `encode(picture)`, `generate(features, prompt)`.
+
+Importing this package loads neither torch nor coremltools, nor MLX: each comes with the first
+call that needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.fastvlm import FastVLM, ImageFeatures, load
+    from fastvlm_mlx.generate import Generation, GenerationResult, SamplingOptions, Timings
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FastVLM": "fastvlm",
+    "ImageFeatures": "fastvlm",
+    "load": "fastvlm",
+    "Generation": "generate",
+    "GenerationResult": "generate",
+    "SamplingOptions": "generate",
+    "Timings": "generate",
+}
+
+__all__ = [
+    "FastVLM",
+    "Generation",
+    "GenerationResult",
+    "ImageFeatures",
+    "SamplingOptions",
+    "Timings",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"fastvlm_mlx.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fastvlm_mlx' has no attribute {name!r}")

@@ -17,6 +17,7 @@ IMAGE_TOKEN = "<image>"
 # llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -173,19 +174,20 @@ class TextConfig:
         )
         if scaling:
             raise ConfigError(
-                f"config.json scales RoPE ({scaling}): FastVLM's Qwen2 has none, remove rope_scaling"
+                f"config.json scales RoPE ({scaling}): FastVLM's Qwen2 does not, remove "
+                "rope_scaling"
             )
         known: dict[str, Any] = {}
         for field in fields(cls):
-            value = data.get(field.name)
+            value: Any = data.get(field.name)
             if value is None:
                 continue
-            kind = {"int": int, "float": (int, float), "bool": bool}[str(field.type)]
-            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            kind = _KINDS[str(field.type)]
+            if not isinstance(value, kind) or (bool not in kind and isinstance(value, bool)):
                 raise ConfigError(
                     f"config.json: {field.name} is {value!r}, expected {field.type}: correct it"
                 )
-            if kind is not bool and value <= 0:
+            if bool not in kind and value <= 0:
                 raise ConfigError(
                     f"config.json: {field.name} is {value!r}, expected more than zero: correct it"
                 )
@@ -242,7 +244,7 @@ class FastVLMConfig:
         projector = data.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
             raise ConfigError(
-                f"mm_projector_type is {projector!r}: FastVLM's is mlp2x_gelu, the only one supported"
+                f"mm_projector_type is {projector!r}: expected mlp2x_gelu, FastVLM's"
             )
         if data.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
             raise ConfigError(

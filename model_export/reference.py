@@ -1,4 +1,4 @@
-"""FastViTHD in torch as the checkpoint holds it: nothing folded, every parameter under its own name.
+"""FastViTHD in torch as the checkpoint holds it: nothing folded, every parameter by its own name.
 
 The independent side of the encoder's numeric gate, and the module the demo checkpoint is
 trained with. Follows the released inference form of the encoder

@@ -1,0 +1,192 @@
+"""A bundle directory: which files it holds, what its manifest says, and whether both agree.
+
+Read by the runtime and written by the exporter. Apple's own bundles have the same layout and no
+manifest; they are taken as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.errors import BundleError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+PACKAGE = "fastvithd.mlpackage"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk, its configuration read and nothing else."""
+
+    path: Path
+    raw_config: dict[str, Any]
+    config: FastVLMConfig
+    manifest: dict[str, Any] | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read `config.json` and, where there is one, `manifest.json`.
+
+        Raises:
+            BundleError: not a bundle directory, or one of the two can't be read.
+            ConfigError: config.json describes something else.
+        """
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise BundleError(f"{path} does not exist: expected a bundle made by `fastvlm export`")
+        if not path.is_dir():
+            raise BundleError(f"{path} is a file: expected the bundle's directory")
+        if not (path / "config.json").is_file():
+            raise BundleError(
+                f"{path} holds no config.json: expected a bundle made by `fastvlm export`"
+            )
+        raw_config = read_json(path / "config.json")
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+        if manifest is not None and manifest.get("schema_version") != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path / MANIFEST} has schema version {manifest.get('schema_version')}, expected "
+                f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
+            )
+        if any(key.startswith("model.") for key in _first_keys(path)):
+            raise BundleError(
+                f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
+            )
+        return cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
+
+    @cached_property
+    def package(self) -> Path:
+        """The Core ML encoder.
+
+        Raises:
+            BundleError: there is none, or more than one.
+        """
+        found = sorted(self.path.glob("*.mlpackage"))
+        if len(found) != 1:
+            listing = ", ".join(p.name for p in found) or "none"
+            raise BundleError(
+                f"{self.path} holds {len(found)} encoders ({listing}): expected one, {PACKAGE}; "
+                "export the checkpoint again"
+            )
+        return found[0]
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """Every `.safetensors` of the directory, as the loaders of the layout read them.
+
+        Raises:
+            BundleError: there is none.
+        """
+        found = sorted(self.path.glob("*.safetensors"))
+        if not found:
+            raise BundleError(
+                f"{self.path} holds no .safetensors file: export the checkpoint again"
+            )
+        return found
+
+    @cached_property
+    def tokenizer_file(self) -> Path:
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            raise BundleError(
+                f"{self.path} holds no tokenizer.json: expected the tokenizer in the form that "
+                "Swift reads, export the checkpoint again"
+            )
+        return file
+
+    @cached_property
+    def preprocessor_config(self) -> dict[str, Any]:
+        file = self.path / "preprocessor_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids that end an answer: generation_config.json's and config.json's together."""
+        file = self.path / "generation_config.json"
+        ids: set[int] = set()
+        for source in (read_json(file) if file.is_file() else {}, self.raw_config):
+            found = source.get("eos_token_id")
+            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+        return frozenset(ids)
+
+    def check_files(self) -> None:
+        """Compare every file with the manifest's sizes and SHA-256; without a manifest, nothing.
+
+        Raises:
+            BundleError: naming the first file that is missing or has changed.
+        """
+        if self.manifest is None:
+            return
+        recorded: dict[str, dict[str, Any]] = self.manifest["files"]
+        for name, entry in recorded.items():
+            file = self.path / name
+            if not file.is_file():
+                raise BundleError(
+                    f"{file} is missing, the manifest lists it with {entry['bytes']:,} bytes: "
+                    "export the checkpoint again, or copy the file back"
+                )
+            if file.stat().st_size != entry["bytes"]:
+                raise BundleError(
+                    f"{file} has {file.stat().st_size:,} bytes where the manifest says "
+                    f"{entry['bytes']:,}: it changed since export, export again"
+                )
+        # hashlib lets go of the interpreter lock, so threads hash in parallel.
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(lambda name: sha256(self.path / name), recorded)
+            for (name, entry), found in zip(recorded.items(), hashes, strict=True):
+                if found != entry["sha256"]:
+                    raise BundleError(
+                        f"{self.path / name} has SHA-256 {found[:12]}… where the manifest says "
+                        f"{entry['sha256'][:12]}…: it changed since export, export again"
+                    )
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_tree(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `directory` but the manifest, by relative name."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {
+        file.relative_to(directory).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256(file),
+        }
+        for file in files
+    }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises BundleError if `file` is not a JSON object."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(
+            f"{file} can't be read as JSON ({error}): export the checkpoint again"
+        ) from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{file} holds a {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def _first_keys(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="numpy") as stream:
+                return list(stream.keys())
+        except (SafetensorError, OSError) as error:
+            raise BundleError(
+                f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
+            ) from error
+    return []

@@ -1,0 +1,241 @@
+"""The runtime's face: a bundle, loaded, that looks at pictures and answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig, VisionConfig
+from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.generate import Generation, GenerationResult, SamplingOptions, Timings, generate
+from fastvlm_mlx.image import ImageProcessor, load_image
+from fastvlm_mlx.model import Model, load_model
+from fastvlm_mlx.prompt import encode_prompt
+from fastvlm_mlx.vision import VisionEncoder, load_encoder
+
+Picture = Image.Image | str | Path | bytes
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """A picture as the language model reads it, reusable for any number of prompts.
+
+    Attributes:
+        features: the encoder's output, float32 [1, N, C].
+        projected: the projector's, [N, D] in the model's dtype.
+        timings: what preprocessing, encoding and projecting took.
+    """
+
+    features: np.ndarray
+    projected: mx.array
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class FastVLM:
+    """A loaded bundle. Made by `fastvlm_mlx.load`."""
+
+    bundle: Bundle
+    config: FastVLMConfig
+    encoder: VisionEncoder
+    model: Model
+    tokenizer: Tokenizer
+    image_processor: ImageProcessor
+    eos_token_ids: frozenset[int]
+    load_s: float
+
+    def encode(self, image: Picture) -> ImageFeatures:
+        """Look at a picture once; ask about the result as often as wanted.
+
+        Raises:
+            ImageError: not a picture, or one that is too large.
+        """
+        if not isinstance(image, Image.Image):
+            image = load_image(image)
+        clock = [time.perf_counter()]
+        pixels = self.image_processor(image)
+        clock.append(time.perf_counter())
+        features = self.encoder(pixels)
+        clock.append(time.perf_counter())
+        projected = self.model.project(mx.array(features))
+        mx.eval(projected)
+        clock.append(time.perf_counter())
+        preprocess_s, encode_s, project_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        timings = Timings(
+            load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s, project_s=project_s
+        )
+        return ImageFeatures(features, projected, timings)
+
+    def stream(
+        self,
+        image: Picture | ImageFeatures | None,
+        prompt: str,
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Answer piece by piece: iterate over the generation, then read its `result`.
+
+        Args:
+            image: a picture, the features of one, or None for a question about nothing seen.
+            options: how to sample; or its fields as keywords (`max_tokens=64`).
+
+        Raises:
+            ImageError, PromptError, OptionError: before anything is computed, or on iteration.
+        """
+        options = replace(options or SamplingOptions(), **sampling)
+        self._encode_prompt(prompt, image is not None)
+        if image is None:
+            return self._stream(None, prompt, options, Timings(load_s=self.load_s))
+        if isinstance(image, ImageFeatures):
+            return self._stream(image, prompt, options, Timings(load_s=self.load_s))
+        features = self.encode(image)
+        return self._stream(features, prompt, options, features.timings)
+
+    def generate(
+        self,
+        image: Picture | ImageFeatures | None,
+        prompt: str,
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> GenerationResult:
+        """Answer in one piece. Arguments and errors as `stream`."""
+        return self.stream(image, prompt, options, **sampling).result
+
+    def ask(
+        self, image: Picture, prompts: list[str], options: SamplingOptions
+    ) -> Iterator[Generation]:
+        """One picture, several prompts: encoded once, its time charged to the first answer."""
+        for prompt in prompts:
+            self._encode_prompt(prompt, True)
+        features = self.encode(image)
+        spent = features.timings
+        for prompt in prompts:
+            yield self._stream(features, prompt, options, spent)
+            spent = Timings(load_s=self.load_s)
+
+    def _stream(
+        self,
+        features: ImageFeatures | None,
+        prompt: str,
+        options: SamplingOptions,
+        spent: Timings,
+    ) -> Generation:
+        def pieces() -> Iterator[str | GenerationResult]:
+            started = time.perf_counter()
+            yield from generate(
+                self.model,
+                self.tokenizer,
+                prompt=prompt,
+                ids=self._encode_prompt(prompt, features is not None),
+                projected=None if features is None else features.projected,
+                options=options,
+                eos_token_ids=self.eos_token_ids,
+                spent=spent,
+                started=started,
+            )
+
+        return Generation(pieces())
+
+    def _encode_prompt(self, prompt: str, with_image: bool) -> list[int]:
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            image_token_id=self.config.image_token_index,
+            num_image_tokens=self.encoder.num_tokens if with_image else 0,
+        )
+
+
+def load(
+    path: str | Path,
+    *,
+    compute_units: str = "all",
+    crop: bool = False,
+    check_hashes: bool = True,
+) -> FastVLM:
+    """Load a bundle: one of ours, or one that Apple published (the same layout, no manifest).
+
+    Args:
+        compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
+        crop: the demo app's centre crop in place of the checkpoint's own geometry.
+        check_hashes: compare every file with the manifest before use.
+
+    Raises:
+        BundleError, ConfigError: the bundle is incomplete, or changed since its export.
+        EncoderError: its encoder can't be evaluated here.
+    """
+    started = time.perf_counter()
+    bundle = Bundle.open(path)
+    package = bundle.package
+    if check_hashes:
+        bundle.check_files()
+    tokenizer = load_tokenizer(bundle)
+    encoder = load_encoder(package, compute_units)
+    config = bundle.config
+    if encoder.hidden_size != config.vision.hidden_size:
+        raise BundleError(
+            f"{package} makes {encoder.hidden_size} channels where config.json says "
+            f"{config.vision.hidden_size}: they belong to different models, export again"
+        )
+    model = load_model(bundle)
+    aspect_ratio = "crop" if crop else config.image_aspect_ratio
+    return FastVLM(
+        bundle=bundle,
+        config=config,
+        encoder=encoder,
+        model=model,
+        tokenizer=tokenizer,
+        image_processor=image_processor(bundle, encoder.image_size, aspect_ratio),
+        eos_token_ids=bundle.eos_token_ids | {_id(tokenizer, "<|im_end|>", bundle)},
+        load_s=time.perf_counter() - started,
+    )
+
+
+def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:
+    """Size is the encoder's: the one number that can't be wrong."""
+    processor = ImageProcessor.from_dict(bundle.preprocessor_config, aspect_ratio)
+    return replace(processor, size=size)
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer.json, checked for the image's placeholder.
+
+    Raises:
+        BundleError: it can't be read, or its `<image>` is not what config.json says.
+    """
+    file = bundle.tokenizer_file
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    # tokenizers raises no class of its own.
+    except Exception as error:  # noqa: BLE001
+        raise BundleError(
+            f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
+        ) from error
+    found, expected = _id(tokenizer, IMAGE_TOKEN, bundle), bundle.config.image_token_index
+    if found != expected:
+        raise BundleError(
+            f"{file} gives {IMAGE_TOKEN} the id {found} where config.json says {expected}: export "
+            "the checkpoint again"
+        )
+    return tokenizer
+
+
+def _id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise BundleError(
+            f"{bundle.tokenizer_file} has no token {token}: expected FastVLM's tokenizer, export "
+            "the checkpoint again"
+        )
+    return found
+
+
+__all__ = ["FastVLM", "ImageFeatures", "VisionConfig", "load"]

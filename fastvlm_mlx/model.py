@@ -1,0 +1,125 @@
+"""The MLX side of FastVLM: the projector, and mlx-lm's Qwen2 unchanged."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.errors import BundleError
+
+
+class MultiModalProjector(nn.Module):
+    """Encoder features [1, N, C] → language model's embeddings [1, N, D]."""
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__()
+        hidden = config.text.hidden_size
+        self.linear_0 = nn.Linear(config.vision.hidden_size, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def __call__(self, features: mx.array) -> mx.array:
+        return self.linear_2(nn.gelu(self.linear_0(features)))
+
+
+class Model(nn.Module):
+    """Parameters under an `app` bundle's names: `language_model.*`, `multi_modal_projector.*`."""
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__()
+        self.config = config
+        text = config.text
+        self.language_model = qwen2.Model(
+            qwen2.ModelArgs(
+                model_type="qwen2",
+                hidden_size=text.hidden_size,
+                num_hidden_layers=text.num_hidden_layers,
+                intermediate_size=text.intermediate_size,
+                num_attention_heads=text.num_attention_heads,
+                num_key_value_heads=text.num_key_value_heads,
+                rms_norm_eps=text.rms_norm_eps,
+                vocab_size=text.vocab_size,
+                max_position_embeddings=text.max_position_embeddings,
+                rope_theta=text.rope_theta,
+                tie_word_embeddings=text.tie_word_embeddings,
+            )
+        )
+        self.multi_modal_projector = MultiModalProjector(config)
+
+    def project(self, features: mx.array) -> mx.array:
+        """float32 [1, N, C] → [N, D] in the model's dtype."""
+        dtype = self.multi_modal_projector.linear_0.weight.dtype
+        return self.multi_modal_projector(features.astype(dtype))[0]
+
+    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
+        """Embed ids [L] and put the rows of `projected` [N, D] where the placeholders stand.
+
+        The placeholders are one run of N, so the rows are spliced and not gathered.
+        """
+        embeddings = self.language_model.model.embed_tokens(ids)
+        if projected is None:
+            return embeddings
+        start = int(np.argmax(np.asarray(ids) == self.config.image_token_index))
+        return mx.concatenate(
+            [
+                embeddings[:start],
+                projected.astype(embeddings.dtype),
+                embeddings[start + projected.shape[0] :],
+            ]
+        )
+
+
+def load_model(bundle: Bundle) -> Model:
+    """The bundle's projector and language model, quantized where its weights are.
+
+    Weights are read when first used. On a CPU they compute in float32: MLX's half-precision
+    kernels there are an order of magnitude slower and no more exact.
+
+    Raises:
+        BundleError: a weight is missing, unknown or of the wrong shape.
+    """
+    model = Model(bundle.config)
+    weights: dict[str, mx.array] = {}
+    for file in bundle.weight_files:
+        try:
+            weights |= mx.load(str(file))  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise BundleError(
+                f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
+            ) from error
+    if quantization := bundle.config.quantization:
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            class_predicate=lambda path, _: f"{path}.scales" in weights,
+        )
+    _check_names(bundle, dict(tree_flatten(model.parameters())), weights)
+    model.load_weights(list(weights.items()))
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+    model.eval()
+    return model
+
+
+def _check_names(bundle: Bundle, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise BundleError(
+                f"{bundle.path} lacks {name}: expected it for the model that config.json "
+                "describes, export the checkpoint again"
+            )
+        if name not in expected:
+            raise BundleError(
+                f"{bundle.path} holds {name}, which is no weight of the model that config.json "
+                "describes: remove the file it came with, or export the checkpoint again"
+            )
+        if expected[name].shape != found[name].shape:
+            raise BundleError(
+                f"{name} has shape {list(found[name].shape)} where config.json implies "
+                f"{list(expected[name].shape)}: export the checkpoint again"
+            )

@@ -1,0 +1,225 @@
+"""The directory layouts that other programs read: what we write, and their rules to check it by.
+
+`app` is what Apple's demo app loads. The rules are those of `app/FastVLM/FastVLM.swift` of
+apple/ml-fastvlm (Codable structs, module keys, preconditions) and of mlx-swift-examples'
+`loadWeights`, which reads every `.safetensors` below the directory and takes no key it has no
+module for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx.bundle import PACKAGE, Bundle
+from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE, FastVLMConfig
+from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.vision.package import INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
+from model_export import llm, weights
+from model_export.checkpoint import Checkpoint
+from model_export.options import ExportOptions
+
+QWEN2_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+)
+KEPT_KEYS = (
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "hidden_act",
+    "image_aspect_ratio",
+    "mm_patch_merge_type",
+    "mm_vision_tower",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "vision_config",
+)
+# FastVLMConfiguration: keys without a default, and their types.
+APP_CONFIG: dict[str, type] = {
+    "model_type": str,
+    "hidden_size": int,
+    "num_hidden_layers": int,
+    "intermediate_size": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "vocab_size": int,
+    "image_token_index": int,
+    "mm_hidden_size": int,
+}
+
+
+def app_config(
+    checkpoint: Checkpoint, options: ExportOptions, image_token_id: int
+) -> dict[str, Any]:
+    """`config.json` of an `app` bundle."""
+    config, raw = checkpoint.config, checkpoint.raw_config
+    data: dict[str, Any] = {key: raw[key] for key in KEPT_KEYS if key in raw}
+    data |= {key: getattr(config.text, key) for key in QWEN2_KEYS}
+    data |= {
+        "model_type": MODEL_TYPE,
+        "image_token_index": image_token_id,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "tie_word_embeddings": checkpoint.tied,
+        "torch_dtype": options.dtype,
+    }
+    if options.quantized:
+        data["quantization"] = {"group_size": options.group_size, "bits": options.llm_bits}
+    return dict(sorted(data.items()))
+
+
+def write_app_configs(
+    checkpoint: Checkpoint, options: ExportOptions, image_token_id: int, directory: Path
+) -> None:
+    """The JSON files beside the weights: config, preprocessor, processor, generation."""
+    size = checkpoint.config.vision.image_size
+    files: dict[str, dict[str, Any]] = {
+        "config.json": app_config(checkpoint, options, image_token_id),
+        "preprocessor_config.json": {
+            "crop_size": {"height": size, "width": size},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.0, 0.0, 0.0],
+            "image_processor_type": "CLIPImageProcessor",
+            "image_std": [1.0, 1.0, 1.0],
+            "processor_class": "LlavaProcessor",
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": size},
+        },
+        "processor_config.json": {
+            "image_token": IMAGE_TOKEN,
+            "num_additional_image_tokens": 0,
+            "patch_size": checkpoint.config.vision.patch_size,
+            "processor_class": "LlavaProcessor",
+        },
+        "generation_config.json": checkpoint.generation_config
+        or {
+            key: checkpoint.raw_config[key]
+            for key in ("bos_token_id", "eos_token_id")
+            if key in checkpoint.raw_config
+        },
+    }
+    for name, data in files.items():
+        (directory / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def check_app(bundle: Bundle, info: PackageInfo) -> None:
+    """Decode a bundle by the rules of the demo app's loader.
+
+    Its rules on size (S = 1024, 256 tokens, 3072 channels) are `check_unmodified_app`'s.
+
+    Raises:
+        BundleError: naming the file, the rule and what was found.
+    """
+    raw, config = bundle.raw_config, bundle.config
+    for key, kind in APP_CONFIG.items():
+        if type(raw.get(key)) is not kind:
+            raise _broken(bundle, "config.json", f"{key} is {raw.get(key)!r}", kind.__name__)
+    if not 0 < config.image_token_index < config.text.vocab_size:
+        raise _broken(
+            bundle,
+            "config.json",
+            f"image_token_index is {config.image_token_index}",
+            f"a positive id below vocab_size {config.text.vocab_size}",
+        )
+    _check_weights(bundle, config)
+    _check_processors(bundle)
+    if bundle.package.name != PACKAGE:
+        raise _broken(bundle, bundle.package.name, "another name", f"{PACKAGE}, the Swift class's")
+    size, tokens = config.vision.image_size, config.vision.num_tokens
+    _check_feature(bundle, info.inputs, INPUT_NAME, (1, 3, size, size))
+    _check_feature(bundle, info.outputs, OUTPUT_NAME, (1, tokens, config.vision.hidden_size))
+
+
+def fits_unmodified_app(config: FastVLMConfig) -> bool:
+    """The app's Swift code asserts 256 tokens of 3072 channels."""
+    return (config.vision.num_tokens, config.vision.hidden_size) == (256, 3072)
+
+
+def _check_weights(bundle: Bundle, config: FastVLMConfig) -> None:
+    import mlx.core as mx
+
+    quantization = config.quantization
+    if quantization is not None and set(quantization) != {"group_size", "bits"}:
+        raise _broken(
+            bundle, "config.json", f"quantization is {quantization}", "group_size and bits alone"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in bundle.weight_files:
+        shapes |= {k: v.shape for k, v in mx.load(str(file)).items()}  # type: ignore[union-attr]
+    specs = weights.llm_specs(config, tied=config.text.tie_word_embeddings)
+    expected: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        options = ExportOptions(llm_bits=16)
+        if quantization and spec.name.removesuffix("weight") + "scales" in shapes:
+            options = ExportOptions(
+                llm_bits=quantization["bits"], group_size=quantization["group_size"]
+            )
+        expected |= {entry.name: entry.shape for entry in llm.stored(spec, options)}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if shapes.get(name) != expected.get(name):
+            raise _broken(
+                bundle,
+                "the .safetensors files",
+                f"{name} is {list(shapes[name]) if name in shapes else 'missing'}",
+                f"{list(expected[name])}" if name in expected else "no such weight",
+            )
+
+
+def _check_processors(bundle: Bundle) -> None:
+    size = bundle.config.vision.image_size
+    data = bundle.preprocessor_config
+    rules = {
+        "processor_class": data.get("processor_class") == "LlavaProcessor",
+        "size.shortest_edge": data.get("size", {}).get("shortest_edge") == size,
+        "crop_size": data.get("crop_size") == {"height": size, "width": size},
+        "image_mean": len(data.get("image_mean", ())) == 3,
+        "image_std": len(data.get("image_std", ())) == 3,
+    }
+    for key, holds in rules.items():
+        if not holds:
+            value: Any = data
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            raise _broken(
+                bundle, "preprocessor_config.json", f"{key} is {value!r}", f"LLaVA's at {size}"
+            )
+    file = bundle.path / "tokenizer_config.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if tokenizer.get("tokenizer_class") != "Qwen2Tokenizer":
+        raise _broken(
+            bundle,
+            "tokenizer_config.json",
+            f"tokenizer_class is {tokenizer.get('tokenizer_class')!r}",
+            "Qwen2Tokenizer, which Swift's tokenizers know",
+        )
+
+
+def _check_feature(
+    bundle: Bundle, features: tuple[Feature, ...], name: str, shape: tuple[int, ...]
+) -> None:
+    found = [(f.name, f.dtype, f.shape) for f in features]
+    if found != [(name, "float32", shape)]:
+        raise _broken(
+            bundle, bundle.package.name, f"it declares {found}", f"{name}, float32 {list(shape)}"
+        )
+
+
+def _broken(bundle: Bundle, file: str, found: str, expected: str) -> BundleError:
+    return BundleError(
+        f"{bundle.path} can't be loaded by the demo app: in {file}, {found}, expected {expected}"
+    )

@@ -1,0 +1,285 @@
+"""The export, step by step: the bundle is made beside its destination and appears there whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
+from fastvlm_mlx.errors import DestinationError, GateError
+from fastvlm_mlx.vision.package import PackageInfo
+from model_export import coreml, fastvithd, layouts, llm, verify
+from model_export.checkpoint import Checkpoint
+from model_export.options import ExportOptions
+from model_export.tokenizer import export_tokenizer
+from model_export.verify import Gate
+
+TOOLS = (
+    "fastvlm-mlx",
+    "mlx",
+    "mlx-lm",
+    "coremltools",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+)
+# What a package adds to its weights: the program's text and the manifest.
+PACKAGE_OVERHEAD_BYTES = 4_000_000
+
+# Called with the stage's name and, where it is known, the share of it that is done.
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The finished bundle, with what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+    gates: tuple[Gate, ...]
+
+
+def export(
+    checkpoint_path: str | Path,
+    destination: str | Path,
+    options: ExportOptions,
+    progress: Progress = lambda stage, done: None,
+) -> ExportResult:
+    """Turn a checkpoint into an `app` bundle at `destination`, checked by every gate.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is not a whole FastVLM.
+        OptionError: the options don't fit it.
+        DestinationError: `destination` exists or can't be written.
+        GateError: a figure fell short, and `allow_failed_gates` is off.
+    """
+    progress("checkpoint", None)
+    destination = Path(destination).expanduser().absolute()
+    checkpoint = Checkpoint(checkpoint_path)
+    options.check_widths(checkpoint.config)
+    _check_destination(destination, checkpoint, options)
+    # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
+    tokenizer = export_tokenizer(checkpoint)
+    with appearing(destination, overwrite=options.overwrite) as directory:
+        _check_space(directory, checkpoint, options)
+        layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
+        tokenizer.save(directory)
+        for file in checkpoint.path.glob("LICENSE*"):
+            shutil.copyfile(file, directory / file.name)
+        references, info = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
+        summary = _export_llm(checkpoint, directory, options, progress)
+        bundle = Bundle.open(directory)
+        progress("check layout", None)
+        layouts.check_app(bundle, info)
+        progress("check encoder", None)
+        gates, features = verify.encoder_gates(bundle.package, references, options)
+        progress("check answers", None)
+        gates += verify.answer_gates(
+            checkpoint, bundle, tokenizer.tokenizer, references, features, options
+        )
+        _judge(gates, options)
+        progress("manifest", None)
+        manifest = _manifest(checkpoint, options, info, summary, gates, directory)
+        (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return ExportResult(destination, manifest, tuple(gates))
+
+
+def _export_encoder(
+    checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
+) -> tuple[list[verify.Reference], PackageInfo]:
+    progress("reference encoder", None)
+    state = checkpoint.encoder_state()
+    pictures = verify.gate_pictures(checkpoint.config.vision)
+    references = verify.reference_features(state, checkpoint, pictures)
+    module = fastvithd.fold(state, checkpoint.config.vision)
+    del state
+    progress("Core ML encoder", None)
+    metadata = coreml.EncoderMetadata(
+        source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
+    )
+    info = coreml.export_encoder(
+        module,
+        checkpoint.config.vision,
+        package,
+        precision=options.encoder_precision,
+        metadata=metadata,
+    )
+    return references, info
+
+
+def _export_llm(
+    checkpoint: Checkpoint, directory: Path, options: ExportOptions, progress: Progress
+) -> llm.Summary:
+    total = llm.total_bytes(checkpoint, options)
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        progress("language model", written / total)
+
+    progress("language model", 0.0)
+    return llm.write(checkpoint, options, directory, advance)
+
+
+def _judge(gates: list[Gate], options: ExportOptions) -> None:
+    failed = [gate for gate in gates if not gate.passed]
+    if failed and not options.allow_failed_gates:
+        raise GateError(
+            f"the export failed {len(failed)} of its {len(gates)} gates ("
+            + "; ".join(gate.sentence() for gate in failed)
+            + "): choose more bits, or keep it with --allow-failed-gates"
+        )
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    info: PackageInfo,
+    summary: llm.Summary,
+    gates: list[Gate],
+    directory: Path,
+) -> dict[str, Any]:
+    vision = checkpoint.config.vision
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "layout": "app",
+        "source": checkpoint.source(),
+        "options": options.resolved(),
+        "encoder": {
+            "precision": info.precision,
+            "image_size": vision.image_size,
+            "tokens_per_image": vision.num_tokens,
+            "channels": vision.hidden_size,
+            "deployment_target": info.deployment_target,
+            "bytes": info.bytes,
+            "ops": info.ops,
+        },
+        "llm": {
+            "bits": options.llm_bits,
+            "group_size": options.group_size if options.quantized else None,
+            "dtype": options.dtype,
+            "parameters": summary.parameters,
+            "bytes": summary.bytes,
+            "bits_per_weight": round(summary.bits_per_weight, 3),
+            "left_unquantized": summary.unquantized,
+        },
+        "fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config),
+        "gates": [gate.to_dict() for gate in gates],
+        "gates_passed": all(gate.passed for gate in gates),
+        "versions": {name: version(name) for name in TOOLS}
+        | {"python": platform.python_version(), "platform": platform.platform()},
+        "files": hash_tree(directory),
+    }
+
+
+def _check_destination(destination: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
+    source = checkpoint.path.resolve()
+    resolved = destination.resolve()
+    if resolved == source or source in resolved.parents or resolved in source.parents:
+        raise DestinationError(
+            f"{destination} overlaps the checkpoint {checkpoint.path}, which is never written to: "
+            "choose a directory of its own"
+        )
+    if destination.exists() and not options.overwrite:
+        raise DestinationError(
+            f"{destination} exists: choose another destination, or replace it with --overwrite"
+        )
+
+
+def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
+    encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
+    needed = llm.total_bytes(checkpoint, options) + encoder + PACKAGE_OVERHEAD_BYTES
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DestinationError(
+            f"{directory.parent} has {free / 1e6:,.0f} MB free and the bundle needs "
+            f"{needed / 1e6:,.0f} MB: make room, or choose another disk"
+        )
+
+
+@contextmanager
+def appearing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A directory beside `destination` that takes its place on success, and is gone otherwise.
+
+    What was at `destination` stays until the new directory is complete and on disk.
+
+    Raises:
+        DestinationError: it can't be written, or the disk is full.
+    """
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(destination)
+        partial.mkdir()
+        yield partial
+        _sync(partial)
+        _replace(partial, destination, overwrite=overwrite)
+    except OSError as error:
+        raise _destination_error(destination, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _destination_error(destination: Path, error: OSError) -> DestinationError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DestinationError(
+            f"the disk of {destination.parent} is full, nothing was left there: make room, or "
+            "choose another disk"
+        )
+    return DestinationError(
+        f"{destination} can't be written ({error.strerror or error}): choose a directory that can"
+    )
+
+
+def _replace(partial: Path, destination: Path, *, overwrite: bool) -> None:
+    if not destination.exists():
+        partial.rename(destination)
+        return
+    if not overwrite:
+        raise DestinationError(f"{destination} appeared meanwhile: use --overwrite to replace it")
+    old = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
+    destination.rename(old)
+    partial.rename(destination)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
+
+
+def _sync(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_stale(destination: Path) -> None:
+    """Remove what exports to the same destination left when they were killed."""
+    for path in destination.parent.glob(f".{destination.name}.partial-*"):
+        owner = path.name.rpartition("-")[2]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,250 @@
+"""Qwen2 in torch, a layer at a time: what the LLM's gate runs on both sides.
+
+The layers are transformers', in float32, so neither side is MLX and the source's side is not
+ours. One layer's weights are resident at a time; a bundle's packed integers are unpacked here,
+by MLX's documented layout and not by its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.config import TextConfig
+from fastvlm_mlx.prompt import encode_prompt
+from model_export.checkpoint import Checkpoint, to_torch
+from model_export.weights import EMBEDDING, HEAD, LAYER, NORM
+
+ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as stored: as it is, or MLX's affine form (uint32 words, scales, biases)."""
+
+    weight: Tensor
+    scales: Tensor | None = None
+    biases: Tensor | None = None
+    bits: int = 16
+
+    def __len__(self) -> int:
+        return self.weight.shape[0]
+
+    def float(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """float32, whole or the chosen rows."""
+        if self.scales is None or self.biases is None:
+            return self.weight[rows].float()
+        scales, biases = self.scales[rows].float(), self.biases[rows].float()
+        codes = unpack(self.weight[rows], self.bits)
+        grouped = codes.view(*scales.shape, -1)
+        return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Little-endian words [rows, k], as bytes [rows, 4k], → float32 codes [rows, 32k / bits].
+
+    Codes lie end to end from the lowest bit, so `bits` bytes hold eight of them.
+    """
+    data = words.reshape(words.shape[0], -1, bits)
+    run = torch.zeros(data.shape[:2], dtype=torch.int64)
+    for i in range(bits):
+        run |= data[..., i].to(torch.int64) << (8 * i)
+    codes = torch.empty((*run.shape, 8), dtype=torch.float32)
+    for i in range(8):
+        codes[..., i] = (run >> (bits * i)) & ((1 << bits) - 1)
+    return codes.view(words.shape[0], -1)
+
+
+class Weights(Protocol):
+    """Where one side's weights come from, by their names in a bundle."""
+
+    def matrix(self, name: str) -> Matrix: ...
+
+
+class SourceWeights:
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._sources = {spec.name: spec.source for spec in checkpoint.llm_specs}
+
+    def matrix(self, name: str) -> Matrix:
+        return Matrix(to_torch(self._checkpoint.array(self._sources[name])))
+
+
+class BundleWeights:
+    def __init__(self, bundle: Bundle):
+        self._bits = (bundle.config.quantization or {}).get("bits", 16)
+        self._files = {
+            name: file
+            for file in bundle.weight_files
+            for name in mx.load(str(file))
+        }
+
+    def matrix(self, name: str) -> Matrix:
+        stem = name.removesuffix("weight")
+        if stem + "scales" not in self._files:
+            return Matrix(to_torch(self._load(name)))
+        words = to_torch(self._load(name).view(mx.uint8))
+        scales, biases = (to_torch(self._load(stem + part)) for part in ("scales", "biases"))
+        return Matrix(words, scales, biases, self._bits)
+
+    def _load(self, name: str) -> mx.array:
+        # A new lazy map each time, as an array that was evaluated stays in its map.
+        return mx.load(str(self._files[name]))[name]  # type: ignore[call-overload,return-value]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One picture and several questions with their answers, in one sequence.
+
+    Each question is a branch: it sees the system prompt, the picture and itself, at the positions
+    it would have alone. One pass over the picture serves them all, and no answer reads another.
+
+    Attributes:
+        ids: [L]. positions: [L]. visible: bool [L, L], row may attend to column.
+        scored: the places whose next token belongs to an answer.
+        image: the slice of the placeholders.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    scored: Tensor
+    image: slice
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: Tokenizer,
+        questions: Sequence[tuple[str, str]],
+        image_token_id: int,
+        num_image_tokens: int,
+    ) -> Dialogue:
+        """`questions` are pairs of prompt and answer."""
+        ids: list[int] = []
+        positions: list[int] = []
+        branch: list[int] = []
+        scored: list[int] = []
+        for number, (prompt, answer) in enumerate(questions, 1):
+            asked = encode_prompt(
+                tokenizer,
+                prompt,
+                image_token_id=image_token_id,
+                num_image_tokens=num_image_tokens,
+            )
+            start = asked.index(image_token_id)
+            end = start + num_image_tokens
+            if not ids:
+                ids, positions, branch = asked[:end], list(range(end)), [0] * end
+            tail = asked[end:] + tokenizer.encode(answer, add_special_tokens=False).ids
+            scored += range(len(ids) + len(asked) - end - 1, len(ids) + len(tail))
+            ids += tail
+            positions += range(end, end + len(tail))
+            branch += [number] * len(tail)
+        of = torch.tensor(branch)
+        causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        visible = causal & ((of[None] == 0) | (of[None] == of[:, None]))
+        return cls(
+            torch.tensor(ids),
+            torch.tensor(positions),
+            visible,
+            torch.tensor(scored),
+            slice(start, end),
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models compared: its weights, and what the encoder of its side sees."""
+
+    weights: Weights
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Log-probabilities of the next token at the scored places [P, V], and the largest magnitude
+    that the residual stream reaches."""
+
+    log_probabilities: Tensor
+    largest: float
+
+
+@torch.inference_mode()
+def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:
+    """Both sides through the whole model in step, each layer's weights read once per side."""
+    settings = _settings(config)
+    rotary = Qwen2RotaryEmbedding(settings)
+    with torch.device("meta"):
+        layer = Qwen2DecoderLayer(settings, 0)
+    hidden = [_embed(side, dialogue) for side in sides]
+    largest = [float(h.abs().max()) for h in hidden]
+    mask = torch.zeros(dialogue.visible.shape).masked_fill(~dialogue.visible, float("-inf"))
+    cos_sin = rotary(hidden[0], dialogue.positions[None])
+    for index in range(config.num_hidden_layers):
+        for i, side in enumerate(sides):
+            state = {
+                name: side.weights.matrix(f"language_model.model.layers.{index}.{name}").float()
+                for name, _ in LAYER
+            }
+            layer.load_state_dict(state, strict=True, assign=True)
+            hidden[i] = layer(
+                hidden[i], attention_mask=mask[None, None], position_embeddings=cos_sin
+            )
+            largest[i] = max(largest[i], float(hidden[i].abs().max()))
+    return [
+        Outcome(_log_probabilities(side, h[0, dialogue.scored], config), peak)
+        for side, h, peak in zip(sides, hidden, largest, strict=True)
+    ]
+
+
+def _settings(config: TextConfig) -> Qwen2Config:
+    settings = Qwen2Config(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+    settings._attn_implementation = "sdpa"
+    return settings
+
+
+def _embed(side: Side, dialogue: Dialogue) -> Tensor:
+    embedded = side.weights.matrix(EMBEDDING[1]).float(dialogue.ids)
+    embedded[dialogue.image] = project(side)
+    return embedded[None]
+
+
+def project(side: Side) -> Tensor:
+    """float32 [1, N, C] → [N, D]: Linear, exact GELU, Linear."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        stem = f"multi_modal_projector.{name}"
+        weight, bias = (
+            side.weights.matrix(f"{stem}.{part}").float() for part in ("weight", "bias")
+        )
+        return F.linear(x, weight, bias)
+
+    return linear(F.gelu(linear(side.features[0], "linear_0")), "linear_2")
+
+
+def _log_probabilities(side: Side, hidden: Tensor, config: TextConfig) -> Tensor:
+    norm = side.weights.matrix(NORM[1]).float()
+    hidden = F.rms_norm(hidden, (config.hidden_size,), norm, config.rms_norm_eps)
+    head = side.weights.matrix((EMBEDDING if config.tie_word_embeddings else HEAD)[1])
+    logits = [hidden @ head.float(slice(i, i + ROWS)).T for i in range(0, len(head), ROWS)]
+    return torch.cat(logits, 1).log_softmax(1)

@@ -1,0 +1,110 @@
+"""The checkpoint's tokenizer as `tokenizer.json`, with a placeholder for the picture in it.
+
+LLaVA's training saves the slow form (`vocab.json`, `merges.txt`, `added_tokens.json`), which
+Swift does not read, and has no token for the picture: the reference uses the id -200.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from fastvlm_mlx.bundle import read_json
+from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.prompt import CHAT_TEMPLATE
+from model_export.checkpoint import Checkpoint
+
+REQUIRED = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """A tokenizer with `<image>`, and its `tokenizer_config.json`."""
+
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    image_token_id: int
+
+    def save(self, directory: Path) -> None:
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        text = json.dumps(self.config, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def export_tokenizer(checkpoint: Checkpoint) -> ExportedTokenizer:
+    """Read the checkpoint's tokenizer and give `<image>` the first free id.
+
+    Raises:
+        CheckpointError: no tokenizer, one that can't be read, one without Qwen2's control
+            tokens, or no row of the embedding left for `<image>`.
+    """
+    names = {file.name for file in checkpoint.tokenizer_files}
+    tokenizer = _read(checkpoint.path, names)
+    if missing := [token for token in REQUIRED if tokenizer.token_to_id(token) is None]:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.path} lacks {missing[0]}: expected Qwen2's tokenizer, "
+            "copy the files of the model it was trained from"
+        )
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    rows = checkpoint.config.text.vocab_size
+    if image_token_id >= rows:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.path} fills all {rows:,} rows of the embedding and "
+            f"{IMAGE_TOKEN} needs one: resize the embedding to a larger vocab_size first"
+        )
+    file = checkpoint.path / "tokenizer_config.json"
+    source = read_json(file) if file.is_file() else {}
+    return ExportedTokenizer(tokenizer, _config(source, tokenizer), image_token_id)
+
+
+def _read(path: Path, names: set[str]) -> Tokenizer:
+    try:
+        if "tokenizer.json" in names:
+            return Tokenizer.from_file(str(path / "tokenizer.json"))
+        from transformers import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+    # Neither library has an error class for a damaged file.
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer of {path} can't be read ({error}): copy the files of the model it was "
+            "trained from"
+        ) from error
+
+
+def _config(source: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """`tokenizer_config.json` in the form that Swift's tokenizers and transformers both read.
+
+    The class is named because transformers 5 would write `TokenizersBackend`, which the versions
+    of swift-transformers that the demo app pins do not know.
+    """
+    added = {
+        str(token_id): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+    kept = ("model_max_length", "padding_side", "bos_token", "pad_token", "unk_token", "errors")
+    return {
+        **{key: source[key] for key in kept if key in source},
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>", IMAGE_TOKEN],
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": source.get("eos_token") or "<|im_end|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }

@@ -1,0 +1,297 @@
+"""The numeric gates: encoder and answers of what was written, against the source checkpoint.
+
+Encoder. The package is evaluated op by op, each fp16 operation's result rounded to fp16, and
+compared with the unfolded torch module of the source weights by signal-to-noise ratio: RMS of the
+reference over RMS of the error, in dB. On macOS Core ML's own output is held to the same floor.
+
+Language model, end to end. Both sides answer the same questions about the same pictures, each
+with its own encoder's features; the right answers are given, so that both are asked for the next
+token at the same places. Measured are the mean KL divergence of the bundle's distribution from
+the source's, and how often both choose the same token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from math import inf, log, log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.image import ImageProcessor
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision.package import describe
+from model_export import layouts
+from model_export.checkpoint import Checkpoint
+from model_export.demo import scenes
+from model_export.options import FLOAT16_MAX, ExportOptions
+
+if TYPE_CHECKING:
+    import torch
+
+# Pictures are taken until the encoder has seen about as many pixels as one at 1024×1024.
+GATE_PIXELS = 2**20
+MAX_SCENES = 8
+DECIDED_NATS = log(2)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One figure and its limit. `limit` is a floor where `at_least`, else a ceiling."""
+
+    name: str
+    value: float
+    unit: str
+    limit: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        # A NaN passes neither way.
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        # JSON has no infinity: an error of exactly zero.
+        value = None if self.value in (inf, -inf) else self.value
+        return {**asdict(self), "value": value, "passed": self.passed}
+
+    def sentence(self) -> str:
+        side = "below its floor of" if self.at_least else "above its ceiling of"
+        return f"{self.name} is {self.value:.4g} {self.unit}, {side} {self.limit:g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class GatePicture:
+    """A picture the gates look at, and questions about it with their answers."""
+
+    name: str
+    image: Image.Image
+    questions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the source makes of a picture: pixels [1, 3, S, S] in, features [1, N, C] out."""
+
+    picture: GatePicture
+    pixels: np.ndarray
+    features: np.ndarray
+
+
+def gate_pictures(vision: VisionConfig) -> list[GatePicture]:
+    """Generated scenes, which have questions with answers, and photographs, which do not."""
+    size = vision.image_size
+    count = max(1, min(MAX_SCENES, GATE_PIXELS // size**2))
+    pictures = []
+    for seed in range(count):
+        scene = scenes.generate(seed, held_out=True)
+        questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
+        pictures.append(GatePicture(f"scene {seed}", scene.draw(size), questions))
+    return pictures + _photographs()
+
+
+def _photographs() -> list[GatePicture]:
+    """A photograph from scikit-learn's wheel: china.jpg, CC BY 2.0, 640×427."""
+    spec = find_spec("sklearn")
+    found = []
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(folder) / "datasets" / "images" / "china.jpg"
+        if file.is_file():
+            with Image.open(file) as image:
+                found.append(GatePicture(file.name, image.convert("RGB")))
+    return found
+
+
+def reference_features(
+    state: dict[str, torch.Tensor], checkpoint: Checkpoint, pictures: Sequence[GatePicture]
+) -> list[Reference]:
+    """The unfolded module of the source weights on every picture, in float32.
+
+    Args:
+        state: FastViTHD's state dict, from `Checkpoint.encoder_state`.
+    """
+    import torch
+
+    from model_export.reference import FastViTHD
+
+    config = checkpoint.config
+    with torch.device("meta"):
+        module = FastViTHD(config.vision)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
+    references = []
+    with torch.inference_mode():
+        for picture in pictures:
+            pixels = process(picture.image)
+            images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
+            references.append(Reference(picture, pixels, module(images).contiguous().numpy()))
+    return references
+
+
+def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
+    """Signal-to-noise ratio in dB; infinite where there is no error."""
+    reference = reference.astype(np.float64)
+    signal = float(np.square(reference).mean())
+    noise = float(np.square(found - reference).mean())
+    return inf if noise == 0 else 10 * log10(signal / noise) if signal else -inf
+
+
+def encoder_gates(
+    package: Path, references: Sequence[Reference], options: ExportOptions
+) -> tuple[list[Gate], list[np.ndarray]]:
+    """SNR of the package as written to disk, and its largest magnitude.
+
+    Returns:
+        The gates, and the features of every picture.
+    """
+    encoder = MLProgramEncoder(package)
+    magnitude = _Magnitude()
+    features = [encoder.evaluate(r.pixels, round_fp16=True, observe=magnitude) for r in references]
+    worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
+    floor = options.snr_floor_db
+    gates = [Gate("encoder SNR", worst, "dB", floor, True)]
+    if options.encoder_precision == "fp16":
+        gates.append(Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False))
+    if sys.platform == "darwin":
+        from fastvlm_mlx.vision.coreml import CoreMLEncoder
+
+        coreml = CoreMLEncoder(package, "all")
+        worst = min(snr_db(r.features, coreml(r.pixels)) for r in references)
+        gates.append(Gate("encoder SNR through Core ML", worst, "dB", floor, True))
+    return gates, features
+
+
+class _Magnitude:
+    """Observer of every operation's largest magnitude; NaN counts as infinite."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+
+    def __call__(self, name: str, kind: str, value: torch.Tensor) -> None:
+        if value.is_floating_point():
+            low, high = (float(extreme) for extreme in value.aminmax())
+            found = max(-low, high)
+            self.largest = max(self.largest, found if found == found else inf)
+
+
+def answer_gates(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    references: Sequence[Reference],
+    features: Sequence[np.ndarray],
+    options: ExportOptions,
+) -> list[Gate]:
+    """KL divergence, agreement and the largest magnitude, over every picture with questions.
+
+    Args:
+        features: the bundle's own, for the same pictures as `references`.
+    """
+    import torch
+
+    from model_export import qwen2
+
+    source, written = qwen2.SourceWeights(checkpoint), qwen2.BundleWeights(bundle)
+    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    divergence, agreed, decided, largest = [], [], [], 0.0
+    for reference, found in zip(references, features, strict=True):
+        if not reference.picture.questions:
+            continue
+        dialogue = qwen2.Dialogue.build(
+            tokenizer,
+            reference.picture.questions,
+            bundle.config.image_token_index,
+            checkpoint.config.vision.num_tokens,
+        )
+        sides = [
+            qwen2.Side(source, torch.from_numpy(reference.features)),
+            qwen2.Side(written, torch.from_numpy(found)),
+        ]
+        p, q = qwen2.run(text, dialogue, sides)
+        expected, got = p.log_probabilities, q.log_probabilities
+        divergence.append((expected.exp() * (expected - got)).sum(1))
+        top = expected.topk(2, 1)
+        decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
+        agreed.append(top.indices[:, 0] == got.argmax(1))
+        largest = max(largest, q.largest)
+    sure = torch.cat(decided)
+    share = float(torch.cat(agreed)[sure].float().mean()) if bool(sure.any()) else 1.0
+    kl = float(torch.cat(divergence).mean())
+    gates = [
+        Gate("KL divergence", kl, "nats", options.kl_ceiling_nats, False),
+        Gate("greedy agreement", share, "", options.agreement_floor, True),
+    ]
+    if options.dtype == "float16":
+        gates.append(Gate("LLM largest magnitude", largest, "", FLOAT16_MAX, False))
+    return gates
+
+
+def verify(
+    path: Path, checkpoint_path: Path | None, options: ExportOptions | None, progress: Progress
+) -> tuple[Bundle, list[Gate]]:
+    """Repeat on a bundle what its export checked: files, layout, and with its checkpoint the gates.
+
+    Args:
+        options: limits to judge by; the manifest's where None.
+
+    Raises:
+        BundleError: a file changed, or the layout's rules are broken.
+    """
+    bundle = Bundle.open(path)
+    progress("hashing")
+    bundle.check_files()
+    progress("layout")
+    layouts.check_app(bundle, describe(bundle.package))
+    options = options or recorded_options(bundle)
+    if checkpoint_path is None:
+        progress("encoder")
+        return bundle, [_standalone(bundle)]
+    checkpoint = Checkpoint(checkpoint_path)
+    pictures = gate_pictures(checkpoint.config.vision)
+    progress("reference encoder")
+    references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+    progress("encoder")
+    gates, features = encoder_gates(bundle.package, references, options)
+    progress("answers")
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
+    gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
+    return bundle, gates
+
+
+def recorded_options(bundle: Bundle) -> ExportOptions:
+    """The options that the manifest says the bundle was made with; else what its files show."""
+    if bundle.manifest is not None:
+        recorded = bundle.manifest["options"]
+        known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
+        if known.get("group_size") is None:
+            known.pop("group_size", None)
+        return ExportOptions(**known)
+    quantization = bundle.config.quantization or {}
+    precision = "fp32" if describe(bundle.package).precision == "fp32" else "fp16"
+    return ExportOptions(
+        llm_bits=quantization.get("bits", 16),
+        group_size=quantization.get("group_size", 64),
+        dtype=bundle.config.dtype,  # type: ignore[arg-type]
+        encoder_precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def _standalone(bundle: Bundle) -> Gate:
+    """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
+    encoder = MLProgramEncoder(bundle.package)
+    magnitude = _Magnitude()
+    process = ImageProcessor(encoder.image_size, bundle.config.image_aspect_ratio)
+    picture = gate_pictures(bundle.config.vision)[-1]
+    encoder.evaluate(process(picture.image), round_fp16=True, observe=magnitude)
+    return Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False)

@@ -1,0 +1,144 @@
+"""The name mapping, as data: which tensors a FastVLM checkpoint holds and where each one goes.
+
+Source names are Apple's (`llava_qwen2`); destination names are what the demo app's loader reads.
+Every source tensor must be in the table with the shape its config implies, and every tensor of
+the table must be in the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from fastvlm_mlx.config import FastVLMConfig, TextConfig, VisionConfig
+from fastvlm_mlx.errors import CheckpointError
+
+ENCODER_PREFIX = "model.vision_tower.vision_tower.model."
+# Held by Apple's checkpoints and used by no part of FastVLM: the classification head, and
+# BatchNorm's training counter.
+UNUSED_ENCODER = ("head.proj", ".num_batches_tracked")
+# Buffers that old versions of transformers saved; they follow from rope_theta.
+UNUSED_SUFFIX = ".rotary_emb.inv_freq"
+
+# (source, destination, shape), `{h}` and its like filled from the config.
+Row = tuple[str, str, tuple[str, ...]]
+
+PROJECTOR: tuple[Row, ...] = (
+    ("model.mm_projector.0.weight", "multi_modal_projector.linear_0.weight", ("hidden", "vision")),
+    ("model.mm_projector.0.bias", "multi_modal_projector.linear_0.bias", ("hidden",)),
+    ("model.mm_projector.2.weight", "multi_modal_projector.linear_2.weight", ("hidden", "hidden")),
+    ("model.mm_projector.2.bias", "multi_modal_projector.linear_2.bias", ("hidden",)),
+)
+EMBEDDING: Row = (
+    "model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    ("vocab", "hidden"),
+)
+NORM: Row = ("model.norm.weight", "language_model.model.norm.weight", ("hidden",))
+HEAD: Row = ("lm_head.weight", "language_model.lm_head.weight", ("vocab", "hidden"))
+LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("input_layernorm.weight", ("hidden",)),
+    ("self_attn.q_proj.weight", ("hidden", "hidden")),
+    ("self_attn.q_proj.bias", ("hidden",)),
+    ("self_attn.k_proj.weight", ("kv", "hidden")),
+    ("self_attn.k_proj.bias", ("kv",)),
+    ("self_attn.v_proj.weight", ("kv", "hidden")),
+    ("self_attn.v_proj.bias", ("kv",)),
+    ("self_attn.o_proj.weight", ("hidden", "hidden")),
+    ("post_attention_layernorm.weight", ("hidden",)),
+    ("mlp.gate_proj.weight", ("intermediate", "hidden")),
+    ("mlp.up_proj.weight", ("intermediate", "hidden")),
+    ("mlp.down_proj.weight", ("hidden", "intermediate")),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its name in the source and in the bundle, and the shape that both must have."""
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def llm_specs(config: FastVLMConfig, *, tied: bool) -> list[TensorSpec]:
+    """Projector and language model, in the order in which they are written."""
+    return [
+        *_rows(PROJECTOR, config.text, config.vision),
+        *_rows((EMBEDDING,), config.text, config.vision),
+        *_layer_specs(config.text),
+        *_rows((NORM,) if tied else (NORM, HEAD), config.text, config.vision),
+    ]
+
+
+def encoder_specs(vision: VisionConfig) -> list[TensorSpec]:
+    """Every tensor of FastViTHD as the checkpoint holds it, the unused ones included."""
+    import torch
+
+    from model_export.reference import FastViTHD
+
+    with torch.device("meta"):
+        state = FastViTHD(vision).state_dict()
+    return [TensorSpec(ENCODER_PREFIX + k, k, tuple(v.shape)) for k, v in state.items()]
+
+
+def is_unused(name: str) -> bool:
+    """Whether an encoder tensor is part of the checkpoint but of no computation."""
+    return name == UNUSED_ENCODER[0] or name.endswith(UNUSED_ENCODER[1])
+
+
+def check_names(found: Mapping[str, tuple[int, ...]], specs: Iterable[TensorSpec]) -> None:
+    """Every spec filled with its shape, every tensor found used.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, extra or of the wrong shape.
+    """
+    expected = {spec.source: spec.shape for spec in specs}
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(
+            f"the checkpoint lacks {missing[0]}{_more(missing)}: expected it for the model that "
+            "config.json describes, get the checkpoint's missing files"
+        )
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(found[name])} where config.json implies {list(shape)}: "
+                "the weights and config.json belong to different models"
+            )
+    known = set(expected) | {HEAD[0]}
+    extra = [n for n in found if n not in known and not n.endswith(UNUSED_SUFFIX)]
+    if extra:
+        near = get_close_matches(extra[0], expected, n=1)
+        hint = f" (nearest known name: {near[0]})" if near else ""
+        raise CheckpointError(
+            f"the checkpoint holds {extra[0]}{_more(extra)}, which is no tensor of the model that "
+            f"config.json describes{hint}: remove it or correct config.json"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _rows(rows: Iterable[Row], text: TextConfig, vision: VisionConfig) -> Iterator[TensorSpec]:
+    sizes = _sizes(text) | {"vision": vision.hidden_size}
+    for source, name, shape in rows:
+        yield TensorSpec(source, name, tuple(sizes[s] for s in shape))
+
+
+def _layer_specs(text: TextConfig) -> Iterator[TensorSpec]:
+    sizes = _sizes(text)
+    for layer in range(text.num_hidden_layers):
+        for name, shape in LAYER:
+            path = f"model.layers.{layer}.{name}"
+            yield TensorSpec(path, f"language_model.{path}", tuple(sizes[s] for s in shape))
+
+
+def _sizes(text: TextConfig) -> dict[str, int]:
+    return {
+        "hidden": text.hidden_size,
+        "intermediate": text.intermediate_size,
+        "kv": text.num_key_value_heads * text.head_dim,
+        "vocab": text.vocab_size,
+    }
