@@ -17,7 +17,7 @@ IMAGE_TOKEN = "<image>"
 # llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+_KINDS: dict[str, Any] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class TextConfig:
                 raise ConfigError(
                     f"config.json: {field.name} is {value!r}, expected {field.type}: correct it"
                 )
-            if bool not in kind and value <= 0:
+            if bool not in kind and not value > 0:
                 raise ConfigError(
                     f"config.json: {field.name} is {value!r}, expected more than zero: correct it"
                 )

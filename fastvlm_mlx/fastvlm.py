@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class FastVLM:
         projected = self.model.project(mx.array(features))
         mx.eval(projected)
         clock.append(time.perf_counter())
-        preprocess_s, encode_s, project_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        preprocess_s, encode_s, project_s = (b - a for a, b in pairwise(clock))
         timings = Timings(
             load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s, project_s=project_s
         )
@@ -215,7 +216,7 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     # tokenizers raises no class of its own.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise BundleError(
             f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
         ) from error

@@ -62,7 +62,8 @@ class Checkpoint:
         """Whether the head is the embedding; from the tensors, config.json is often wrong."""
         if weights.HEAD[0] not in self.tensors:
             return True
-        return bool(mx.array_equal(self.array(weights.HEAD[0]), self.array(weights.EMBEDDING[0])).item())
+        head, embedding = self.array(weights.HEAD[0]), self.array(weights.EMBEDDING[0])
+        return bool(mx.array_equal(head, embedding).item())
 
     @property
     def llm_specs(self) -> list[weights.TensorSpec]:
@@ -132,6 +133,11 @@ class Checkpoint:
     def encoder_parameters(self) -> int:
         specs = weights.encoder_specs(self.config.vision)
         return sum(prod(spec.shape) for spec in specs if not weights.is_unused(spec.name))
+
+    @property
+    def llm_parameters(self) -> int:
+        """The projector's included."""
+        return sum(prod(spec.shape) for spec in self.llm_specs)
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ the source's, and how often both choose the same token.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import inf, log, log10
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 GATE_PIXELS = 2**20
 MAX_SCENES = 8
 DECIDED_NATS = log(2)
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -238,32 +236,37 @@ def answer_gates(
 
 
 def verify(
-    path: Path, checkpoint_path: Path | None, options: ExportOptions | None, progress: Progress
+    path: Path,
+    checkpoint_path: Path | None,
+    limits: Mapping[str, Any],
+    progress: Callable[[str, float | None], None],
 ) -> tuple[Bundle, list[Gate]]:
     """Repeat on a bundle what its export checked: files, layout, and with its checkpoint the gates.
 
     Args:
-        options: limits to judge by; the manifest's where None.
+        limits: fields of `ExportOptions` to judge by in place of the manifest's, where not None.
 
     Raises:
         BundleError: a file changed, or the layout's rules are broken.
     """
     bundle = Bundle.open(path)
-    progress("hashing")
+    progress("check files", None)
     bundle.check_files()
-    progress("layout")
+    progress("check layout", None)
     layouts.check_app(bundle, describe(bundle.package))
-    options = options or recorded_options(bundle)
+    options = replace(
+        recorded_options(bundle), **{k: v for k, v in limits.items() if v is not None}
+    )
     if checkpoint_path is None:
-        progress("encoder")
-        return bundle, [_standalone(bundle)]
+        progress("check encoder", None)
+        return bundle, [_overflow(bundle)]
     checkpoint = Checkpoint(checkpoint_path)
     pictures = gate_pictures(checkpoint.config.vision)
-    progress("reference encoder")
+    progress("reference encoder", None)
     references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
-    progress("encoder")
+    progress("check encoder", None)
     gates, features = encoder_gates(bundle.package, references, options)
-    progress("answers")
+    progress("check answers", None)
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
@@ -287,7 +290,7 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
     )
 
 
-def _standalone(bundle: Bundle) -> Gate:
+def _overflow(bundle: Bundle) -> Gate:
     """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
     encoder = MLProgramEncoder(bundle.package)
     magnitude = _Magnitude()

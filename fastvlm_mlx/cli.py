@@ -1,0 +1,281 @@
+"""`fastvlm`: every verb. What is slow to import is imported by the verb that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastvlm_mlx import __version__
+from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="FastVLM: any checkpoint in, one verified bundle out, the same answers everywhere.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Out = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")]
+MinSnr = Annotated[
+    float | None, typer.Option(help="Floor of the encoder's signal-to-noise ratio, dB.")
+]
+MaxKl = Annotated[float | None, typer.Option(help="Ceiling of the KL divergence, nats.")]
+MinAgreement = Annotated[float | None, typer.Option(help="Floor of the greedy agreement, 0 to 1.")]
+
+
+def main() -> None:
+    """Run a verb; a user's mistake becomes one sentence and exit status 2, Ctrl-C 130."""
+    try:
+        app()
+    except FastVLMError as error:
+        _fail(str(error), error.exit_status)
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except SystemExit as leaving:
+        if leaving.code == 130:
+            print("interrupted: nothing was left behind", file=sys.stderr)
+        raise
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastvlm-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A FastVLM checkpoint's directory.")],
+    out: Annotated[Path, typer.Argument(help="Where the bundle appears.")],
+    llm_bits: Annotated[
+        int, typer.Option(help="Bits of the LLM's weights: 2, 3, 4, 5, 6, 8; 16 leaves them.")
+    ] = 8,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
+    ] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="Type of what is not quantized: float16, bfloat16 or float32.")
+    ] = "float16",
+    encoder_precision: Annotated[
+        str, typer.Option(help="What the Core ML encoder computes in: fp16 or fp32.")
+    ] = "fp16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    allow_failed_gates: Annotated[
+        bool, typer.Option("--allow-failed-gates", help="Keep a bundle that fails its check.")
+    ] = False,
+    min_snr_db: MinSnr = None,
+    max_kl_nats: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into a verified bundle for the app, a Mac and Linux."""
+    with _needs_export_extra():
+        from model_export.options import ExportOptions
+        from model_export.pipeline import export as run
+
+    from fastvlm_mlx import report
+
+    options = ExportOptions(
+        llm_bits=llm_bits,
+        group_size=group_size,
+        dtype=dtype,  # type: ignore[arg-type]
+        encoder_precision=encoder_precision,  # type: ignore[arg-type]
+        overwrite=overwrite,
+        allow_failed_gates=allow_failed_gates,
+        min_snr_db=min_snr_db,
+        max_kl_nats=max_kl_nats,
+        min_agreement=min_agreement,
+    )
+    with report.stages() as progress:
+        result = run(checkpoint, out, options, progress)
+    if as_json:
+        _print_json({"bundle": str(out), **result.manifest})
+    else:
+        report.print_bundle(report.inspect_bundle(out))
+
+
+@app.command()
+def generate(
+    bundle: Out,
+    image: Annotated[str, typer.Option(help="A picture's path, or - for standard input.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; give several for one picture.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0: all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample above this share of the likeliest's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes recent tokens less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    compute_units: Annotated[
+        str, typer.Option(help="Where Core ML runs, on macOS: all, cpu, gpu or ne.")
+    ] = "all",
+    crop: Annotated[
+        bool, typer.Option("--crop", help="Crop to the centre as the demo app does.")
+    ] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Largest picture that is read, in pixels.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one or several questions about a picture."""
+    from fastvlm_mlx import report
+    from fastvlm_mlx.fastvlm import load
+    from fastvlm_mlx.generate import SamplingOptions
+    from fastvlm_mlx.image import DEFAULT_MAX_PIXELS, load_image
+
+    options = SamplingOptions(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
+    if limit < 1:
+        raise OptionError(f"--max-pixels is {limit}: expected 1 or more")
+    picture = load_image(_stdin_bytes() if image == "-" else image, max_pixels=limit)
+    model = load(bundle, compute_units=compute_units, crop=crop)
+    answers = []
+    for generation in model.ask(picture, prompt, options):
+        for piece in generation:
+            if not as_json:
+                print(piece, end="", flush=True)
+        answers.append(generation.result)
+        if not as_json:
+            print(flush=True)
+            print(report.timing_line(generation.result), file=sys.stderr)
+    if as_json:
+        _print_json(
+            {
+                "model": str(bundle),
+                "image": image,
+                "answers": [answer.to_dict() for answer in answers],
+                "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
+            }
+        )
+
+
+@app.command()
+def verify(
+    bundle: Out,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The checkpoint it was made from: compares both.")
+    ] = None,
+    min_snr_db: MinSnr = None,
+    max_kl_nats: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    as_json: Json = False,
+) -> None:
+    """Repeat a bundle's checks: files, layout, and with its checkpoint the numeric gates."""
+    with _needs_export_extra():
+        from model_export.verify import verify as run
+
+    from fastvlm_mlx import report
+
+    limits = {
+        "min_snr_db": min_snr_db,
+        "max_kl_nats": max_kl_nats,
+        "min_agreement": min_agreement,
+    }
+    with report.stages() as progress:
+        _, gates = run(bundle, checkpoint, limits, progress)
+    failed = [gate for gate in gates if not gate.passed]
+    if as_json:
+        _print_json(
+            {
+                "bundle": str(bundle),
+                "gates": [gate.to_dict() for gate in gates],
+                "passed": not failed,
+            }
+        )
+    else:
+        report.print_gates([gate.to_dict() for gate in gates])
+        if checkpoint is None:
+            report.note("give --checkpoint to compare features and answers with the source")
+    if failed:
+        raise GateError("; ".join(gate.sentence() for gate in failed) + ": export again")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle's or a checkpoint's directory.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a bundle or a checkpoint is: sizes, precision, resolution, gates, licence."""
+    from fastvlm_mlx import report
+
+    facts = report.inspect(path)
+    if as_json:
+        _print_json(facts)
+    else:
+        report.print_bundle(facts)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where everything is put.")] = Path(
+        "fastvlm-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Which scene is drawn.")] = 7,
+    llm_bits: Annotated[int, typer.Option(help="As for export.")] = 4,
+) -> None:
+    """Export the checkpoint that ships with the package, verify it, draw a scene and ask."""
+    with _needs_export_extra():
+        from model_export.demo.run import run_demo
+
+    run_demo(directory, seed=seed, llm_bits=llm_bits)
+
+
+@contextmanager
+def _needs_export_extra() -> Iterator[None]:
+    """Turns a missing package of the `export` extra into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"this needs {error.name}, which is not installed: run "
+            'pip install "fastvlm-mlx[export]"'
+        ) from error
+
+
+def _stdin_bytes() -> bytes:
+    if sys.stdin.isatty():
+        raise ImageError("--image - reads a picture from standard input, which is a terminal")
+    return sys.stdin.buffer.read()
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))

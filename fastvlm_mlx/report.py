@@ -1,0 +1,227 @@
+"""What the command line shows of a bundle, a checkpoint and an answer; progress on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.generate import GenerationResult
+from fastvlm_mlx.vision.package import describe
+
+_stderr = Console(stderr=True)
+_stdout = Console()
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, float | None], None]]:
+    """A progress callback for long work: a bar on a terminal, a line for each stage elsewhere."""
+    if not _stderr.is_terminal:
+        yield _lines()
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr) as progress:
+        current: tuple[str, Any] = ("", None)
+
+        def show(stage: str, done: float | None) -> None:
+            nonlocal current
+            if stage != current[0]:
+                if current[1] is not None:
+                    progress.update(current[1], total=1, completed=1)
+                current = (stage, progress.add_task(stage, total=None if done is None else 1))
+            if done is not None:
+                progress.update(current[1], completed=done)
+
+        yield show
+        if current[1] is not None:
+            progress.update(current[1], total=1, completed=1)
+
+
+def _lines() -> Callable[[str, float | None], None]:
+    last = ""
+    started = time.perf_counter()
+
+    def show(stage: str, done: float | None) -> None:
+        nonlocal last
+        if stage != last:
+            last = stage
+            note(f"{time.perf_counter() - started:6.1f} s  {stage}")
+
+    return show
+
+
+def note(text: str) -> None:
+    _stderr.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def timing_line(result: GenerationResult) -> str:
+    """One line: counts, seconds of each stage, speed, memory."""
+    t = result.timings
+    return (
+        f"{result.image_tokens} image + {result.prompt_tokens - result.image_tokens} text tokens | "
+        f"load {t.load_s:.2f} s | preprocess {t.preprocess_s:.3f} | encode {t.encode_s:.3f} | "
+        f"project {t.project_s:.3f} | prefill {t.prefill_s:.3f} | TTFT {t.ttft_s:.3f} s | "
+        f"{result.generation_tokens} tokens in {t.decode_s:.3f} s ({t.tokens_per_s:.1f}/s) | "
+        f"peak {result.peak_memory_bytes / 1e9:.2f} GB"
+    )
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What is at `path`: a bundle's facts or a checkpoint's.
+
+    Raises:
+        BundleError, CheckpointError, ConfigError: it is neither, or can't be read.
+    """
+    if (
+        path.is_dir()
+        and not any(path.glob("*.mlpackage"))
+        and not (path / "manifest.json").exists()
+    ):
+        return inspect_checkpoint(path)
+    return inspect_bundle(path)
+
+
+def inspect_bundle(path: Path) -> dict[str, Any]:
+    """Sizes by part, bits per weight, encoder, gates, licence. From the files, not the manifest."""
+    bundle = Bundle.open(path)
+    info = describe(bundle.package)
+    vision, manifest = bundle.config.vision, bundle.manifest or {}
+    shapes = info.outputs[0].shape
+    sizes = _llm_sizes(bundle)
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "source": manifest.get("source", {}).get("name"),
+        "license": manifest.get("source", {}).get("license") or info.license or None,
+        "encoder": {
+            "package": bundle.package.name,
+            "precision": info.precision,
+            "image_size": info.inputs[0].shape[-1] if info.inputs[0].shape else vision.image_size,
+            "tokens_per_image": shapes[1] if len(shapes) == 3 else vision.num_tokens,
+            "channels": vision.hidden_size,
+            "deployment_target": info.deployment_target,
+            "bytes": info.bytes,
+        },
+        "llm": {
+            "bits": (bundle.config.quantization or {}).get("bits", 16),
+            "group_size": (bundle.config.quantization or {}).get("group_size"),
+            "dtype": bundle.config.dtype,
+            "layers": bundle.config.text.num_hidden_layers,
+            "hidden_size": bundle.config.text.hidden_size,
+            **sizes,
+        },
+        "total_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "image_aspect_ratio": bundle.config.image_aspect_ratio,
+        "fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072),
+        "gates": manifest.get("gates"),
+        "gates_passed": manifest.get("gates_passed"),
+    }
+
+
+def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
+    """Bytes by part, and bits per weight of the parameters that they stand for."""
+    import mlx.core as mx
+
+    parts: Counter[str] = Counter()
+    parameters = 0
+    bits = (bundle.config.quantization or {}).get("bits")
+    for file in bundle.weight_files:
+        tensors = mx.load(str(file))
+        for name, array in tensors.items():  # type: ignore[union-attr]
+            parts[_part(name)] += array.nbytes
+            stem, _, kind = name.rpartition(".")
+            if f"{stem}.scales" not in tensors:
+                parameters += array.size
+            elif kind == "weight":
+                parameters += array.size * 32 // bits if bits else 0
+    total = sum(parts.values())
+    return {
+        "parameters": parameters,
+        "bytes": total,
+        "bits_per_weight": round(8 * total / parameters, 3),
+        "bytes_by_part": dict(sorted(parts.items())),
+    }
+
+
+def _part(name: str) -> str:
+    for part in ("multi_modal_projector", "embed_tokens", "lm_head"):
+        if part in name:
+            return part
+    return "layers" if ".layers." in name else "other"
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's facts, from its headers; nothing is read but the head, if it has one."""
+    from model_export.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(path)
+    config = checkpoint.config
+    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "source": checkpoint.name,
+        "license": checkpoint.license,
+        "encoder": {
+            "parameters": checkpoint.encoder_parameters,
+            "image_size": config.vision.image_size,
+            "tokens_per_image": config.vision.num_tokens,
+            "channels": config.vision.hidden_size,
+        },
+        "llm": {
+            "parameters": checkpoint.llm_parameters,
+            "layers": config.text.num_hidden_layers,
+            "hidden_size": config.text.hidden_size,
+            "vocab_size": config.text.vocab_size,
+            "tie_word_embeddings": checkpoint.tied,
+        },
+        "dtypes": dict(dtypes),
+        "files": len(checkpoint.weight_files),
+        "total_bytes": sum(file.stat().st_size for file in checkpoint.weight_files),
+        "image_aspect_ratio": config.image_aspect_ratio,
+    }
+
+
+def print_bundle(facts: dict[str, Any]) -> None:
+    """Facts of `inspect` as a table, nested ones with their group's name."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        if key == "gates":
+            continue
+        if isinstance(value, dict):
+            for inner, entry in value.items():
+                if isinstance(entry, dict):
+                    entry = ", ".join(f"{k} {_shown('bytes', v)}" for k, v in entry.items())
+                table.add_row(f"{key} {inner}".replace("_", " "), _shown(inner, entry))
+        else:
+            table.add_row(key.replace("_", " "), _shown(key, value))
+    _stdout.print(table, soft_wrap=True)
+    if facts.get("gates"):
+        print_gates(facts["gates"])
+
+
+def print_gates(gates: list[dict[str, Any]]) -> None:
+    table = Table("gate", "measured", "limit", "", box=None, pad_edge=False)
+    for gate in gates:
+        value = "no error" if gate["value"] is None else f"{gate['value']:.4g} {gate['unit']}"
+        limit = f"{'≥' if gate['at_least'] else '≤'} {gate['limit']:g} {gate['unit']}"
+        table.add_row(gate["name"], value, limit, "passed" if gate["passed"] else "FAILED")
+    _stdout.print(table)
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("bytes"):
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:,}" if isinstance(value, int) else str(value)

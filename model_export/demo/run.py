@@ -1,0 +1,49 @@
+"""`fastvlm demo`: the whole path on the checkpoint that ships with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from fastvlm_mlx import report
+from fastvlm_mlx.bundle import MANIFEST
+from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.fastvlm import load
+from fastvlm_mlx.generate import SamplingOptions
+from model_export.demo import scenes
+from model_export.options import ExportOptions
+from model_export.pipeline import export
+from model_export.verify import verify
+
+
+def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
+    """Export, verify, draw, ask; everything in `directory`, which is named at the end.
+
+    Raises:
+        DestinationError: `directory` holds something that the demo did not make.
+    """
+    bundle, picture = directory / "bundle", directory / "scene.png"
+    if directory.exists() and not (bundle / MANIFEST).is_file():
+        raise DestinationError(
+            f"{directory} exists and is not an earlier demo's: name another directory"
+        )
+    options = ExportOptions(llm_bits=llm_bits, overwrite=True)
+    shipped = files("model_export.demo") / "checkpoint"
+    with as_file(shipped) as checkpoint, report.stages() as progress:
+        export(checkpoint, bundle, options, progress)
+        _, gates = verify(bundle, checkpoint, {}, progress)
+    report.print_gates([gate.to_dict() for gate in gates])
+    scene = scenes.generate(seed, held_out=True)
+    scene.draw(512).save(picture)
+    model = load(bundle)
+    questions = scene.questions(seed)
+    right = 0
+    generations = model.ask(picture, [q.prompt for q in questions], SamplingOptions())
+    for question, generation in zip(questions, generations, strict=True):
+        answer = generation.result
+        correct = scenes.is_right(question, answer.text)
+        right += correct
+        print(f"\nQ: {question.prompt}\nA: {answer.text}", end="")
+        print("" if correct else f"   (expected: {question.answer})")
+        report.note(report.timing_line(answer))
+    print(f"\n{right} of {len(questions)} answers right. Bundle, scene and gates: {directory}/")
