@@ -259,8 +259,13 @@ class _Source:
                 "complete checkpoint"
             )
         self._unused.discard(name)
-        # A copy, so that folding never writes to what the caller (or a mapped file) holds.
-        return self._tensors[name].detach().to("cpu", torch.float32, copy=True).contiguous()
+        # A copy, so that folding never writes to what the caller (or a mapped file) holds; in rows,
+        # because torch.export refuses a channels-last weight.
+        return (
+            self._tensors[name]
+            .detach()
+            .to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+        )
 
     def finish(self) -> None:
         # BatchNorm's step counter is the one tensor that carries no weight.
