@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.errors import ConfigError, ImageError
+from fastvlm_mlx.resample import reached, resample, support
 
 # PIL's own ceiling: 2 GiB of RGB as it is held in memory, a quarter of that.
 DEFAULT_MAX_PIXELS = 178_956_970
@@ -318,104 +319,40 @@ class ImageProcessor:
         square = Image.new("RGB", (size, size), background)
         short = min(width, height)
         offset = (side - short) // 2
-        first, last = _outputs(offset, offset + short, side, size)
+        first, last = reached(offset, offset + short, side, size)
         if width > height:
             image = image.resize((size, height), _BICUBIC)
-            image = _resample(image, 0, offset, side, size, first, last, background)
+            image = resample(image, 0, offset, side, size, first, last, background)
             square.paste(image, (0, first))
         else:
-            image = _resample(image, 1, offset, side, size, first, last, background)
+            image = resample(image, 1, offset, side, size, first, last, background)
             square.paste(image.resize((last - first, size), _BICUBIC), (first, 0))
         return square
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """Resize the shortest edge and crop the centre.
+        """Resize the shortest edge, crop the centre.
 
-        Beyond `_EXTREME` only the part that the crop keeps is resized: a picture one pixel wide
-        would grow to S times its length first.
+        Of a long and narrow picture only what the crop keeps is resized: one pixel wide, it
+        would first grow to S times its length. PIL's passes are then across and down, as below;
+        for shrinking ones the order varies with PIL's version and is left to PIL.
         """
         width, height = image.size
         short, long, size = min(width, height), max(width, height), self.size
         resized = int(size * long / short)
         first = (resized - size) // 2
         last = first + size
-        if long <= _EXTREME * short:
+        if short >= size or long <= _EXTREME * short:
             shape = (resized, size) if width > height else (size, resized)
             box = (first, 0, last, size) if width > height else (0, first, size, last)
             return image.resize(shape, _BICUBIC).crop(box)
-        low, high, _ = _coefficients(long, resized, np.array([first, last - 1]))
+        low, high = support(long, resized, np.array([first, last - 1]))
         start, stop = int(low[0]), int(high[1])
         if width > height:
             image = image.crop((start, 0, stop, height))
-            image = _resample(image, 1, start, width, resized, first, last, (0, 0, 0))
+            image = resample(image, 1, start, width, resized, first, last, (0, 0, 0))
             return image.resize((size, size), _BICUBIC)
         image = image.crop((0, start, width, stop)).resize((size, stop - start), _BICUBIC)
-        return _resample(image, 0, start, height, resized, first, last, (0, 0, 0))
-
-
-def _coefficients(
-    length: int, resized: int, outputs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PIL's bicubic (libImaging/Resample.c, precompute_coeffs) for some of its output pixels.
-
-    Returns:
-        For each output the first input and the one past the last, int64 [m], and the weights
-        of the inputs between, zeros after, in units of 2⁻²², float64 [m, k].
-    """
-    scale = length / resized
-    stretch = max(scale, 1.0)
-    support = 2.0 * stretch
-    centre = (outputs + 0.5) * scale
-    low = np.maximum((centre - support + 0.5).astype(np.int64), 0)
-    high = np.minimum((centre + support + 0.5).astype(np.int64), length)
-    index = low[:, None] + np.arange(int((high - low).max()))
-    x = np.abs((index - centre[:, None] + 0.5) / stretch)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * -0.5
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0)) * (index < high[:, None])
-    weights /= weights.sum(1, keepdims=True)
-    return low, high, np.trunc(weights * 2**22 + np.copysign(0.5, weights))
-
-
-def _outputs(first: int, last: int, length: int, resized: int) -> tuple[int, int]:
-    """The outputs of a resize that inputs first…last-1 have a part in: first, one past the last."""
-    low, high, _ = _coefficients(length, resized, np.arange(resized))
-    reached = np.flatnonzero((high > first) & (low < last))
-    return int(reached[0]), int(reached[-1]) + 1
-
-
-def _resample(
-    image: Image.Image,
-    axis: int,
-    offset: int,
-    length: int,
-    resized: int,
-    first: int,
-    last: int,
-    background: tuple[int, ...],
-) -> Image.Image:
-    """One pass of PIL's bicubic, bit for bit, for outputs first…last-1 of `resized`.
-
-    Along `axis` (0 down, 1 across) `image` is inputs offset… of `length`, the others are
-    `background`. Exact, since all products and sums are integers below 2⁵³.
-    """
-    pixels = np.moveaxis(np.asarray(image), axis, 0)
-    low, high, weights = _coefficients(length, resized, np.arange(first, last))
-    matrix = np.zeros((last - first, len(pixels)))
-    for row, start, stop, weight in zip(matrix, low, high, weights, strict=True):
-        inside = slice(max(start, offset), min(stop, offset + len(pixels)))
-        row[inside.start - offset : inside.stop - offset] = weight[
-            inside.start - start : inside.stop - start
-        ]
-    outside = (weights.sum(1) - matrix.sum(1))[:, None] * np.array(background)
-    result = np.empty((last - first, *pixels.shape[1:]), np.uint8)
-    step = max(1, _STRIP_PIXELS // len(pixels))
-    for at in range(0, pixels.shape[1], step):
-        part = pixels[:, at : at + step]
-        sums = matrix @ part.reshape(len(pixels), -1).astype(np.float64)
-        sums = sums.reshape(len(matrix), -1, 3) + outside[:, None]
-        result[:, at : at + step] = np.clip(np.floor((sums + 2**21) / 2**22), 0, 255)
-    return Image.fromarray(np.ascontiguousarray(np.moveaxis(result, 0, axis)))
+        return resample(image, 0, start, height, resized, first, last, (0, 0, 0))
 
 
 def _edge(value: Any, key: str) -> int:
