@@ -7,7 +7,10 @@ Key names are those of Apple's `config.json` (`model_type` `llava_qwen2`) and of
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from math import inf
+from types import NoneType
 from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
@@ -17,7 +20,43 @@ IMAGE_TOKEN = "<image>"
 # llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
-_KINDS: dict[str, Any] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as tuples; a kernel given as [k, k], as mlx-vlm writes it, as k."""
+    if isinstance(value, list):
+        square = [v[0] if isinstance(v, list) and len({*v}) == 1 else v for v in value]
+        return tuple(square)
+    return value
+
+
+def _number(value: Any, *kinds: type) -> bool:
+    # bool is an int to isinstance; NaN and infinity are floats.
+    return type(value) in kinds and 0 < value < inf
+
+
+def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(map(fits, value))
+
+
+# What a JSON value must be for each type of field.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda v: _number(v, int),
+    "float": lambda v: _number(v, int, float),
+    "bool": lambda v: isinstance(v, bool),
+    "tuple[int, ...]": lambda v: _all(v, lambda x: _number(x, int)),
+    "tuple[float, ...]": lambda v: _all(v, lambda x: _number(x, int, float)),
+    "tuple[str, ...]": lambda v: _all(v, lambda x: isinstance(x, str)),
+    "tuple[int | None, ...]": lambda v: _all(v, lambda x: x is None or _number(x, int)),
+}
+
+_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
+    "image_aspect_ratio": (str,),
+    "image_token_index": (int,),
+    "torch_dtype": (str,),
+    "dtype": (str,),
+    "quantization": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -88,20 +127,19 @@ class VisionConfig:
         Raises:
             ConfigError: a value of the wrong kind, or one that contradicts another.
         """
+        if not isinstance(data, dict):
+            raise ConfigError(f"vision_config is {data!r}: expected a JSON object")
         known: dict[str, Any] = {}
         for field in fields(cls):
             if field.name in data:
-                value = data[field.name]
-                known[field.name] = tuple(value) if isinstance(value, list) else value
-        shapes = known.get("pos_embs_shapes")
-        if shapes is not None:
-            known["pos_embs_shapes"] = tuple(
-                s[0] if isinstance(s, list | tuple) else s for s in shapes
-            )
-        try:
-            config = cls(**known)
-        except TypeError as error:
-            raise ConfigError(f"vision_config can't be read: {error}") from error
+                value = _frozen(data[field.name])
+                if not _FITS[str(field.type)](value):
+                    raise ConfigError(
+                        f"vision_config.{field.name} is {data[field.name]!r}, expected "
+                        f"{field.type}, more than zero: correct it"
+                    )
+                known[field.name] = value
+        config = cls(**known)
         hidden = data.get("hidden_size")
         if hidden is not None and hidden not in (config.hidden_size, 1024):
             # mlx-vlm's default of 1024 stands in bundles of MobileCLIP-L and means nothing.
@@ -114,7 +152,7 @@ class VisionConfig:
     @classmethod
     def from_tower_name(cls, name: str) -> VisionConfig:
         """`mobileclip_l_1024` → MobileCLIP-L at 1024×1024, as the reference reads the name."""
-        match = re.fullmatch(r"(?:.*/)?mobileclip_l_(\d+)", name)
+        match = re.fullmatch(r"(?:.*/)?mobileclip_l_(\d+)", str(name))
         if not match:
             raise ConfigError(
                 f"mm_vision_tower is {name!r}: expected mobileclip_l_SIZE (FastViTHD), or a "
@@ -160,19 +198,18 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TextConfig:
-        """Read Qwen2's keys, at the top level or below `text_config`.
+        """Read Qwen2's keys, from the top level.
 
         Raises:
             ConfigError: a key is missing or is not a number, or RoPE is scaled.
         """
-        data = {**data, **data.get("text_config", {})}
-        rope = data.get("rope_parameters") or {}
-        if "rope_theta" not in data and "rope_theta" in rope:
-            data["rope_theta"] = rope["rope_theta"]
-        scaling = data.get("rope_scaling") or (
-            rope if rope.get("rope_type", "default") != "default" else None
-        )
-        if scaling:
+        rope = data.get("rope_parameters")
+        if isinstance(rope, dict):
+            # transformers 5 writes RoPE's settings here.
+            data = {"rope_theta": rope.get("rope_theta"), **data}
+            if rope.get("rope_type", "default") != "default":
+                data = {**data, "rope_scaling": rope}
+        if scaling := data.get("rope_scaling"):
             raise ConfigError(
                 f"config.json scales RoPE ({scaling}): FastVLM's Qwen2 does not, remove "
                 "rope_scaling"
@@ -182,14 +219,10 @@ class TextConfig:
             value: Any = data.get(field.name)
             if value is None:
                 continue
-            kind = _KINDS[str(field.type)]
-            if not isinstance(value, kind) or (bool not in kind and isinstance(value, bool)):
+            if not _FITS[str(field.type)](value):
                 raise ConfigError(
-                    f"config.json: {field.name} is {value!r}, expected {field.type}: correct it"
-                )
-            if bool not in kind and not value > 0:
-                raise ConfigError(
-                    f"config.json: {field.name} is {value!r}, expected more than zero: correct it"
+                    f"config.json: {field.name} is {value!r}, expected {field.type}, "
+                    "more than zero: correct it"
                 )
             known[field.name] = value
         known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
@@ -243,13 +276,21 @@ class FastVLMConfig:
             vision = VisionConfig()
         projector = data.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
-            raise ConfigError(
-                f"mm_projector_type is {projector!r}: expected mlp2x_gelu, FastVLM's"
-            )
+            raise ConfigError(f"mm_projector_type is {projector!r}: expected mlp2x_gelu, FastVLM's")
         if data.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
             raise ConfigError(
                 f"mm_hidden_size is {data['mm_hidden_size']} but the encoder makes "
                 f"{vision.hidden_size} channels: correct config.json"
+            )
+        for key, kinds in _CONFIG_KINDS.items():
+            if not isinstance(data.get(key), (*kinds, NoneType)):
+                raise ConfigError(
+                    f"config.json: {key} is {data[key]!r}, expected {kinds[0].__name__}: correct it"
+                )
+        quantization = data.get("quantization")
+        if quantization is not None and not {"bits", "group_size"} <= quantization.keys():
+            raise ConfigError(
+                f"config.json: quantization is {quantization}, expected group_size and bits"
             )
         return cls(
             text=TextConfig.from_dict(data),
@@ -257,5 +298,5 @@ class FastVLMConfig:
             image_aspect_ratio=data.get("image_aspect_ratio"),
             image_token_index=data.get("image_token_index", REFERENCE_IMAGE_TOKEN_INDEX),
             dtype=data.get("torch_dtype") or data.get("dtype") or "float16",
-            quantization=data.get("quantization"),
+            quantization=quantization,
         )

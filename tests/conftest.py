@@ -1,0 +1,63 @@
+"""What many tests stand on: the demo checkpoint that ships, its bundle, and damaged copies of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_export.options import ExportOptions
+from model_export.pipeline import export
+
+DEMO = Path(__file__).parent.parent / "model_export" / "demo" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint exported as most will: fp16 encoder, 4-bit LLM. Not to be written to."""
+    out = tmp_path_factory.mktemp("export") / "bundle"
+    export(DEMO, out, ExportOptions(llm_bits=4))
+    return out
+
+
+@pytest.fixture
+def bundle_copy(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def edit_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the demo checkpoint with its config or its tensors changed in place."""
+
+    def edit(
+        *,
+        config: Callable[[dict[str, Any]], None] | None = None,
+        tensors: Callable[[dict[str, Any]], None] | None = None,
+        name: str = "checkpoint",
+    ) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        path = Path(shutil.copytree(DEMO, tmp_path / name))
+        if config is not None:
+            data = json.loads((path / "config.json").read_text())
+            config(data)
+            (path / "config.json").write_text(json.dumps(data))
+        if tensors is not None:
+            state = {k: v.clone() for k, v in load_file(path / "model.safetensors").items()}
+            # Values that bfloat16 can't hold are put in by the tests.
+            state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+            tensors(state)
+            save_file({k: v.contiguous() for k, v in state.items()}, path / "model.safetensors")
+        return path
+
+    return edit

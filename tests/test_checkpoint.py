@@ -1,0 +1,261 @@
+"""Reading a checkpoint: what is found, what is decided, and what is refused with which words."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fastvlm_mlx.config import FastVLMConfig, TextConfig, VisionConfig
+from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
+from model_export.checkpoint import Checkpoint
+from model_export.tokenizer import export_tokenizer
+
+
+def test_the_demo_checkpoint_is_apple_s_layout(demo_checkpoint):
+    checkpoint = Checkpoint(demo_checkpoint)
+    stored = load_file(demo_checkpoint / "model.safetensors")
+    assert set(checkpoint.tensors) == set(stored)
+    assert checkpoint.tied
+    assert checkpoint.config.image_aspect_ratio == "pad"
+    for name, tensor in stored.items():
+        assert torch.equal(checkpoint.tensor(name), tensor.float())
+    state = checkpoint.encoder_state()
+    assert len(state) == sum("vision_tower" in name for name in stored)
+
+
+def test_several_files_with_an_index_read_as_one(edit_checkpoint, demo_checkpoint):
+    path = edit_checkpoint()
+    state = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(state)
+    weight_map = {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        part = {name: state[name] for name in names[i::3]}
+        save_file(part, path / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    checkpoint = Checkpoint(path)
+    whole = Checkpoint(demo_checkpoint)
+    assert len(checkpoint.weight_files) == 3
+    for name in names:
+        assert torch.equal(checkpoint.tensor(name), whole.tensor(name))
+    (path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype_reads_the_same_numbers(edit_checkpoint, demo_checkpoint, dtype):
+    path = edit_checkpoint()
+    state = load_file(path / "model.safetensors")
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    save_file(state, path / "model.safetensors")
+    checkpoint = Checkpoint(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(checkpoint.tensor(name), state[name].float())
+
+
+class TestTies:
+    """`tie_word_embeddings` of config.json is not believed."""
+
+    def test_a_redundant_head_is_tied(self, edit_checkpoint):
+        def add_head(tensors):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+        path = edit_checkpoint(
+            tensors=add_head, config=lambda c: c.update(tie_word_embeddings=False)
+        )
+        checkpoint = Checkpoint(path)
+        assert checkpoint.tied
+        assert "language_model.lm_head.weight" not in {s.name for s in checkpoint.llm_specs}
+
+    def test_a_head_of_its_own_is_not(self, edit_checkpoint):
+        def add_head(tensors):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.01
+
+        path = edit_checkpoint(
+            tensors=add_head, config=lambda c: c.update(tie_word_embeddings=True)
+        )
+        checkpoint = Checkpoint(path)
+        assert not checkpoint.tied
+        assert "language_model.lm_head.weight" in {s.name for s in checkpoint.llm_specs}
+
+
+class TestRefused:
+    def test_a_path_that_does_not_exist(self, tmp_path):
+        with pytest.raises(CheckpointError, match="does not exist: expected a checkpoint"):
+            Checkpoint(tmp_path / "nothing")
+
+    def test_a_file(self, demo_checkpoint):
+        with pytest.raises(CheckpointError, match="is a file: expected the directory"):
+            Checkpoint(demo_checkpoint / "model.safetensors")
+
+    def test_a_directory_that_is_no_checkpoint(self, tmp_path):
+        with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+            Checkpoint(tmp_path)
+
+    def test_another_architecture_is_named(self, edit_checkpoint):
+        path = edit_checkpoint(
+            config=lambda c: c.update(model_type="qwen2_vl", architectures=["Qwen2VLForX"])
+        )
+        with pytest.raises(CheckpointError, match=r"model_type 'qwen2_vl' \(Qwen2VLForX\)"):
+            Checkpoint(path)
+
+    def test_a_config_that_is_not_json(self, edit_checkpoint):
+        path = edit_checkpoint()
+        (path / "config.json").write_text('{"model_type": ')
+        with pytest.raises(CheckpointError, match="can't be read as JSON"):
+            Checkpoint(path)
+
+    def test_no_weights(self, edit_checkpoint):
+        path = edit_checkpoint()
+        (path / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="holds no weights"):
+            Checkpoint(path)
+
+    @settings(
+        max_examples=25,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(share=st.floats(0, 0.9999))
+    def test_a_truncated_file(self, demo_checkpoint, tmp_path, share):
+        path = tmp_path / "cut"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(demo_checkpoint, path)
+        data = (demo_checkpoint / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(CheckpointError, match=r"is not a whole safetensors file.*download"):
+            Checkpoint(path)
+
+    def test_an_index_that_points_elsewhere(self, edit_checkpoint):
+        path = edit_checkpoint()
+        index = path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+        with pytest.raises(CheckpointError, match="expected files of its own directory"):
+            Checkpoint(path)
+
+    def test_the_same_tensor_twice(self, edit_checkpoint):
+        path = edit_checkpoint()
+        shutil.copyfile(path / "model.safetensors", path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=r"is in both model\.safetensors and other"):
+            Checkpoint(path)
+
+    def test_a_quantized_checkpoint(self, edit_checkpoint):
+        def pack(tensors):
+            name = "model.layers.0.mlp.up_proj.weight"
+            tensors[name] = tensors[name].to(torch.int8)
+
+        with pytest.raises(CheckpointError, match="is stored as I8: expected"):
+            Checkpoint(edit_checkpoint(tensors=pack))
+
+    def test_infinity_in_the_encoder(self, edit_checkpoint):
+        name = "model.vision_tower.vision_tower.model.conv_exp.reparam_conv.bias"
+
+        def spoil(tensors):
+            tensors[name][0] = float("inf")
+
+        checkpoint = Checkpoint(edit_checkpoint(tensors=spoil))
+        with pytest.raises(CheckpointError, match=r"conv_exp\.reparam_conv\.bias holds NaN"):
+            checkpoint.encoder_state()
+
+    def test_no_tokenizer(self, edit_checkpoint):
+        path = edit_checkpoint()
+        (path / "vocab.json").unlink()
+        with pytest.raises(CheckpointError, match="holds no tokenizer"):
+            export_tokenizer(Checkpoint(path))
+
+    def test_a_damaged_tokenizer(self, edit_checkpoint):
+        path = edit_checkpoint()
+        (path / "vocab.json").write_text("[]")
+        with pytest.raises(CheckpointError, match=r"the tokenizer of .* can't be read"):
+            export_tokenizer(Checkpoint(path))
+
+    def test_no_row_left_for_the_image_token(self, edit_checkpoint):
+        def shrink(tensors):
+            rows = len(json.loads(vocabulary.read_text())) + 3
+            tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:rows]
+
+        vocabulary = edit_checkpoint(name="whole") / "vocab.json"
+        rows = len(json.loads(vocabulary.read_text())) + 3
+        path = edit_checkpoint(tensors=shrink, config=lambda c: c.update(vocab_size=rows))
+        with pytest.raises(CheckpointError, match=f"fills all {rows} rows"):
+            export_tokenizer(Checkpoint(path))
+
+
+class TestTokenizer:
+    def test_the_slow_form_becomes_tokenizer_json_with_the_same_ids(self, demo_checkpoint):
+        from transformers import Qwen2Tokenizer
+
+        exported = export_tokenizer(Checkpoint(demo_checkpoint))
+        reference = Qwen2Tokenizer.from_pretrained(str(demo_checkpoint))
+        text = "<|im_start|>user\nWhere is the 42 — 'n' naïve 猫?\r\n  <|im_end|>"
+        assert exported.tokenizer.encode(text).ids == reference.encode(text)
+        assert exported.image_token_id == len(reference)
+        assert exported.config["tokenizer_class"] == "Qwen2Tokenizer"
+
+    def test_one_that_has_tokenizer_json_keeps_its_image_token(self, edit_checkpoint):
+        path = edit_checkpoint()
+        first = export_tokenizer(Checkpoint(path))
+        first.save(path)
+        assert export_tokenizer(Checkpoint(path)).image_token_id == first.image_token_id
+
+
+class TestConfig:
+    def test_the_tower_s_name_holds_the_input_size(self):
+        assert VisionConfig.from_tower_name("mobileclip_l_1024") == VisionConfig()
+        assert VisionConfig.from_tower_name("apple/mobileclip_l_384").num_tokens == 36
+        with pytest.raises(ConfigError, match="mobileclip_l_1000 |multiple of 64"):
+            VisionConfig.from_tower_name("mobileclip_l_1000")
+        with pytest.raises(ConfigError, match="expected mobileclip_l_SIZE"):
+            VisionConfig.from_tower_name("openai/clip-vit-large-patch14")
+
+    def test_what_it_writes_it_reads(self):
+        config = VisionConfig(image_size=256, embed_dims=(16, 32, 64, 128, 256))
+        assert VisionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    def test_scaled_rope_is_refused(self):
+        data = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+        with pytest.raises(ConfigError, match="scales RoPE"):
+            TextConfig.from_dict(data)
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        st.dictionaries(
+            st.sampled_from(
+                [
+                    "model_type",
+                    "hidden_size",
+                    "num_hidden_layers",
+                    "intermediate_size",
+                    "num_attention_heads",
+                    "num_key_value_heads",
+                    "vocab_size",
+                    "vision_config",
+                    "mm_vision_tower",
+                    "mm_hidden_size",
+                    "rope_theta",
+                    "mm_projector_type",
+                ]
+            ),
+            st.one_of(
+                st.none(),
+                st.integers(-5, 5000),
+                st.floats(),
+                st.text(max_size=4),
+                st.just("llava_qwen2"),
+                st.lists(st.integers(), max_size=3),
+            ),
+        )
+    )
+    def test_any_config_is_read_or_refused_in_words(self, data):
+        try:
+            FastVLMConfig.from_dict({"model_type": "llava_qwen2", **data})
+        except FastVLMError as error:
+            assert str(error)

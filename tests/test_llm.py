@@ -1,0 +1,138 @@
+"""Casting, quantizing and streaming: the file that is written is what mlx-lm would compute."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from fastvlm_mlx.errors import CheckpointError, OptionError
+from model_export import llm
+from model_export.checkpoint import Checkpoint, to_torch
+from model_export.options import BITS, GROUP_SIZES, ExportOptions
+from model_export.qwen2 import Matrix
+
+QUANTIZED = [bits for bits in BITS if bits != 16]
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_what_is_written_is_what_mlx_quantizes(demo_checkpoint, tmp_path, bits, group_size):
+    checkpoint = Checkpoint(demo_checkpoint)
+    options = ExportOptions(llm_bits=bits, group_size=group_size)
+    summary = llm.write(checkpoint, options, tmp_path, lambda count: None)
+    written = mx.load(str(tmp_path / "model.safetensors"))
+    assert sum(array.nbytes for array in written.values()) == summary.bytes
+    for spec in checkpoint.llm_specs:
+        source = checkpoint.array(spec.source).astype(mx.float16)
+        if not llm.is_quantized(spec, options):
+            assert mx.array_equal(written[spec.name], source).item()
+            continue
+        stem = spec.name.removesuffix("weight")
+        parts = [written[stem + part] for part in ("weight", "scales", "biases")]
+        for found, expected in zip(
+            parts, mx.quantize(source, group_size=group_size, bits=bits), strict=True
+        ):
+            assert mx.array_equal(found, expected).item()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_unquantized_weights_are_the_source_s(demo_checkpoint, tmp_path, dtype):
+    checkpoint = Checkpoint(demo_checkpoint)
+    options = ExportOptions(llm_bits=16, dtype=dtype)
+    summary = llm.write(checkpoint, options, tmp_path, lambda count: None)
+    assert summary.unquantized == {}
+    assert summary.bits_per_weight == (32 if dtype == "float32" else 16)
+    with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as stream:
+        assert stream.metadata() == {"format": "mlx"}
+        for spec in checkpoint.llm_specs:
+            expected = checkpoint.tensor(spec.source).to(getattr(torch, dtype))
+            assert torch.equal(stream.get_tensor(spec.name), expected)
+
+
+def test_the_projector_stays_in_16_bits_and_the_summary_says_so(demo_checkpoint, tmp_path):
+    checkpoint = Checkpoint(demo_checkpoint)
+    summary = llm.write(checkpoint, ExportOptions(llm_bits=4), tmp_path, lambda count: None)
+    assert set(summary.unquantized) == {
+        "multi_modal_projector.linear_0.weight",
+        "multi_modal_projector.linear_2.weight",
+    }
+    written = mx.load(str(tmp_path / "model.safetensors"))
+    assert not [name for name in written if name.endswith("scales") and "projector" in name]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    bits=st.sampled_from(QUANTIZED),
+    group_size=st.sampled_from(GROUP_SIZES),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_our_unpacking_is_mlx_s(rows, groups, bits, group_size, seed):
+    weight = np.random.default_rng(seed).standard_normal((rows, groups * group_size))
+    parts = mx.quantize(mx.array(weight.astype(np.float32)), group_size=group_size, bits=bits)
+    words, scales, biases = parts
+    matrix = Matrix(to_torch(words.view(mx.uint8)), to_torch(scales), to_torch(biases), bits)
+    expected = np.array(mx.dequantize(*parts, group_size=group_size, bits=bits))
+    np.testing.assert_allclose(matrix.float().numpy(), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(matrix.float(slice(0, 1)), matrix.float()[:1])
+
+
+def test_shards_are_complete_and_indexed(demo_checkpoint, tmp_path, monkeypatch):
+    import json
+
+    monkeypatch.setattr(llm, "SHARD_BYTES", 300_000)
+    checkpoint = Checkpoint(demo_checkpoint)
+    summary = llm.write(checkpoint, ExportOptions(llm_bits=8), tmp_path, lambda count: None)
+    assert len(summary.files) > 2
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    found = {name: file for file in summary.files for name in mx.load(str(tmp_path / file))}
+    assert index["weight_map"] == found
+    assert index["metadata"]["total_size"] == summary.bytes
+
+
+def test_progress_adds_up(demo_checkpoint, tmp_path):
+    checkpoint = Checkpoint(demo_checkpoint)
+    options = ExportOptions(llm_bits=5)
+    counts: list[int] = []
+    llm.write(checkpoint, options, tmp_path, counts.append)
+    assert sum(counts) == llm.total_bytes(checkpoint, options)
+
+
+def test_a_weight_beyond_float16_is_named(edit_checkpoint, tmp_path):
+    def enlarge(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+
+    checkpoint = Checkpoint(edit_checkpoint(tensors=enlarge))
+    with pytest.raises(
+        OptionError, match=r"layers\.1\.mlp\.up_proj\.weight reaches 1e\+06.*bfloat"
+    ):
+        llm.write(checkpoint, ExportOptions(), tmp_path, lambda count: None)
+    llm.write(checkpoint, ExportOptions(dtype="bfloat16"), tmp_path, lambda count: None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named(edit_checkpoint, tmp_path, value):
+    def spoil(tensors):
+        tensors["model.layers.0.self_attn.k_proj.weight"][3, 5] = value
+
+    checkpoint = Checkpoint(edit_checkpoint(tensors=spoil))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj\.weight holds NaN"):
+        llm.write(checkpoint, ExportOptions(dtype="float32"), tmp_path, lambda count: None)
+
+
+def test_a_width_that_the_group_size_does_not_divide_is_refused(edit_checkpoint):
+    checkpoint = Checkpoint(edit_checkpoint())
+    widths = {checkpoint.config.text.hidden_size, checkpoint.config.text.intermediate_size}
+    assert all(width % 128 == 0 for width in widths)
+    from dataclasses import replace
+
+    odd = replace(checkpoint.config, text=replace(checkpoint.config.text, intermediate_size=96))
+    with pytest.raises(
+        OptionError, match="intermediate_size 96.*group size 64: use --group-size 32"
+    ):
+        ExportOptions(group_size=64).check_widths(odd)
+    ExportOptions(llm_bits=16).check_widths(odd)
