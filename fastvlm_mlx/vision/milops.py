@@ -123,6 +123,27 @@ def conv(op: Operation) -> Compute:
     return compute
 
 
+def avg_pool(op: Operation) -> Compute:
+    import torch.nn.functional as F
+
+    op.tensor("x")
+    spatial = op.rank - 2
+    if spatial != 2:
+        raise op.error(f"rank {op.rank}", "4")
+    kernel = op.value("kernel_sizes")
+    stride = op.value("strides", [1] * spatial)
+    pad_type, pad = op.value("pad_type", "valid"), op.value("pad", [0] * 2 * spatial)
+    if pad_type not in ("valid", "custom"):
+        raise op.error(f"pad_type {pad_type!r}", "valid or custom")
+    pad = [0] * 2 * spatial if pad_type == "valid" else pad
+    if pad[0::2] != pad[1::2]:
+        raise op.error(f"pad {pad}", "the same before and after")
+    if op.value("ceil_mode", False):
+        raise op.error("ceil_mode", "sizes rounded down")
+    inside = op.value("exclude_padding_from_average", False)
+    return lambda x: F.avg_pool2d(x, kernel, stride, pad[0::2], False, not inside)
+
+
 def linear(op: Operation) -> Compute:
     import torch.nn.functional as F
 
@@ -324,6 +345,7 @@ def rsqrt(op: Operation) -> Compute:
 
 BUILDERS: dict[str, Callable[[Operation], Compute]] = {
     "conv": conv,
+    "avg_pool": avg_pool,
     "linear": linear,
     "matmul": matmul,
     "layer_norm": layer_norm,

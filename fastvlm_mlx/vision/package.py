@@ -47,7 +47,11 @@ _BLOB_SENTINEL = 0xDEADBEEF
 
 @dataclass(frozen=True)
 class Feature:
-    """One input or output as the package declares it; `shape` is empty where none is fixed."""
+    """One input or output as the package declares it.
+
+    Where it declares no shape of an output, as coremltools does not, `shape` is what the program
+    makes. Empty where none is fixed.
+    """
 
     name: str
     dtype: str
@@ -199,7 +203,7 @@ def describe_spec(spec: Any, package: Path) -> PackageInfo:
     metadata = spec.description.metadata
     return PackageInfo(
         inputs=tuple(_feature(f) for f in spec.description.input),
-        outputs=tuple(_feature(f) for f in spec.description.output),
+        outputs=tuple(_feature(f, _made_shape(spec, f.name)) for f in spec.description.output),
         specification_version=spec.specificationVersion,
         deployment_target=_TARGETS[spec.specificationVersion],
         precision=_precision(spec),
@@ -213,13 +217,22 @@ def describe_spec(spec: Any, package: Path) -> PackageInfo:
     )
 
 
-def _feature(feature: Any) -> Feature:
+def _made_shape(spec: Any, name: str) -> tuple[int, ...]:
+    """The static shape of what the program makes under `name`, or nothing."""
+    for op in operations(spec):
+        for output in op.outputs:
+            if output.name == name:
+                return tuple(d.constant.size for d in output.type.tensorType.dimensions)
+    return ()
+
+
+def _feature(feature: Any, made: tuple[int, ...] = ()) -> Feature:
     kind = feature.type.WhichOneof("Type")
     if kind != "multiArrayType":
         return Feature(feature.name, kind or "none", (), feature.shortDescription)
     array = feature.type.multiArrayType
     dtype = _ARRAY_TYPES.get(array.dataType, f"type {array.dataType}")
-    return Feature(feature.name, dtype, tuple(array.shape), feature.shortDescription)
+    return Feature(feature.name, dtype, tuple(array.shape) or made, feature.shortDescription)
 
 
 def _values(operation: Any) -> Iterator[Any]:
