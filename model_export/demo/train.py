@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,43 +21,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from model_export.demo import scenes
 from model_export.demo import tokenizer as demo_tokenizer
 from model_export.demo.model import DemoModel, make_config, to_pixels
-from model_export.demo.scenes import GRID, Question, Scene, Score, generate, held_out, score
-from model_export.demo.tokenizer import AFTER_IMAGE, BEFORE_IMAGE
+from model_export.demo.packing import answer_loss, collate
+from model_export.demo.rounding import rounded
+from model_export.demo.scenes import Question, Scene, Score, generate, held_out, score
+from model_export.demo.targets import HEADS, cell_targets, word_targets
 from model_export.reference import FastViTHD, Reparam
 
-# What the encoder's heads tell apart in each cell. Class 0 of the last three is "none".
-HEADS = {
-    "content": 4,  # empty, shape, tens, units
-    "row": GRID,
-    "column": GRID,
-    "shape": 1 + len(scenes.SHAPES),
-    "colour": 1 + len(scenes.COLOURS),
-    "digit": 11,
-}
-
-# Segments of a training sequence: text before the picture, the picture, then one per question.
-PADDING, BEFORE, IMAGE = 99, 0, 1
 # Peak learning rates: of the matrices (Muon) and of everything else (AdamW).
-PEAK_MATRICES, PEAK_REST = 4e-3, 3e-3
-
-
-def cell_targets(scene: Scene) -> list[list[int]]:
-    """What is in each cell: [GRID², len(HEADS)], row-major as the encoder's tokens are."""
-    targets = [[0, cell // GRID, cell % GRID, 0, 0, 0] for cell in range(GRID**2)]
-    for item in scene.shapes:
-        target = targets[item.row * GRID + item.column]
-        target[0] = 1
-        target[3] = 1 + scenes.SHAPES.index(item.shape)
-        target[4] = 1 + tuple(scenes.COLOURS).index(item.colour)
-    if scene.number is not None:
-        cell = scene.number.row * GRID + scene.number.column
-        for offset, digit in enumerate(divmod(scene.number.value, 10)):
-            targets[cell + offset][0] = 2 + offset
-            targets[cell + offset][5] = 1 + digit
-    return targets
+PEAK_MATRICES, PEAK_REST = 2e-3, 3e-3
 
 
 def pictures(batch: list[Scene], rng: random.Random, size: int) -> Tensor:
@@ -146,7 +116,8 @@ def train_encoder(model: DemoModel, steps: int, batch: int, seed: int, device: s
             filled = right[targets[..., 0] > 0].float().mean()
             print(
                 f"encoder {step + 1}/{steps}  loss {loss.item():.4f}"
-                f"  cells {right.float().mean():.4f}  filled {filled:.4f}  {time.monotonic() - start:.0f} s",
+                f"  cells {right.float().mean():.4f}  filled {filled:.4f}"
+                f"  {time.monotonic() - start:.0f} s",
                 flush=True,
             )
     encoder.eval()
@@ -165,135 +136,18 @@ def encode_pool(model: DemoModel, count: int, seed: int, device: str) -> tuple[l
     return pool, torch.cat(features)
 
 
-def round_weight(weight: Tensor, bits: int, group: int) -> Tensor:
-    """A weight as `mlx.core.quantize` (affine) keeps it: an end of each group's range is exact."""
-    groups = weight.unflatten(-1, (-1, group))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    steps = 2**bits - 1
-    scale = ((high - low) / steps).clamp_min(1e-7)
-    from_low = low.abs() > high.abs()
-    scale = torch.where(from_low, scale, -scale)
-    edge = torch.where(from_low, low, high)
-    whole = (edge / scale).round()
-    scale = torch.where(whole == 0, scale, edge / whole)
-    bias = torch.where(whole == 0, 0.0, edge)
-    return (((groups - bias) / scale).round().clamp(0, steps) * scale + bias).flatten(-2)
+def choose(batch: list[Scene], rng: random.Random, describe: float) -> list[list[Question]]:
+    """The questions of one step: about as long for each scene, so that little is padding.
 
-
-@contextmanager
-def rounded(language: nn.Module, bits: int, group: int = 64) -> Iterator[None]:
-    """Linear layers and embedding as `bits` leave them, inside; as they were, afterwards.
-
-    A gradient computed inside is applied to the weights that come back: the straight-through
-    estimate. Does nothing where `bits` is 0.
+    With probability `describe` each scene is described and asked one thing more; else it is
+    asked up to five things.
     """
-    layers = [m for m in language.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    kept = [layer.weight.detach().clone() for layer in layers] if bits else []
-    with torch.no_grad():
-        for layer, weight in zip(layers, kept, strict=False):
-            layer.weight.copy_(round_weight(weight, bits, group))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=False):
-                layer.weight.copy_(weight)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several questions about each picture in one sequence, behind one copy of the picture.
-
-    A question sees the picture and itself, and its positions start after the picture, so that it
-    is computed as if it stood alone. `ids`, `positions`, `segments`: [B, L]. One entry for each
-    token of each answer: `where` (row and position that predict it), `targets`, `weights`,
-    `question` (its index among all questions).
-    """
-
-    ids: Tensor
-    positions: Tensor
-    segments: Tensor
-    where: Tensor
-    targets: Tensor
-    weights: Tensor
-    question: Tensor
-
-
-def collate(model: DemoModel, asked: list[list[Question]], device: str) -> Batch:
-    """One sequence for each list of questions."""
-    end = model.config["eos_token_id"]
-    before = model.tokenizer.encode(BEFORE_IMAGE).ids
-    prefix = len(before) + GRID**2
-    rows, positions, segments = [], [], []
-    where, targets, weights, index = [], [], [], []
-    count = 0
-    for row_number, questions in enumerate(asked):
-        row = before + [end] * GRID**2
-        position = list(range(prefix))
-        segment = [BEFORE] * len(before) + [IMAGE] * GRID**2
-        for number, question in enumerate(questions, IMAGE + 1):
-            suffix = model.tokenizer.encode(AFTER_IMAGE.format(question.prompt)).ids
-            answer = model.tokenizer.encode(question.answer).ids
-            length = len(answer) + 1
-            first = len(row) + len(suffix) - 1
-            where += [(row_number, first + i) for i in range(length)]
-            targets += [*answer, end]
-            # Between a mean over tokens, all description, and a mean over questions.
-            weights += [length**-0.5] * length
-            index += [count] * length
-            row = row + suffix + answer
-            position += range(prefix, prefix + len(suffix) + len(answer))
-            segment += [number] * (len(suffix) + len(answer))
-            count += 1
-        rows.append(row)
-        positions.append(position)
-        segments.append(segment)
-    longest = max(map(len, rows))
-
-    def padded(values: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([v + [fill] * (longest - len(v)) for v in values], device=device)
-
-    return Batch(
-        padded(rows, 0),
-        padded(positions, 0),
-        padded(segments, PADDING),
-        torch.tensor(where, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(weights, device=device),
-        torch.tensor(index, device=device),
-    )
-
-
-def answer_loss(model: DemoModel, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted next-token loss over answers, and which of their tokens were right."""
-    table = model.language.embed_tokens.weight
-    segments = batch.segments
-    embeddings = F.embedding(batch.ids, table)
-    embeddings = embeddings.masked_scatter(
-        (segments == IMAGE)[..., None], model.projector(features)
-    )
-    causal = torch.ones(2 * segments.shape[1:], dtype=torch.bool, device=segments.device).tril()
-    mask = (segments[:, None, :] <= IMAGE) | (segments[:, None, :] == segments[:, :, None])
-    state = model.language(
-        inputs_embeds=embeddings,
-        attention_mask=(mask & causal)[:, None],
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
-    logits = state[batch.where[:, 0], batch.where[:, 1]] @ table.T
-    losses = F.cross_entropy(logits, batch.targets, reduction="none")
-    loss = (losses * batch.weights).sum() / batch.weights.sum()
-    return loss, logits.argmax(-1) == batch.targets
-
-
-def choose(scene: Scene, rng: random.Random, describe: float) -> list[Question]:
-    """The questions of one training sequence, in a random order; `describe` is a probability."""
-    asked = [
-        q
-        for q in scene.questions(rng.getrandbits(32))
-        if q.kind != "describe" or rng.random() < describe
-    ]
-    rng.shuffle(asked)
+    describes = rng.random() < describe
+    asked = []
+    for scene in batch:
+        long, *short = scene.questions(rng.getrandbits(32))
+        rng.shuffle(short)
+        asked.append([short[0], long] if describes else short[:5])
     return asked
 
 
@@ -347,13 +201,17 @@ def train_language(
             optimizer.zero_grad()
         bits = rng.choice((0, 0, 4, 4, 8)) if progress > 0.6 else 0
         rows = [rng.randrange(len(pool)) for _ in range(batch)]
-        asked = [choose(pool[row], rng, 0.35 if progress < 0.35 else 1.0) for row in rows]
+        batch_scenes = [pool[row] for row in rows]
+        asked = choose(batch_scenes, rng, 0.2 if progress < 0.3 else 0.5)
         seen = features[rows].float()
         seen *= 1 + 0.02 * torch.randn(seen.shape, generator=noise)
         questions = collate(model, asked, device)
         with rounded(model.language, bits, rng.choice((32, 64, 64, 64, 128))):
             loss, right = answer_loss(model, questions, seen.to(device))
-            loss.backward()
+            named = model.projector(seen.to(device)) @ model.language.embed_tokens.weight.T
+            words = word_targets(model, batch_scenes).to(device)
+            aligned = F.cross_entropy(named.flatten(0, 1), words.flatten(0, 1))
+            (loss + (1 - progress) * aligned).backward()
         nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -371,11 +229,12 @@ def train_language(
             )
             tally.clear()
             print(
-                f"answers {step + 1}/{steps}  loss {loss.item():.4f}  {shares}"
+                f"answers {step + 1}/{steps}  loss {loss.item():.4f}"
+                f"  words {aligned.item():.3f}  {shares}"
                 f"  {time.monotonic() - start:.0f} s",
                 flush=True,
             )
-        if step % 1000 == 999:
+        if step % 500 == 499:
             model.save(out)
     model.language.eval()
 
@@ -403,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--pool", type=int, default=20_000, help="scenes to ask about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -426,7 +285,7 @@ def main() -> None:
     pool, features = encode_pool(model, options.pool, options.seed + 1, device)
     print(f"pool of {len(pool)} scenes encoded in {time.monotonic() - start:.0f} s", flush=True)
     torch.manual_seed(options.seed)
-    train_language(model, pool, features, options.steps, 10, options.seed + 2, device, options.out)
+    train_language(model, pool, features, options.steps, 16, options.seed + 2, device, options.out)
     model.save(options.out)
     for bits, scores in measure(DemoModel.load(options.out), 1000, "cpu").items():
         shares = "  ".join(f"{kind} {entry.share:.3f}" for kind, entry in scores.items())
