@@ -172,6 +172,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bit_grey(image)
     if image.has_transparency_data:
+        if image.mode == "La":
+            # Premultiplied grey has no other conversion.
+            image = image.convert("LA")
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
