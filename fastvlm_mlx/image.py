@@ -22,7 +22,7 @@ from PIL import Image
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.resample import reached, resample, support
 
-# PIL's own ceiling: 2 GiB of RGB as it is held in memory, a quarter of that.
+# Where PIL by itself refuses: half a gibibyte of 24-bit pixels.
 DEFAULT_MAX_PIXELS = 178_956_970
 
 Triple = tuple[float, float, float]
@@ -82,7 +82,8 @@ def load_image(
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), "the picture", max_pixels)
     if not isinstance(source, str | Path):
-        return _decode(source, str(getattr(source, "name", "the picture")), max_pixels)
+        name = getattr(source, "name", None)
+        return _decode(source, name if isinstance(name, str) else "the picture", max_pixels)
     path = Path(source)
     try:
         file = path.open("rb")
@@ -113,6 +114,8 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         # Icons state their size a second time, inside.
         _check_size(image, name, max_pixels)
         return to_rgb(image)
+    except MemoryError as error:
+        raise ImageError(f"{name} needs more memory than there is: shrink it") from error
     except _DECODER_ERRORS as error:
         raise ImageError(_damaged(name, error)) from error
 

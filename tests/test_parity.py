@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import fastvlm_mlx
-from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.config import FastVLMConfig, TextConfig
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image import ImageProcessor, load_image
+from fastvlm_mlx.model import Model
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export.checkpoint import Checkpoint
 from model_export.fastvithd import fold
@@ -153,3 +155,36 @@ def test_one_answer_in_one_call(exact: FastVLM) -> None:
     case = ANSWERS[0]
     data = (GOLDEN / "images" / case["image"]).read_bytes()
     assert list(exact.generate(data, case["prompt"], max_tokens=4).tokens) == case["tokens"][:4]
+
+
+@pytest.mark.parametrize(
+    ("tied", "heads", "kv_heads"), [(True, 7, 1), (False, 4, 4)], ids=["tied", "untied"]
+)
+def test_language_model_equals_transformers_qwen2(tied: bool, heads: int, kv_heads: int) -> None:
+    """The shapes that the goldens leave out: one embedding for both ends, other head counts."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    text = TextConfig(
+        hidden_size=heads * 8,
+        num_hidden_layers=3,
+        intermediate_size=80,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=300,
+        rope_theta=10_000.0,
+        tie_word_embeddings=tied,
+    )
+    reference = Qwen2ForCausalLM(Qwen2Config(**asdict(text))).eval()
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, 0.1 if parameter.ndim == 1 else 0.3, 0.3)
+    model = Model(replace(CONFIG, text=text)).language_model
+    state = reference.state_dict()
+    if tied:
+        del state["lm_head.weight"]
+    model.load_weights([(name, mx.array(tensor.numpy())) for name, tensor in state.items()])
+    ids = torch.randint(300, (1, 70))
+    with torch.no_grad():
+        expected = reference(ids).logits.numpy()
+    logits = np.array(model(mx.array(ids.numpy())))
+    assert snr_db(logits, expected) >= 100
