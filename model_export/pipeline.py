@@ -77,27 +77,35 @@ def export(
         tokenizer.save(directory)
         for file in checkpoint.path.glob("LICENSE*"):
             shutil.copyfile(file, directory / file.name)
-        references, info = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
+        encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
         summary = _export_llm(checkpoint, directory, options, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
-        layouts.check_app(bundle, info)
+        layouts.check_app(bundle, encoder.info)
         progress("check encoder", None)
-        gates, features = verify.encoder_gates(bundle.package, references, options)
+        references = encoder.references
+        gates, features = verify.encoder_gates(bundle.package, encoder.module, references, options)
         progress("check answers", None)
         gates += verify.answer_gates(
             checkpoint, bundle, tokenizer.tokenizer, references, features, options
         )
         _judge(gates, options)
         progress("manifest", None)
-        manifest = _manifest(checkpoint, options, info, summary, gates, directory)
+        manifest = _manifest(checkpoint, options, encoder.info, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
 
+@dataclass(frozen=True)
+class _ExportedEncoder:
+    info: PackageInfo
+    module: fastvithd.FastViTHD
+    references: list[verify.Reference]
+
+
 def _export_encoder(
     checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
-) -> tuple[list[verify.Reference], PackageInfo]:
+) -> _ExportedEncoder:
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
     pictures = verify.gate_pictures(checkpoint.config.vision)
@@ -115,7 +123,7 @@ def _export_encoder(
         precision=options.encoder_precision,
         metadata=metadata,
     )
-    return references, info
+    return _ExportedEncoder(info, module, references)
 
 
 def _export_llm(

@@ -1,8 +1,12 @@
 """The numeric gates: encoder and answers of what was written, against the source checkpoint.
 
-Encoder. The package is evaluated op by op, each fp16 operation's result rounded to fp16, and
-compared with the unfolded torch module of the source weights by signal-to-noise ratio: RMS of the
-reference over RMS of the error, in dB. On macOS Core ML's own output is held to the same floor.
+Encoder. The package as written to disk is evaluated op by op, twice, and compared by
+signal-to-noise ratio: RMS of the reference over RMS of the error, in dB.
+With each fp16 operation's result rounded to fp16, against the unfolded torch module of the source
+weights: what the precision costs. On macOS Core ML's own output is held to the same floor.
+With nothing rounded, against the folded module with its weights rounded as the package's are: what
+the conversion changed. Nothing but the order of sums may differ, so the floor is as high for fp16
+as for fp32, and one wrong weight or operation shows that the first figure would hide.
 
 Language model, end to end. Both sides answer the same questions about the same pictures, each
 with its own encoder's features; the right answers are given, so that both are asked for the next
@@ -37,10 +41,13 @@ from model_export.options import FLOAT16_MAX, ExportOptions
 if TYPE_CHECKING:
     import torch
 
+    from model_export.fastvithd import FastViTHD
+
 # Pictures are taken until the encoder has seen about as many pixels as one at 1024×1024.
 GATE_PIXELS = 2**20
 MAX_SCENES = 8
 DECIDED_NATS = log(2)
+CONVERSION_SNR_DB = 80.0
 
 
 @dataclass(frozen=True)
@@ -146,9 +153,15 @@ def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
 
 
 def encoder_gates(
-    package: Path, references: Sequence[Reference], options: ExportOptions
+    package: Path,
+    module: FastViTHD,
+    references: Sequence[Reference],
+    options: ExportOptions,
 ) -> tuple[list[Gate], list[np.ndarray]]:
     """SNR of the package as written to disk, and its largest magnitude.
+
+    Args:
+        module: the folded module that the package was made from. Its weights are rounded in place.
 
     Returns:
         The gates, and the features of every picture.
@@ -158,7 +171,13 @@ def encoder_gates(
     features = [encoder.evaluate(r.pixels, round_fp16=True, observe=magnitude) for r in references]
     worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
     floor = options.snr_floor_db
-    gates = [Gate("encoder SNR", worst, "dB", floor, True)]
+    conversion = snr_db(
+        _rounded_features(module, options, references[-1].pixels), encoder(references[-1].pixels)
+    )
+    gates = [
+        Gate("encoder SNR", worst, "dB", floor, True),
+        Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True),
+    ]
     if options.encoder_precision == "fp16":
         gates.append(Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False))
     if sys.platform == "darwin":
@@ -168,6 +187,16 @@ def encoder_gates(
         worst = min(snr_db(r.features, coreml(r.pixels)) for r in references)
         gates.append(Gate("encoder SNR through Core ML", worst, "dB", floor, True))
     return gates, features
+
+
+def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndarray) -> np.ndarray:
+    import torch
+
+    if options.encoder_precision == "fp16":
+        for parameter in module.parameters():
+            parameter.data = parameter.data.half().float()
+    with torch.inference_mode():
+        return module(torch.from_numpy(pixels)).numpy()
 
 
 class _Magnitude:
@@ -249,6 +278,8 @@ def verify(
     Raises:
         BundleError: a file changed, or the layout's rules are broken.
     """
+    from model_export import fastvithd
+
     bundle = Bundle.open(path)
     progress("check files", None)
     bundle.check_files()
@@ -263,9 +294,12 @@ def verify(
     checkpoint = Checkpoint(checkpoint_path)
     pictures = gate_pictures(checkpoint.config.vision)
     progress("reference encoder", None)
-    references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+    state = checkpoint.encoder_state()
+    references = reference_features(state, checkpoint, pictures)
     progress("check encoder", None)
-    gates, features = encoder_gates(bundle.package, references, options)
+    module = fastvithd.fold(state, checkpoint.config.vision)
+    del state
+    gates, features = encoder_gates(bundle.package, module, references, options)
     progress("check answers", None)
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
