@@ -21,7 +21,7 @@ from programs import build, ct, half, mb, run, t
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError, OptionError
-from fastvlm_mlx.vision import load_encoder
+from fastvlm_mlx.vision import load_encoder, mlprogram
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     describe,
@@ -30,6 +30,7 @@ from fastvlm_mlx.vision.package import (
     quiet_coremltools,
     read_spec,
 )
+from model_export import reference
 from model_export.coreml import EncoderMetadata, export_encoder
 from model_export.fastvithd import fold
 
@@ -175,6 +176,35 @@ def test_the_encoder_equals_the_module_it_was_made_from(encoder: Path, images: n
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     again = package(images)
     np.testing.assert_array_equal(found, again)
+
+
+def test_a_package_made_from_the_unfolded_module_is_evaluated_too(
+    images: np.ndarray, tmp_path: Path
+) -> None:
+    """The operations of Apple's own packages: BatchNorm, channel norm in five steps, linear."""
+    module = reference.FastViTHD(CONFIG).eval()
+    module.load_state_dict(encoder_state_dict(CONFIG))
+    path = tmp_path / "unfolded.mlpackage"
+    with quiet_coremltools(), torch.no_grad():
+        expected = module(t(images)).numpy()
+        ct.convert(
+            torch.export.export(module, (t(images),)).run_decompositions({}),
+            inputs=[ct.TensorType("images", images.shape, dtype=np.float32)],
+            outputs=[ct.TensorType("image_features", dtype=np.float32)],
+            minimum_deployment_target=ct.target.iOS15,
+            compute_precision=ct.precision.FLOAT32,
+            skip_model_load=True,
+        ).save(str(path))
+    ops = describe(path).ops
+    assert {"batch_norm", "linear", "pow", "real_div", "sqrt", "squeeze", "sub"} <= set(ops)
+    found = MLProgramEncoder(path)(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_torch_missing_is_one_sentence(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlprogram, "find_spec", lambda name: None)
+    with pytest.raises(EncoderError, match="torch is not installed"):
+        MLProgramEncoder(encoder)
 
 
 def test_observe_sees_every_operation_once_and_in_order(encoder: Path, images: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,11 @@ class MLProgram:
     """
 
     def __init__(self, package: Path):
+        if find_spec("torch") is None:
+            raise EncoderError(
+                "torch is not installed, which evaluates an encoder package where Core ML does "
+                'not: expected it here, pip install "fastvlm-mlx[export]"'
+            )
         spec = read_spec(package)
         self.info = describe_spec(spec, package)
         for op in operations(spec):

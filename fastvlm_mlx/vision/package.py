@@ -245,35 +245,32 @@ def _values(operation: Any) -> Iterator[Any]:
 
 
 def _precision(spec: Any) -> str:
-    from coremltools import proto
-
-    name_of = proto.MIL_pb2.DataType.Name
     makers = {output.name: op for op in operations(spec) for output in op.outputs}
     found: Counter[str] = Counter()
     for op in operations(spec):
         if op.type not in ("conv", "linear"):
             continue
-        maker = makers.get(op.inputs["weight"].arguments[0].name)
+        bindings = op.inputs["weight"].arguments if "weight" in op.inputs else ()
+        maker = makers.get(bindings[0].name) if bindings else None
         if maker is None:
             continue
         size = 1
         for dimension in maker.outputs[0].type.tensorType.dimensions:
             size *= dimension.constant.size
-        found[_weight_format(maker, makers, name_of)] += size
+        found[_weight_format(maker, makers)] += size
     # By elements: an exporter may leave small weights uncompressed.
     return found.most_common(1)[0][0] if found else "none"
 
 
-def _weight_format(maker: Any, makers: dict[str, Any], name_of: Any) -> str:
+def _weight_format(maker: Any, makers: dict[str, Any]) -> str:
     def stored(name: str) -> Any:
-        for holder in (maker.attributes, maker.inputs):
-            if name in holder:
-                argument = holder[name]
-                if holder is maker.attributes:
-                    return argument.type.tensorType
-                binding = argument.arguments[0]
-                if binding.WhichOneof("binding") == "value":
-                    return binding.value.type.tensorType
+        if name in maker.attributes:
+            return maker.attributes[name].type.tensorType
+        if name in maker.inputs and maker.inputs[name].arguments:
+            binding = maker.inputs[name].arguments[0]
+            if binding.WhichOneof("binding") == "value":
+                return binding.value.type.tensorType
+            if binding.name in makers:
                 return makers[binding.name].outputs[0].type.tensorType
         raise EncoderError(
             f"operation {maker.type} {maker.outputs[0].name} lacks {name}: expected a complete "
@@ -281,18 +278,25 @@ def _weight_format(maker: Any, makers: dict[str, Any], name_of: Any) -> str:
         )
 
     if maker.type == "constexpr_affine_dequantize":
-        return name_of(stored("quantized_data").dataType).lower().removeprefix("u")
+        return _type_name(stored("quantized_data")).removeprefix("u")
     if maker.type == "constexpr_blockwise_shift_scale":
-        return name_of(stored("data").dataType).lower().removeprefix("u")
+        return _type_name(stored("data")).removeprefix("u")
     if maker.type == "constexpr_lut_to_dense":
         lut = stored("lut")
-        if "indices" in maker.inputs or lut.rank > 1:  # iOS 18's: the type of the indices says it
-            return "palette" + name_of(stored("indices").dataType).lower().removeprefix("uint")
+        if lut.rank > 1:  # iOS 18's, where the type of the indices says it
+            return "palette" + _type_name(stored("indices")).removeprefix("uint")
         return f"palette{(lut.dimensions[0].constant.size - 1).bit_length()}"
     if maker.type.startswith("constexpr_"):
         return maker.type.removeprefix("constexpr_")
-    kind = name_of(maker.outputs[0].type.tensorType.dataType)
-    return kind.lower().replace("float", "fp")
+    return _type_name(maker.outputs[0].type.tensorType).replace("float", "fp")
+
+
+def _type_name(tensor_type: Any) -> str:
+    """`int8`, `float16` …"""
+    from coremltools import proto
+
+    known = proto.MIL_pb2.DataType.DESCRIPTOR.values_by_number.get(tensor_type.dataType)
+    return known.name.lower() if known else f"type {tensor_type.dataType}"
 
 
 def _check_weights(spec: Any, directory: Path) -> None:
@@ -301,6 +305,11 @@ def _check_weights(spec: Any, directory: Path) -> None:
     for function in spec.mlProgram.functions.values():
         for block in function.block_specializations.values():
             for op in block.operations:
+                if not op.outputs:
+                    raise EncoderError(
+                        f"operation {op.type or 'without a type'} has no result: expected an "
+                        "encoder's, export it again"
+                    )
                 for value in _values(op):
                     if value.WhichOneof("value") == "blobFileValue":
                         blob = value.blobFileValue
