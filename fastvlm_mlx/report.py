@@ -138,10 +138,10 @@ def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
         for name, array in tensors.items():  # type: ignore[union-attr]
             parts[_part(name)] += array.nbytes
             stem, _, kind = name.rpartition(".")
-            if f"{stem}.scales" not in tensors:
+            if bits and kind == "weight" and f"{stem}.scales" in tensors:
+                parameters += array.size * 32 // bits
+            elif kind not in ("scales", "biases"):
                 parameters += array.size
-            elif kind == "weight":
-                parameters += array.size * 32 // bits if bits else 0
     total = sum(parts.values())
     return {
         "parameters": parameters,

@@ -83,11 +83,7 @@ class SourceWeights:
 class BundleWeights:
     def __init__(self, bundle: Bundle):
         self._bits = (bundle.config.quantization or {}).get("bits", 16)
-        self._files = {
-            name: file
-            for file in bundle.weight_files
-            for name in mx.load(str(file))
-        }
+        self._files = {name: file for file in bundle.weight_files for name in mx.load(str(file))}
 
     def matrix(self, name: str) -> Matrix:
         stem = name.removesuffix("weight")

@@ -14,7 +14,13 @@ import numpy as np
 
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.mlprogram import check_images, encoder_shape
-from fastvlm_mlx.vision.package import INPUT_NAME, OUTPUT_NAME, describe, quiet_coremltools
+from fastvlm_mlx.vision.package import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    describe,
+    one_line,
+    quiet_coremltools,
+)
 
 # Names of coremltools.ComputeUnit.
 _UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ne": "CPU_AND_NE"}
@@ -43,7 +49,7 @@ class CoreMLEncoder:
         # What Core ML refuses arrives as a RuntimeError with its NSError in the text.
         except RuntimeError as error:
             raise EncoderError(
-                f"Core ML refuses {package} ({_one_line(error)}): expected a system for "
+                f"Core ML refuses {package} ({one_line(error)}): expected a system for "
                 f"{self.info.deployment_target} or later, update it or try other compute units"
             ) from error
         except OSError as error:
@@ -64,7 +70,7 @@ class CoreMLEncoder:
             made = self._model.predict({INPUT_NAME: pixels})[OUTPUT_NAME]
         except RuntimeError as error:
             raise EncoderError(
-                f"Core ML can't run the encoder ({_one_line(error)}): expected a prediction on "
+                f"Core ML can't run the encoder ({one_line(error)}): expected a prediction on "
                 f"{self.backend}, try other compute units"
             ) from error
         features = np.asarray(made, dtype=np.float32)
@@ -129,7 +135,3 @@ def _load(compiled: Path, units: str) -> Any:
             # A damaged cache must not be met again; a refusal costs one more compilation.
             shutil.rmtree(compiled.parent, ignore_errors=True)
             raise
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

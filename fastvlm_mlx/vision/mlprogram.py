@@ -25,6 +25,7 @@ from fastvlm_mlx.vision.package import (
     PackageInfo,
     describe,
     describe_spec,
+    one_line,
     operations,
     quiet_coremltools,
     read_spec,
@@ -102,6 +103,9 @@ class MLProgram:
             inputs: the function's inputs by name, float32.
             round_fp16: round what every fp16 operation makes to fp16, overflow included.
             observe: called with name, type and result (not to be written to) of every operation.
+
+        Raises:
+            EncoderError: an operation fails: the package is damaged, or the memory short.
         """
         import torch
 
@@ -111,7 +115,14 @@ class MLProgram:
                 operands = [
                     self._constants[n] if n in self._constants else alive[n] for n in step.operands
                 ]
-                made = step.compute(*operands)
+                try:
+                    made = step.compute(*operands)
+                except (RuntimeError, IndexError) as error:
+                    raise EncoderError(
+                        f"operation {step.type} {step.name!r} can't be evaluated "
+                        f"({one_line(error)}): expected a package that is whole and memory to "
+                        "run it in, export it again or free some"
+                    ) from error
                 del operands
                 values = [made] if isinstance(made, torch.Tensor) else list(made)
                 del made
@@ -216,7 +227,7 @@ def _load_function(spec: Any, package: Path) -> Any:
         # The loader has no error class of its own for a program that is not well formed.
         except _LOADER_ERRORS as error:
             raise EncoderError(
-                f"the program in {package} can't be read ({error}): expected one written by "
+                f"the program in {package} can't be read ({one_line(error)}): expected one written by "
                 "coremltools, export it again"
             ) from error
     return program.functions[FUNCTION_NAME]

@@ -105,6 +105,11 @@ def quiet_coremltools() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def one_line(error: Exception) -> str:
+    """An error of somebody else's, to stand in a sentence."""
+    return " ".join(str(error).split())
+
+
 def model_path(package: Path) -> Path:
     """The specification inside a package, found through its Manifest.json.
 

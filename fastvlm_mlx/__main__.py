@@ -1,0 +1,3 @@
+from fastvlm_mlx.cli import main
+
+main()

@@ -1,0 +1,224 @@
+"""The export as a whole: it appears complete or not at all, and says everything in its manifest."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, OptionError
+from model_export import llm, pipeline
+from model_export.options import ExportOptions
+from model_export.pipeline import export
+
+
+def fingerprint(path):
+    return {
+        p.relative_to(path).as_posix(): (
+            hashlib.sha256(p.read_bytes()).hexdigest(),
+            p.stat().st_mtime_ns,
+        )
+        for p in sorted(path.rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch, demo_bundle):
+    """Exports whose encoder is copied and whose gates are skipped: for what surrounds them."""
+    import shutil
+
+    from fastvlm_mlx.vision.package import describe
+
+    def encoder(checkpoint, package, options, progress):
+        shutil.copytree(demo_bundle / package.name, package)
+        return pipeline._ExportedEncoder(describe(package), None, [])
+
+    monkeypatch.setattr(pipeline, "_export_encoder", encoder)
+    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))
+    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
+
+
+def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
+    manifest = json.loads((demo_bundle / "manifest.json").read_text())
+    assert manifest["schema_version"] == 1
+    assert manifest["layout"] == "app"
+    assert manifest["source"]["license"]
+    weights = manifest["source"]["files"]["model.safetensors"]
+    data = (demo_checkpoint / "model.safetensors").read_bytes()
+    assert weights == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifest["options"]["llm_bits"] == 4
+    assert manifest["options"]["min_snr_db"] == 35
+    assert 4.5 <= manifest["llm"]["bits_per_weight"] < 7
+    assert set(manifest["llm"]["left_unquantized"]) == {
+        "multi_modal_projector.linear_0.weight",
+        "multi_modal_projector.linear_2.weight",
+    }
+    assert {"mlx", "coremltools", "torch", "python", "fastvlm-mlx"} <= set(manifest["versions"])
+    assert manifest["encoder"]["deployment_target"].startswith("iOS")
+    assert manifest["gates_passed"]
+    assert [gate["name"] for gate in manifest["gates"]] == [
+        "encoder SNR",
+        "encoder conversion SNR",
+        "encoder largest magnitude",
+        "KL divergence",
+        "greedy agreement",
+        "LLM largest magnitude",
+    ]
+    listed = set(manifest["files"]) | {"manifest.json"}
+    assert listed == {
+        p.relative_to(demo_bundle).as_posix() for p in demo_bundle.rglob("*") if p.is_file()
+    }
+    Bundle.open(demo_bundle).check_files()
+
+
+def test_two_exports_are_the_same_bytes(demo_checkpoint, demo_bundle, tmp_path, quick):
+    export(demo_checkpoint, tmp_path / "again", ExportOptions(llm_bits=4))
+    first = {k: v[0] for k, v in fingerprint(demo_bundle).items() if k != "manifest.json"}
+    second = {k: v[0] for k, v in fingerprint(tmp_path / "again").items() if k != "manifest.json"}
+    assert first == second
+
+
+def test_the_source_is_not_touched(demo_checkpoint, demo_bundle, tmp_path, quick):
+    before = fingerprint(demo_checkpoint)
+    export(demo_checkpoint, tmp_path / "out", ExportOptions())
+    assert fingerprint(demo_checkpoint) == before
+
+
+class TestDestination:
+    def test_an_existing_one_needs_overwrite_and_is_whole_until_then(
+        self, demo_checkpoint, tmp_path, quick, monkeypatch
+    ):
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "mine.txt").write_text("precious")
+        with pytest.raises(DestinationError, match=r"exists: choose another .* --overwrite"):
+            export(demo_checkpoint, out, ExportOptions())
+        with monkeypatch.context() as broken:
+            broken.setattr(llm, "write", raiser(OSError(errno.EIO, "Input/output error")))
+            with pytest.raises(DestinationError, match="can't be written"):
+                export(demo_checkpoint, out, ExportOptions(overwrite=True))
+        assert (out / "mine.txt").read_text() == "precious"
+        export(demo_checkpoint, out, ExportOptions(overwrite=True))
+        assert not (out / "mine.txt").exists()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+    def test_one_inside_the_checkpoint_is_refused(self, edit_checkpoint):
+        path = edit_checkpoint()
+        before = fingerprint(path)
+        for out in (path, path / "out", path.parent):
+            with pytest.raises(DestinationError, match="never written to"):
+                export(path, out, ExportOptions(overwrite=True))
+        assert fingerprint(path) == before
+
+    def test_a_full_disk(self, demo_checkpoint, tmp_path, quick, monkeypatch):
+        monkeypatch.setattr(llm, "write", raiser(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(DestinationError, match="is full, nothing was left there: make room"):
+            export(demo_checkpoint, tmp_path / "out", ExportOptions())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_too_little_room_is_seen_before_any_work(self, demo_checkpoint, tmp_path, monkeypatch):
+        from collections import namedtuple
+
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
+        with pytest.raises(DestinationError, match="has 1 MB free and the bundle needs"):
+            export(demo_checkpoint, tmp_path / "out", ExportOptions())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_in_its_parent_s_place(self, demo_checkpoint, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(DestinationError, match="can't be written"):
+            export(demo_checkpoint, tmp_path / "file" / "out", ExportOptions())
+
+    def test_what_a_killed_export_left_is_removed_by_the_next(
+        self, demo_checkpoint, tmp_path, quick
+    ):
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        stale = tmp_path / f".out.partial-{gone.pid}"
+        stale.mkdir()
+        (stale / "model.safetensors").write_bytes(b"half")
+        running = tmp_path / f".out.partial-{os.getppid()}"
+        running.mkdir()
+        export(demo_checkpoint, tmp_path / "out", ExportOptions())
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([running.name, "out"])
+
+
+class TestRefusedBeforeAnyWork:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"llm_bits": 7}, "--llm-bits is 7: expected one of 2, 3, 4, 5, 6, 8, 16"),
+            ({"group_size": 48}, "--group-size is 48: expected one of 32, 64, 128"),
+            ({"dtype": "int8"}, "--dtype is int8"),
+            ({"encoder_precision": "int8"}, "--encoder-precision is int8"),
+            ({"min_agreement": 1.5}, "--min-agreement is 1.5"),
+            ({"max_kl_nats": -1.0}, "--max-kl-nats is -1.0"),
+        ],
+    )
+    def test_options(self, options, words):
+        with pytest.raises(OptionError, match=words):
+            ExportOptions(**options)
+
+    def test_a_checkpoint_that_is_not_one(self, tmp_path):
+        with pytest.raises(CheckpointError):
+            export(tmp_path / "nothing", tmp_path / "out", ExportOptions())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_missing_tokenizer(self, edit_checkpoint, tmp_path):
+        path = edit_checkpoint()
+        (path / "merges.txt").unlink()
+        with pytest.raises(CheckpointError, match="holds no tokenizer"):
+            export(path, tmp_path / "out", ExportOptions())
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_gate_leaves_nothing_unless_asked_to(
+    demo_checkpoint, tmp_path, quick, monkeypatch
+):
+    gate = pipeline.verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
+    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([gate], []))
+    with pytest.raises(GateError, match=r"encoder SNR is 12\.3 dB, below its floor of 35 dB"):
+        export(demo_checkpoint, tmp_path / "out", ExportOptions())
+    assert list(tmp_path.iterdir()) == []
+    result = export(demo_checkpoint, tmp_path / "out", ExportOptions(allow_failed_gates=True))
+    assert not result.manifest["gates_passed"]
+    assert result.manifest["gates"][0]["passed"] is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, number):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastvlm_mlx", "export", str(demo_checkpoint), str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, SIGINT is ignored and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    for line in process.stderr:
+        if "Core ML encoder" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=120)
+    assert not out.exists()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted" in rest
+        assert "Traceback" not in rest
+        assert list(tmp_path.iterdir()) == []
+
+
+def raiser(error):
+    def write(*arguments):
+        raise error
+
+    return write
