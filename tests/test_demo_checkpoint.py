@@ -24,6 +24,15 @@ from model_export.reference import FastViTHD
 CHECKPOINT = Path(model_export.demo.__file__).parent / "checkpoint"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # So small a model waits for its threads more than it computes.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model():
     return DemoModel.load(CHECKPOINT)
@@ -130,13 +139,14 @@ def test_a_question_in_a_packed_sequence_is_computed_as_if_alone(model):
     scene = generate(3)
     features = features_of(model, [(scene, None)])
     questions = scene.questions(1)
-    alone = []
-    for question in questions:
-        batch = collate(model, [[question]], "cpu")
-        alone.append(float(answer_loss(model, batch, features)[0] * batch.weights.sum()))
-    packed = collate(model, [questions], "cpu")
-    loss = float(answer_loss(model, packed, features)[0] * packed.weights.sum())
-    assert loss == pytest.approx(sum(alone), rel=1e-3, abs=1e-5)
+
+    def total(asked):
+        batch = collate(model, [asked], "cpu")
+        with torch.no_grad():
+            return float(answer_loss(model, batch, features)[0] * batch.weights.sum())
+
+    alone = sum(total([question]) for question in questions)
+    assert total(questions) == pytest.approx(alone, rel=1e-3, abs=1e-5)
 
 
 def test_what_the_encoder_and_the_projector_are_trained_on():
@@ -175,7 +185,7 @@ def test_rounding_is_undone(model):
         assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize(("bits", "floor"), [(0, 0.95), (8, 0.95), (4, 0.91)])
+@pytest.mark.parametrize(("bits", "floor"), [(0, 0.98), (8, 0.97), (4, 0.93)])
 def test_the_answers_are_right(model, bits, floor):
     pairs = held_out(200)
     features = features_of(model, pairs)

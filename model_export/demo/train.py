@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--pool", type=int, default=20_000, help="scenes to ask about")
+    parser.add_argument("--pool", type=int, default=12_000, help="scenes to ask about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--encoder", type=Path, help="trained encoder: read if it is there, else written"
