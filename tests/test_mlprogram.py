@@ -301,6 +301,16 @@ def unconnected(package: Path) -> None:
     model_path(package).write_bytes(spec.SerializeToString())
 
 
+def test_an_operation_that_fails_is_named(tmp_path: Path) -> None:
+    package = build(tmp_path, [(2, 3)], lambda a: mb.softmax(x=a, axis=1))
+    spec = read_spec(package)
+    [axis] = [op for op in operations(spec) if "axis" in op.outputs[0].name]
+    axis.attributes["val"].immediateValue.tensor.ints.values[0] = 7
+    model_path(package).write_bytes(spec.SerializeToString())
+    with pytest.raises(EncoderError, match="operation softmax 'softmax_0' can't be evaluated"):
+        run(package, np.zeros((2, 3), np.float32))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gone": (shutil.rmtree, "no encoder package"),
     "no manifest": (lambda p: (p / "Manifest.json").unlink(), "has no Manifest.json"),

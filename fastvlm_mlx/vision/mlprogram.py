@@ -227,8 +227,8 @@ def _load_function(spec: Any, package: Path) -> Any:
         # The loader has no error class of its own for a program that is not well formed.
         except _LOADER_ERRORS as error:
             raise EncoderError(
-                f"the program in {package} can't be read ({one_line(error)}): expected one written by "
-                "coremltools, export it again"
+                f"the program in {package} can't be read ({one_line(error)}): expected one "
+                "written by coremltools, export it again"
             ) from error
     return program.functions[FUNCTION_NAME]
 
