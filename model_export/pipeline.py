@@ -7,11 +7,14 @@ import json
 import os
 import platform
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
@@ -64,6 +67,16 @@ def export(
         DestinationError: `destination` exists or can't be written.
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
+    with _interruptible(progress) as stage:
+        return _export(checkpoint_path, destination, options, stage)
+
+
+def _export(
+    checkpoint_path: str | Path,
+    destination: str | Path,
+    options: ExportOptions,
+    progress: Progress,
+) -> ExportResult:
     progress("checkpoint", None)
     destination = Path(destination).expanduser().absolute()
     checkpoint = Checkpoint(checkpoint_path)
@@ -215,6 +228,38 @@ def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions
             f"{directory.parent} has {free / 1e6:,.0f} MB free and the bundle needs "
             f"{needed / 1e6:,.0f} MB: make room, or choose another disk"
         )
+
+
+@contextmanager
+def _interruptible(progress: Progress) -> Iterator[Progress]:
+    """A progress callback that raises the KeyboardInterrupt that somebody else caught.
+
+    coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost.
+    """
+    pressed = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def stage(name: str, done: float | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        progress(name, done)
+
+    # Only the main thread may set handlers, and a caller's own is left alone.
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield stage
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

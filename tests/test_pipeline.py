@@ -201,7 +201,7 @@ def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, 
         stderr=subprocess.PIPE,
         text=True,
         # Where the tests run in the background, SIGINT is ignored and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stderr:
         if "Core ML encoder" in line:
