@@ -294,6 +294,20 @@ def future(package: Path) -> None:
     model_path(package).write_bytes(spec.SerializeToString())
 
 
+def declare_more_tokens(package: Path) -> None:
+    spec = read_spec(package)
+    spec.description.output[0].type.multiArrayType.shape[1] = 9
+    model_path(package).write_bytes(spec.SerializeToString())
+
+
+def rename_output(package: Path) -> None:
+    spec = read_spec(package)
+    function = spec.mlProgram.functions["main"]
+    block = function.block_specializations[function.opset]
+    block.operations[-1].outputs[0].name = block.outputs[0] = "other"
+    model_path(package).write_bytes(spec.SerializeToString())
+
+
 def unconnected(package: Path) -> None:
     spec = read_spec(package)
     conv = next(op for op in operations(spec) if op.type == "conv")
@@ -324,6 +338,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "specification cut": (lambda p: truncate(model_path(p), 0.5), "is not a Core ML model"),
     "specification empty": (no_program, "holds no model"),
     "specification from the future": (future, "has specification version 99"),
+    "declared shape wrong": (declare_more_tokens, r"made features of shape \[1, 4, 128\]"),
+    "output renamed": (rename_output, "reads images and makes other"),
     "operand missing": (unconnected, "can't be read"),
     "shape wrong": (shrink_shape, "can't be read"),
     "no weights": (lambda p: weights(p).unlink(), "weight.bin is missing"),
@@ -334,13 +350,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_package_is_one_sentence(damage: str, encoder: Path, tmp_path: Path) -> None:
+def test_a_damaged_package_is_one_sentence(
+    damage: str, encoder: Path, images: np.ndarray, tmp_path: Path
+) -> None:
     package = tmp_path / "encoder.mlpackage"
     shutil.copytree(encoder, package)
     inflict, message = DAMAGES[damage]
     inflict(package)
     with pytest.raises(EncoderError, match=message) as caught:
-        MLProgramEncoder(package)
+        MLProgramEncoder(package)(images)
     assert "\n" not in str(caught.value)
     assert "expected" in str(caught.value)
 

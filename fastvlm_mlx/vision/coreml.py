@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.mlprogram import check_images, encoder_shape
+from fastvlm_mlx.vision.mlprogram import check_features, check_images, encoder_shape
 from fastvlm_mlx.vision.package import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -74,12 +74,7 @@ class CoreMLEncoder:
                 f"{self.backend}, try other compute units"
             ) from error
         features = np.asarray(made, dtype=np.float32)
-        expected = (1, self.num_tokens, self.hidden_size)
-        if features.shape != expected:
-            raise EncoderError(
-                f"Core ML made features of shape {list(features.shape)}: expected "
-                f"{list(expected)}, export the encoder again"
-            )
+        check_features(features, (1, self.num_tokens, self.hidden_size))
         return features
 
 

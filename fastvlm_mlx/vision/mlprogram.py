@@ -88,7 +88,8 @@ class MLProgram:
                 )
         function = _load_function(spec, package)
         self._steps, self._constants = _compile(function)
-        self._outputs = tuple(str(v.name) for v in function.outputs)
+        self.inputs = tuple(str(name) for name in function.inputs)
+        self.outputs = tuple(str(v.name) for v in function.outputs)
 
     def run(
         self,
@@ -136,7 +137,7 @@ class MLProgram:
                     alive.pop(name, None)
         return {
             name: self._constants[name] if name in self._constants else alive[name]
-            for name in self._outputs
+            for name in self.outputs
         }
 
 
@@ -154,6 +155,12 @@ class MLProgramEncoder:
         self._program = MLProgram(Path(package))
         self.info = self._program.info
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
+        names = (self._program.inputs, self._program.outputs)
+        if names != ((INPUT_NAME,), (OUTPUT_NAME,)):
+            raise EncoderError(
+                f"the program in {package} reads {', '.join(names[0])} and makes "
+                f"{', '.join(names[1])}: expected {INPUT_NAME} and {OUTPUT_NAME}, export it again"
+            )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] in 0 to 1 → float32 [1, N, C]."""
@@ -170,7 +177,7 @@ class MLProgramEncoder:
             observe: called with name, type and result of every operation, in order.
 
         Raises:
-            EncoderError: `images` has another shape.
+            EncoderError: `images` has another shape, or what is made has another than declared.
         """
         import torch
 
@@ -178,7 +185,9 @@ class MLProgramEncoder:
         x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
         x = x.to(memory_format=torch.channels_last)
         made = self._program.run({INPUT_NAME: x}, round_fp16=round_fp16, observe=observe)
-        return made[OUTPUT_NAME].contiguous().numpy()
+        features = made[OUTPUT_NAME].contiguous().numpy()
+        check_features(features, (1, self.num_tokens, self.hidden_size))
+        return features
 
 
 def encoder_shape(info: PackageInfo) -> tuple[int, int, int]:
@@ -215,6 +224,19 @@ def check_images(images: np.ndarray, size: int) -> None:
         raise EncoderError(
             f"pixels of shape {list(images.shape)} can't be encoded: expected [1, 3, {size}, "
             f"{size}], preprocess the picture for this encoder"
+        )
+
+
+def check_features(features: np.ndarray, shape: tuple[int, int, int]) -> None:
+    """Refuse features of another shape than the package declares.
+
+    Raises:
+        EncoderError: `features` is not of `shape`, [1, N, C].
+    """
+    if features.shape != shape:
+        raise EncoderError(
+            f"the encoder made features of shape {list(features.shape)}: expected {list(shape)}, "
+            "export it again"
         )
 
 
