@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from model_export.options import ExportOptions
 from model_export.pipeline import export
 
 DEMO = Path(__file__).parent.parent / "model_export" / "demo" / "checkpoint"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine does not have, and what takes minutes unless it is asked for."""
+    absent = set() if sys.platform == "darwin" else {"macos"}
+    if "slow" not in config.getoption("-m"):
+        absent.add("slow")
+    left_out = [item for item in items if absent & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
