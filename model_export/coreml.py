@@ -91,14 +91,16 @@ def export_encoder(
         raise DestinationError(
             f"{package} exists: expected a new path, remove it or choose another"
         )
+    whole = False
     try:
         _convert(module, config, package, precision, metadata)
         info = describe(package)
         check_graph(info, config, precision)
-    except BaseException:
+        whole = True
+    finally:
         # Nothing half-written stays, Ctrl-C included.
-        shutil.rmtree(package, ignore_errors=True)
-        raise
+        if not whole:
+            shutil.rmtree(package, ignore_errors=True)
     return info
 
 
@@ -171,16 +173,8 @@ def _convert(
             package_dir=str(package),
         )
         spec = model.get_spec()
-    _fix_output_shape(spec, config)
     _write_metadata(spec, config, precision, metadata)
     _normalize(spec, package)
-
-
-def _fix_output_shape(spec: Any, config: VisionConfig) -> None:
-    """State [1, N, C], which coremltools leaves out of the interface."""
-    array = spec.description.output[0].type.multiArrayType
-    del array.shape[:]
-    array.shape.extend((1, config.num_tokens, config.hidden_size))
 
 
 def _write_metadata(
@@ -230,8 +224,6 @@ def _own_version() -> str:
 
 def _normalize(spec: Any, package: Path) -> None:
     """Write the specification and Manifest.json without dates, random identifiers and map order."""
-    # The converter repeats versions and date as an attribute of the program, for Xcode's view only.
-    spec.mlProgram.attributes.pop("buildInfo", None)
     model_path(package).write_bytes(spec.SerializeToString(deterministic=True))
     manifest = package / "Manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))

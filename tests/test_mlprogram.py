@@ -207,6 +207,17 @@ def test_torch_missing_is_one_sentence(encoder: Path, monkeypatch: pytest.Monkey
         MLProgramEncoder(encoder)
 
 
+def test_an_output_of_undeclared_shape_has_the_program_s(
+    encoder: Path, images: np.ndarray, tmp_path: Path
+) -> None:
+    package = Path(shutil.copytree(encoder, tmp_path / "encoder.mlpackage"))
+    spec = read_spec(package)
+    del spec.description.output[0].type.multiArrayType.shape[:]
+    model_path(package).write_bytes(spec.SerializeToString())
+    assert describe(package).outputs[0].shape == (1, 4, 128)
+    assert MLProgramEncoder(package)(images).shape == (1, 4, 128)
+
+
 def test_observe_sees_every_operation_once_and_in_order(encoder: Path, images: np.ndarray) -> None:
     package = MLProgramEncoder(encoder)
     seen: list[tuple[str, str, tuple[int, ...]]] = []

@@ -49,8 +49,8 @@ _BLOB_SENTINEL = 0xDEADBEEF
 class Feature:
     """One input or output as the package declares it.
 
-    Where it declares no shape of an output, as coremltools does not, `shape` is what the program
-    makes. Empty where none is fixed.
+    Where it declares no shape of an output, as packages of older coremltools do not, `shape` is
+    what the program makes. Empty where none is fixed.
     """
 
     name: str
