@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from fastvlm_mlx.vision.package import (
     PackageInfo,
     describe,
     model_path,
+    one_line,
     quiet_coremltools,
 )
 from model_export.fastvithd import FastViTHD
@@ -80,7 +82,7 @@ def export_encoder(
 
     Raises:
         OptionError: an unknown precision.
-        DestinationError: `package` exists or has another suffix.
+        DestinationError: `package` exists, has another suffix, or there is no room for it.
         GateError: the graph is not the one that the Neural Engine runs in one piece.
     """
     if precision not in ("fp16", "fp32"):
@@ -159,19 +161,28 @@ def _convert(
         shape = (1, 3, config.image_size, config.image_size)
         with torch.no_grad():
             program = torch.export.export(module, (torch.zeros(shape),)).run_decompositions({})
-        model = ct.convert(
-            program,
-            convert_to="mlprogram",
-            # Without a dtype, an fp16 program's ends become float16 from iOS 16 on.
-            inputs=[ct.TensorType(INPUT_NAME, shape, dtype=np.float32)],
-            outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
-            minimum_deployment_target=ct.target.iOS15,
-            compute_precision=(
-                ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
-            ),
-            skip_model_load=True,
-            package_dir=str(package),
-        )
+        try:
+            model = ct.convert(
+                program,
+                convert_to="mlprogram",
+                # Without a dtype, an fp16 program's ends become float16 from iOS 16 on.
+                inputs=[ct.TensorType(INPUT_NAME, shape, dtype=np.float32)],
+                outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
+                minimum_deployment_target=ct.target.iOS15,
+                compute_precision=(
+                    ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
+                ),
+                skip_model_load=True,
+                package_dir=str(package),
+            )
+        # The native writers of weights and package have no error class of their own.
+        except RuntimeError as error:
+            if "filesystem error" not in str(error) and "FileWriter" not in str(error):
+                raise
+            raise DestinationError(
+                f"the encoder can't be written ({one_line(error)}): expected room for it in "
+                f"{package.parent} and in {tempfile.gettempdir()}, make some"
+            ) from error
         spec = model.get_spec()
     _write_metadata(spec, config, precision, metadata)
     _normalize(spec, package)

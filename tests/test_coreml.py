@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -240,6 +241,19 @@ def test_bad_destinations_and_options(tmp_path: Path) -> None:
         export(tmp_path / "encoder", "fp16")
     with pytest.raises(OptionError, match="choose fp16 or fp32"):
         export(tmp_path / "encoder.mlpackage", "int3")  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A write past the limit fails as one on a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DestinationError, match="expected room for it") as caught:
+            export(tmp_path / "large.mlpackage", "fp16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 class FakeCompiledModel:
