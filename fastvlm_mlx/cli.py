@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ MinAgreement = Annotated[float | None, typer.Option(help="Floor of the greedy ag
 
 def main() -> None:
     """Run a verb; a user's mistake becomes one sentence and exit status 2, Ctrl-C 130."""
+    # PIL's remarks on a picture's metadata; what matters about a picture is an ImageError.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         app()
     except FastVLMError as error:

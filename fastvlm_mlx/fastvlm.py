@@ -220,6 +220,9 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
         raise BundleError(
             f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
         ) from error
+    # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     found, expected = _id(tokenizer, IMAGE_TOKEN, bundle), bundle.config.image_token_index
     if found != expected:
         raise BundleError(

@@ -77,7 +77,8 @@ def load_model(bundle: Bundle) -> Model:
     """The bundle's projector and language model, quantized where its weights are.
 
     Weights are read when first used. On a CPU they compute in float32: MLX's half-precision
-    kernels there are an order of magnitude slower and no more exact.
+    kernels there are an order of magnitude slower and no more exact. MLX's kernel fusion is
+    turned off there, for the whole process.
 
     Raises:
         BundleError: a weight is missing, unknown or of the wrong shape.
@@ -102,6 +103,9 @@ def load_model(bundle: Bundle) -> Model:
     model.load_weights(list(weights.items()))
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
+        # Fused kernels are C++ that MLX hands to the system's compiler at their first use: half a
+        # second each, and no answer on a machine that has none.
+        mx.disable_compile()
     model.eval()
     return model
 

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.image import ImageProcessor
+from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts
@@ -43,9 +43,14 @@ if TYPE_CHECKING:
 
     from model_export.fastvithd import FastViTHD
 
-# Pictures are taken until the encoder has seen about as many pixels as one at 1024×1024.
+# A photograph, and as many scenes as together have the pixels of one picture at 1024×1024.
 GATE_PIXELS = 2**20
 MAX_SCENES = 8
+PHOTOGRAPH_QUESTIONS = (
+    ("Describe the image.", "A pavilion with three tiers of orange roofs above a lake."),
+    ("What colour is the roof?", "The roof is orange."),
+    ("How many people are there?", "There are no people in the image."),
+)
 DECIDED_NATS = log(2)
 CONVERSION_SNR_DB = 80.0
 
@@ -94,27 +99,32 @@ class Reference:
 
 
 def gate_pictures(vision: VisionConfig) -> list[GatePicture]:
-    """Generated scenes, which have questions with answers, and photographs, which do not."""
+    """Scenes, which have questions with answers, and last a photograph.
+
+    A large encoder sees the photograph alone, and is asked about it; where scenes fit, the
+    questions are about them.
+    """
     size = vision.image_size
-    count = max(1, min(MAX_SCENES, GATE_PIXELS // size**2))
+    photographs = _photographs()
+    count = min(MAX_SCENES, GATE_PIXELS // size**2 - len(photographs))
+    if count < 1 and photographs:
+        return [replace(photographs[0], questions=PHOTOGRAPH_QUESTIONS)]
     pictures = []
-    for seed in range(count):
+    for seed in range(max(1, count)):
         scene = scenes.generate(seed, held_out=True)
         questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
         pictures.append(GatePicture(f"scene {seed}", scene.draw(size), questions))
-    return pictures + _photographs()
+    return pictures + photographs
 
 
 def _photographs() -> list[GatePicture]:
-    """A photograph from scikit-learn's wheel: china.jpg, CC BY 2.0, 640×427."""
+    """china.jpg from scikit-learn's wheel: CC BY 2.0, 640×427. None where that is not installed."""
     spec = find_spec("sklearn")
-    found = []
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         file = Path(folder) / "datasets" / "images" / "china.jpg"
         if file.is_file():
-            with Image.open(file) as image:
-                found.append(GatePicture(file.name, image.convert("RGB")))
-    return found
+            return [GatePicture(file.name, load_image(file))]
+    return []
 
 
 def reference_features(
@@ -195,8 +205,10 @@ def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndar
     if options.encoder_precision == "fp16":
         for parameter in module.parameters():
             parameter.data = parameter.data.half().float()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        return module(torch.from_numpy(pixels)).numpy()
+        return module(images).contiguous().numpy()
 
 
 class _Magnitude:
@@ -207,7 +219,10 @@ class _Magnitude:
 
     def __call__(self, name: str, kind: str, value: torch.Tensor) -> None:
         if value.is_floating_point():
-            low, high = (float(extreme) for extreme in value.aminmax())
+            if value.dim() == 4:
+                # Channels-last in memory: thirty times faster in the order they lie in.
+                value = value.permute(0, 2, 3, 1)
+            low, high = (float(extreme) for extreme in value.reshape(-1).aminmax())
             found = max(-low, high)
             self.largest = max(self.largest, found if found == found else inf)
 
