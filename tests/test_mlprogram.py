@@ -22,7 +22,7 @@ from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError, OptionError
 from fastvlm_mlx.vision import load_encoder, mlprogram
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     describe,
     model_path,
@@ -47,70 +47,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def test_rounding_follows_each_fp16_operation(tmp_path: Path) -> None:
-    def body(a: Any) -> Any:
-        x = mb.cast(x=a, dtype="fp16")
-        x = mb.mul(x=x, y=np.float16(3.1))
-        x = mb.add(x=x, y=np.float16(100.3))
-        return mb.cast(x=x, dtype="fp32")
-
-    package = build(tmp_path, [(50,)], body)
-    values = np.random.default_rng(0).standard_normal(50).astype(np.float32)
-    factor, term = float(np.float16(3.1)), float(np.float16(100.3))
-    x = t(values)
-    [plain] = run(package, values)
-    torch.testing.assert_close(plain, x * factor + term)
-    seen: list[tuple[str, torch.Tensor]] = []
-    [rounded] = run(
-        package,
-        values,
-        round_fp16=True,
-        observe=lambda name, kind, value: seen.append((kind, value.clone())),
-    )
-    steps = [half(x), half(half(x) * factor), half(half(half(x) * factor) + term)]
-    torch.testing.assert_close(rounded, steps[-1], rtol=0, atol=0)
-    assert [kind for kind, _ in seen] == ["cast", "mul", "add", "cast"]
-    for (_, got), wanted in zip(seen, [*steps, steps[-1]], strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-
-
-def test_rounding_does_not_write_to_what_is_given(tmp_path: Path) -> None:
-    def body(a: Any) -> Any:
-        x = mb.cast(x=a, dtype="fp16")
-        parts = mb.split(x=mb.reshape(x=x, shape=[2, 3, 8]), num_splits=2, axis=2)
-        y = mb.mul(x=mb.transpose(x=parts[0], perm=[2, 0, 1]), y=np.float16(0.3))
-        return [mb.cast(x=y, dtype="fp32"), mb.cast(x=parts[1], dtype="fp32")]
-
-    package = build(tmp_path, [(6, 8)], body)
-    values = np.random.default_rng(1).standard_normal((6, 8)).astype(np.float32)
-    before = values.copy()
-    first, second = run(package, values, round_fp16=True)
-    np.testing.assert_array_equal(values, before)
-    left, right = half(t(before)).reshape(2, 3, 8).chunk(2, 2)
-    factor = float(np.float16(0.3))
-    assert torch.equal(first, half(left.permute(2, 0, 1) * factor))
-    assert torch.equal(second, right)
-
-
-def test_flat_is_every_element_once() -> None:
-    x = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-    last = x.contiguous(memory_format=torch.channels_last)
-    for tensor in (x, last, x.permute(3, 1, 0, 2), x[:, 1:], x[..., ::2], x[0, 0, 0, 0]):
-        assert sorted(flat(tensor).tolist()) == sorted(tensor.flatten().tolist())
-    assert flat(last).data_ptr() == last.data_ptr()
-
-
-def test_rounding_shows_an_overflow(tmp_path: Path) -> None:
-    package = build(
-        tmp_path,
-        [(2,)],
-        lambda a: mb.cast(x=mb.square(x=mb.cast(x=a, dtype="fp16")), dtype="fp32"),
-    )
-    values = np.array([300.0, 3.0], np.float32)
-    assert run(package, values)[0].tolist() == [90_000, 9]
-    assert run(package, values, round_fp16=True)[0].tolist() == [float("inf"), 9]
 
 
 # The encoder as a package, whole, compressed and damaged.
