@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from math import inf
 from types import NoneType
 from typing import Any
@@ -83,6 +84,14 @@ class VisionConfig:
                 raise ConfigError(
                     f"vision_config.{name} has {len(getattr(self, name))} entries where layers has "
                     f"{stages}: give one for each stage"
+                )
+        widths = (*self.embed_dims, self.hidden_size)
+        for narrow, wide in pairwise(widths):
+            # The depthwise convolutions between stages widen channel by channel.
+            if wide % narrow:
+                raise ConfigError(
+                    f"vision_config has a stage of {narrow} channels before one of {wide}: expected "
+                    "each to be a multiple of the one before"
                 )
         for mixer, dim in zip(self.token_mixers, self.embed_dims, strict=True):
             if mixer not in ("repmixer", "attention"):

@@ -89,12 +89,8 @@ class Checkpoint:
             CheckpointError: it holds NaN or infinity.
         """
         tensor = to_torch(self.array(source))
-        _magnitude(source, tensor)
+        magnitude(source, tensor)
         return tensor.float()
-
-    def largest(self, source: str) -> float:
-        """The tensor's largest magnitude. Raises CheckpointError as `tensor`."""
-        return _magnitude(source, to_torch(self.array(source)))
 
     def encoder_state(self) -> dict[str, torch.Tensor]:
         """FastViTHD's state dict under its own names, float32, all of it.
@@ -183,15 +179,20 @@ class Checkpoint:
 
 
 def to_torch(array: mx.array) -> torch.Tensor:
-    """The same bits as a torch tensor, bfloat16 included, which numpy does not have."""
+    """The same memory as a torch tensor, bfloat16 included, which numpy does not have."""
     import torch
 
     if array.dtype == mx.bfloat16:
-        return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
+        return torch.from_numpy(np.asarray(array.view(mx.uint16))).view(torch.bfloat16)
+    return torch.from_numpy(np.asarray(array))
 
 
-def _magnitude(name: str, tensor: torch.Tensor) -> float:
+def magnitude(name: str, tensor: torch.Tensor) -> float:
+    """The largest magnitude in the tensor of this name.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
     # The extremes carry NaN and infinity, and unlike isfinite() need no temporary.
     low, high = (float(extreme) for extreme in tensor.aminmax())
     if not isfinite(low) or not isfinite(high):

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from fastvlm_mlx.errors import OptionError
-from model_export.checkpoint import Checkpoint
+from model_export.checkpoint import Checkpoint, magnitude, to_torch
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.weights import TensorSpec
 
@@ -95,13 +95,14 @@ def convert(checkpoint: Checkpoint, spec: TensorSpec, options: ExportOptions) ->
         CheckpointError: the source holds NaN or infinity.
         OptionError: a weight does not fit float16.
     """
-    largest = checkpoint.largest(spec.source)
+    weight = checkpoint.array(spec.source)
+    largest = magnitude(spec.source, to_torch(weight))
     if options.dtype == "float16" and largest > FLOAT16_MAX:
         raise OptionError(
             f"{spec.source} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use --dtype "
             "bfloat16"
         )
-    cast = checkpoint.array(spec.source).astype(DTYPES[options.dtype][0])
+    cast = weight.astype(DTYPES[options.dtype][0])
     if not is_quantized(spec, options):
         return [cast]
     return list(mx.quantize(cast, group_size=options.group_size, bits=options.llm_bits))

@@ -38,7 +38,7 @@ TOOLS = (
     "pillow",
 )
 # What a package adds to its weights: the program's text and the manifest.
-PACKAGE_OVERHEAD_BYTES = 4_000_000
+PACKAGE_OVERHEAD_BYTES = 1_000_000
 
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]

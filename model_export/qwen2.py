@@ -46,22 +46,24 @@ class Matrix:
             return self.weight[rows].float()
         scales, biases = self.scales[rows].float(), self.biases[rows].float()
         codes = unpack(self.weight[rows], self.bits)
-        grouped = codes.view(*scales.shape, -1)
+        grouped = codes.view(*scales.shape, -1).float()
         return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Little-endian words [rows, k], as bytes [rows, 4k], → float32 codes [rows, 32k / bits].
+    """Little-endian words [rows, k], as uint8 [rows, 4k], → uint8 codes [rows, 32k / bits].
 
-    Codes lie end to end from the lowest bit, so `bits` bytes hold eight of them.
+    Codes lie end to end from the lowest bit, so `bits` bytes hold eight of them, each in one byte
+    or across two.
     """
     data = words.reshape(words.shape[0], -1, bits)
-    run = torch.zeros(data.shape[:2], dtype=torch.int64)
-    for i in range(bits):
-        run |= data[..., i].to(torch.int64) << (8 * i)
-    codes = torch.empty((*run.shape, 8), dtype=torch.float32)
+    codes = torch.empty((*data.shape[:2], 8), dtype=torch.uint8)
     for i in range(8):
-        codes[..., i] = (run >> (bits * i)) & ((1 << bits) - 1)
+        byte, shift = divmod(bits * i, 8)
+        code = data[..., byte] >> shift
+        if shift + bits > 8:
+            code |= data[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(code, (1 << bits) - 1, out=codes[..., i])
     return codes.view(words.shape[0], -1)
 
 

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.image import ImageProcessor, load_image
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts
 from model_export.checkpoint import Checkpoint
@@ -219,10 +219,7 @@ class _Magnitude:
 
     def __call__(self, name: str, kind: str, value: torch.Tensor) -> None:
         if value.is_floating_point():
-            if value.dim() == 4:
-                # Channels-last in memory: thirty times faster in the order they lie in.
-                value = value.permute(0, 2, 3, 1)
-            low, high = (float(extreme) for extreme in value.reshape(-1).aminmax())
+            low, high = (float(extreme) for extreme in flat(value).aminmax())
             found = max(-low, high)
             self.largest = max(self.largest, found if found == found else inf)
 
