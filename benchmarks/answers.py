@@ -3,7 +3,8 @@
     python -m benchmarks.answers [--questions 1000] [--json FILE]
 
 PyTorch answers from the source checkpoint (transformers' Qwen2 on the unfolded encoder); every
-bundle answers through the runtime. Lost are the answers that PyTorch has right and the bundle has not.
+bundle answers through the runtime. Lost are the answers that PyTorch has right and the bundle has
+not.
 """
 
 from __future__ import annotations
