@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 
-from model_export.options import ExportOptions
-from model_export.pipeline import export
+# Read when torch is first imported, here and in the processes that tests start. On the demo's tiny
+# layers a second thread gains nothing, and on a busy machine costs ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from model_export.options import ExportOptions  # noqa: E402
+from model_export.pipeline import export  # noqa: E402
 
 DEMO = Path(__file__).parent.parent / "model_export" / "demo" / "checkpoint"
 
