@@ -16,8 +16,8 @@ import pytest
 # layers a second thread gains nothing, and on a busy machine costs ten times the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from model_export.options import ExportOptions  # noqa: E402
-from model_export.pipeline import export  # noqa: E402
+from model_export.options import ExportOptions
+from model_export.pipeline import export
 
 DEMO = Path(__file__).parent.parent / "model_export" / "demo" / "checkpoint"
 
