@@ -12,10 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from tokenizers import Tokenizer
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -50,16 +54,14 @@ class Bundle:
             )
         raw_config = read_json(path / "config.json")
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-        if manifest is not None and manifest.get("schema_version") != SCHEMA_VERSION:
-            raise BundleError(
-                f"{path / MANIFEST} has schema version {manifest.get('schema_version')}, expected "
-                f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
-            )
-        if any(key.startswith("model.") for key in _first_keys(path)):
+        if manifest is not None:
+            _check_manifest(path / MANIFEST, manifest)
+        bundle = cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
+        if any(key.startswith("model.") for key in bundle.tensors(required=False)):
             raise BundleError(
                 f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
             )
-        return cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
+        return bundle
 
     @cached_property
     def package(self) -> Path:
@@ -79,17 +81,37 @@ class Bundle:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """Every `.safetensors` of the directory, as the loaders of the layout read them.
+        """Every `.safetensors` below the directory, as the loaders of the layout read them.
 
         Raises:
             BundleError: there is none.
         """
-        found = sorted(self.path.glob("*.safetensors"))
+        found = sorted(self.path.rglob("*.safetensors"))
         if not found:
             raise BundleError(
                 f"{self.path} holds no .safetensors file: export the checkpoint again"
             )
         return found
+
+    def tensors(self, *, required: bool = True) -> dict[str, mx.array]:
+        """The weights by name, unevaluated: headers are read, data when it is used.
+
+        A new map each time, as an array that was evaluated stays in its map, and memory.
+
+        Raises:
+            BundleError: a file is damaged, or, where `required`, there is none.
+        """
+        import mlx.core as mx
+
+        arrays: dict[str, mx.array] = {}
+        for file in self.weight_files if required else sorted(self.path.rglob("*.safetensors")):
+            try:
+                arrays |= mx.load(str(file))  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise BundleError(
+                    f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
+                ) from error
+        return arrays
 
     @cached_property
     def tokenizer_file(self) -> Path:
@@ -100,6 +122,33 @@ class Bundle:
                 "Swift reads, export the checkpoint again"
             )
         return file
+
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.json, checked for the picture's placeholder.
+
+        Raises:
+            BundleError: it can't be read, or its `<image>` is not what config.json says.
+        """
+        from tokenizers import Tokenizer
+
+        file = self.tokenizer_file
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        # tokenizers raises no class of its own.
+        except Exception as error:
+            raise BundleError(
+                f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
+            ) from error
+        # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        found, expected = tokenizer.token_to_id(IMAGE_TOKEN), self.config.image_token_index
+        if found != expected:
+            raise BundleError(
+                f"{file} gives {IMAGE_TOKEN} the id {found} where config.json says {expected}: "
+                "export the checkpoint again"
+            )
+        return tokenizer
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
@@ -113,7 +162,10 @@ class Bundle:
         ids: set[int] = set()
         for source in (read_json(file) if file.is_file() else {}, self.raw_config):
             found = source.get("eos_token_id")
-            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+            listed = found if isinstance(found, list) else [] if found is None else [found]
+            if not all(type(token_id) is int for token_id in listed):
+                raise BundleError(f"eos_token_id of {self.path} is {found!r}: expected token ids")
+            ids.update(listed)
         return frozenset(ids)
 
     def check_files(self) -> None:
@@ -178,15 +230,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _first_keys(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), framework="numpy") as stream:
-                return list(stream.keys())
-        except (SafetensorError, OSError) as error:
-            raise BundleError(
-                f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
-            ) from error
-    return []
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file} has schema version {manifest.get('schema_version')}, expected "
+            f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
+        )
+    files, parts = manifest.get("files"), ("options", "source", "encoder", "llm")
+    entries = list(files.values()) if isinstance(files, dict) else [None]
+    whole = all(isinstance(manifest.get(part), dict) for part in parts)
+    if not whole or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries
+    ):
+        raise BundleError(f"{file} is not a whole manifest: export the checkpoint again")

@@ -52,7 +52,8 @@ class Model(nn.Module):
 
     def project(self, features: mx.array) -> mx.array:
         """float32 [1, N, C] → [N, D] in the model's dtype."""
-        dtype = self.multi_modal_projector.linear_0.weight.dtype
+        # The bias's: a quantized weight is of integers.
+        dtype = self.multi_modal_projector.linear_0.bias.dtype
         return self.multi_modal_projector(features.astype(dtype))[0]
 
     def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
@@ -84,14 +85,7 @@ def load_model(bundle: Bundle) -> Model:
         BundleError: a weight is missing, unknown or of the wrong shape.
     """
     model = Model(bundle.config)
-    weights: dict[str, mx.array] = {}
-    for file in bundle.weight_files:
-        try:
-            weights |= mx.load(str(file))  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise BundleError(
-                f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
-            ) from error
+    weights = bundle.tensors()
     if quantization := bundle.config.quantization:
         nn.quantize(
             model,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -84,20 +85,20 @@ class SourceWeights:
 
 class BundleWeights:
     def __init__(self, bundle: Bundle):
+        self._bundle = bundle
         self._bits = (bundle.config.quantization or {}).get("bits", 16)
-        self._files = {name: file for file in bundle.weight_files for name in mx.load(str(file))}
+        self._names = frozenset(bundle.tensors())
 
     def matrix(self, name: str) -> Matrix:
         stem = name.removesuffix("weight")
-        if stem + "scales" not in self._files:
+        if stem + "scales" not in self._names:
             return Matrix(to_torch(self._load(name)))
         words = to_torch(self._load(name).view(mx.uint8))
         scales, biases = (to_torch(self._load(stem + part)) for part in ("scales", "biases"))
         return Matrix(words, scales, biases, self._bits)
 
     def _load(self, name: str) -> mx.array:
-        # A new lazy map each time, as an array that was evaluated stays in its map.
-        return mx.load(str(self._files[name]))[name]  # type: ignore[call-overload,return-value]
+        return self._bundle.tensors()[name]
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[O
             hidden[i] = layer(
                 hidden[i], attention_mask=mask[None, None], position_embeddings=cos_sin
             )
-            largest[i] = max(largest[i], float(hidden[i].abs().max()))
+            largest[i] = float(np.maximum(largest[i], float(hidden[i].abs().max())))
     return [
         Outcome(_log_probabilities(side, h[0, dialogue.scored], config), peak)
         for side, h, peak in zip(sides, hidden, largest, strict=True)
