@@ -180,8 +180,9 @@ def generate(
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     if limit < 1:
         raise OptionError(f"--max-pixels is {limit}: expected 1 or more")
+    source = _stdin_bytes() if image == "-" else image
     Bundle.open(bundle)
-    picture = load_image(_stdin_bytes() if image == "-" else image, max_pixels=limit)
+    picture = load_image(source, max_pixels=limit)
     model = load(bundle, compute_units=compute_units, crop=crop)
     answers = []
     for generation in model.ask(picture, prompt, options):
