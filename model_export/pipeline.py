@@ -23,7 +23,7 @@ from fastvlm_mlx.vision.package import PackageInfo
 from model_export import coreml, fastvithd, layouts, llm, verify
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
-from model_export.tokenizer import export_tokenizer
+from model_export.tokenizer import export_tokenizer, extended
 from model_export.verify import Gate
 
 TOOLS = (
@@ -58,8 +58,16 @@ def export(
     destination: str | Path,
     options: ExportOptions,
     progress: Progress = lambda stage, done: None,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
 ) -> ExportResult:
     """Turn a checkpoint into an `app` bundle at `destination`, checked by every gate.
+
+    Args:
+        checkpoint_path: a directory or a hub id, of any kind that `sources` knows.
+        base: for an adapter or a projector, in place of the base that it names.
+        revision: of a hub id.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint is not a whole FastVLM.
@@ -68,28 +76,33 @@ def export(
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
     with _interruptible(progress) as stage:
-        return _export(checkpoint_path, destination, options, stage)
+        stage("checkpoint", None)
+        checkpoint = Checkpoint(
+            checkpoint_path, base=base, revision=revision, image_size=options.image_size
+        )
+        return _export(checkpoint, destination, options, stage)
 
 
 def _export(
-    checkpoint_path: str | Path,
+    checkpoint: Checkpoint,
     destination: str | Path,
     options: ExportOptions,
     progress: Progress,
 ) -> ExportResult:
-    progress("checkpoint", None)
     destination = Path(destination).expanduser().absolute()
-    checkpoint = Checkpoint(checkpoint_path)
     options.check_widths(checkpoint.config)
     _check_destination(destination, checkpoint, options)
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
+    checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
     with appearing(destination, overwrite=options.overwrite) as directory:
         _check_space(directory, checkpoint, options)
         layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
         tokenizer.save(directory)
-        for file in checkpoint.path.glob("LICENSE*"):
-            shutil.copyfile(file, directory / file.name)
+        # The base's first, so that a fine-tune's own stands where both have one.
+        for source in reversed(checkpoint.directories):
+            for file in source.glob("LICENSE*"):
+                shutil.copyfile(file, directory / file.name)
         encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
         summary = _export_llm(checkpoint, directory, options, progress)
         bundle = Bundle.open(directory)
@@ -206,13 +219,14 @@ def _manifest(
 
 
 def _check_destination(destination: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
-    source = checkpoint.path.resolve()
     resolved = destination.resolve()
-    if resolved == source or source in resolved.parents or resolved in source.parents:
-        raise DestinationError(
-            f"{destination} overlaps the checkpoint {checkpoint.path}, which is never written to: "
-            "choose a directory of its own"
-        )
+    for directory in checkpoint.directories:
+        source = directory.resolve()
+        if resolved == source or source in resolved.parents or resolved in source.parents:
+            raise DestinationError(
+                f"{destination} overlaps the checkpoint {directory}, which is never written to: "
+                "choose a directory of its own"
+            )
     if destination.exists() and not options.overwrite:
         raise DestinationError(
             f"{destination} exists: choose another destination, or replace it with --overwrite"

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
@@ -37,6 +38,7 @@ from model_export import layouts
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.tokenizer import extended
 
 if TYPE_CHECKING:
     import torch
@@ -278,13 +280,17 @@ def answer_gates(
 
 def verify(
     path: Path,
-    checkpoint_path: Path | None,
+    checkpoint_path: str | Path | None,
     limits: Mapping[str, Any],
     progress: Callable[[str, float | None], None],
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
 ) -> tuple[Bundle, list[Gate]]:
     """Repeat on a bundle what its export checked: files, layout, and with its checkpoint the gates.
 
     Args:
+        checkpoint_path, base, revision: as for the export.
         limits: fields of `ExportOptions` to judge by in place of the manifest's, where not None.
 
     Raises:
@@ -303,7 +309,8 @@ def verify(
     if checkpoint_path is None:
         progress("check encoder", None)
         return bundle, [_overflow(bundle)]
-    checkpoint = Checkpoint(checkpoint_path)
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
+    checkpoint = _source(bundle, tokenizer, checkpoint_path, base, revision)
     pictures = gate_pictures(checkpoint.config.vision)
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
@@ -313,9 +320,28 @@ def verify(
     del state
     gates, features = encoder_gates(bundle.package, module, references, options)
     progress("check answers", None)
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
+
+
+def _source(
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    checkpoint_path: str | Path,
+    base: str | Path | None,
+    revision: str | None,
+) -> Checkpoint:
+    """The checkpoint at the bundle's input size, and with its vocabulary."""
+    checkpoint = Checkpoint(
+        checkpoint_path, base=base, revision=revision, image_size=bundle.config.vision.image_size
+    )
+    rows, own = bundle.config.text.vocab_size, checkpoint.config.text.vocab_size
+    if rows < own:
+        raise CheckpointError(
+            f"{checkpoint.path} has {own:,} rows of embedding where the bundle has {rows:,}: "
+            "expected the checkpoint that it was made from"
+        )
+    return extended(checkpoint, tokenizer, rows)
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:
