@@ -306,7 +306,7 @@ def _strip(key: str) -> str:
     """A name without what PEFT and its wrappers put around it."""
     key = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.|$)", "", key)
     key = key.removeprefix("module.").removeprefix("base_model.")
-    return key.removeprefix("model.") if key.startswith(("model.model.", "model.lm_head.")) else key
+    return re.sub(r"^model\.(?=(model|lm_head)(\.|$))", "", key)
 
 
 def _matching(patterns: Mapping[str, Any], module: str) -> str:

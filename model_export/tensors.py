@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # I64 is BatchNorm's counter's.
 DTYPES = ("F32", "F16", "BF16", "I64")
+MAPPED_BYTES = 100_000_000
 # Files of full weights, by preference; an adapter's and a projector's have names of their own.
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
@@ -64,22 +65,44 @@ class SafeTensor:
             raise CheckpointError(f"{self.file} can't be read: {error}") from error
 
 
+class PickledFile:
+    """A file that `torch.save` wrote, mapped.
+
+    Pages that were read count as resident until the map is gone, and making one unpickles the
+    names of all tensors: a map serves until `MAPPED_BYTES` were read through it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._map: dict[str, torch.Tensor] | None = None
+        self._read_bytes = 0
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Raises CheckpointError: as for the header, if the file changed meanwhile."""
+        if self._map is None or self._read_bytes > MAPPED_BYTES:
+            self._map, self._read_bytes = unpickle(self.path), 0
+        if key not in self._map:
+            raise CheckpointError(f"{self.path} changed while it was read: run the export again")
+        tensor = self._map[key]
+        self._read_bytes += tensor.nbytes
+        return tensor
+
+
 @dataclass(frozen=True)
 class PickledTensor:
     """In a file that `torch.save` wrote."""
 
-    file: Path
+    file: PickledFile
     key: str
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (self.file,)
+        return (self.file.path,)
 
     def read(self) -> mx.array:
-        # A new map each time, as above: pages that were read count as resident until it is gone.
-        return from_torch(_unpickle(self.file)[self.key])
+        return from_torch(self.file.tensor(self.key))
 
 
 @dataclass(frozen=True)
@@ -264,10 +287,11 @@ def _safe_header(file: Path) -> dict[str, SafeTensor]:
 def _pickled_header(file: Path) -> dict[str, PickledTensor]:
     names = _dtype_names()
     tensors = {}
-    for key, tensor in _unpickle(file).items():
+    stored = PickledFile(file)
+    for key, tensor in unpickle(file).items():
         dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         _check_dtype(key, dtype)
-        tensors[key] = PickledTensor(file, key, dtype, tuple(tensor.shape))
+        tensors[key] = PickledTensor(stored, key, dtype, tuple(tensor.shape))
     return tensors
 
 
@@ -286,7 +310,7 @@ def _dtype_names() -> Mapping[Any, str]:
     return dict(zip(dtypes, DTYPES, strict=True))
 
 
-def _unpickle(file: Path) -> dict[str, torch.Tensor]:
+def unpickle(file: Path) -> dict[str, torch.Tensor]:
     """What `torch.save` wrote, mapped and not read, if it is a dictionary of plain tensors.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import model_export
 from fastvlm_mlx.config import FastVLMConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
 from model_export.checkpoint import Checkpoint
 from model_export.tokenizer import export_tokenizer, extended
-from tests.conftest import DEMO
 
 EMBEDDING = "model.embed_tokens.weight"
 # The demo's tokenizer: a vocabulary and three control tokens.
-ROWS_IN_USE = len(json.loads((DEMO / "vocab.json").read_text())) + 3
+VOCABULARY = Path(model_export.__file__).parent / "demo" / "checkpoint" / "vocab.json"
+ROWS_IN_USE = len(json.loads(VOCABULARY.read_text())) + 3
 
 
 def test_the_demo_checkpoint_is_apple_s_layout(demo_checkpoint):
@@ -229,7 +231,7 @@ class TestRefused:
 
     def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(self, edit_checkpoint):
         def shrink(tensors):
-            tensors[EMBEDDING] = tensors[EMBEDDING][:ROWS_IN_USE - 1]
+            tensors[EMBEDDING] = tensors[EMBEDDING][: ROWS_IN_USE - 1]
 
         path = edit_checkpoint(tensors=shrink)
         words = f"as id {ROWS_IN_USE - 1} and the embedding has {ROWS_IN_USE - 1} rows"
