@@ -222,6 +222,8 @@ def verify(
 
     from fastvlm_mlx import report
 
+    if checkpoint is None and (base or revision):
+        raise OptionError("--base or --revision is given without --checkpoint: name that too")
     limits = {
         "min_snr_db": min_snr_db,
         "max_kl_nats": max_kl_nats,

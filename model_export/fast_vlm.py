@@ -77,6 +77,8 @@ def apple_config(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
     if isinstance(stated.get("rope_parameters"), dict):
         stated.setdefault("rope_theta", stated["rope_parameters"].get("rope_theta", 10_000.0))
     ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k)}
+    if "eos_token_id" not in {**stated, **ids} and (end := _end_of_turn(directory)) is not None:
+        ids["eos_token_id"] = end
     return {
         **QWEN2_DEFAULTS,
         **stated,
@@ -90,6 +92,22 @@ def apple_config(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
         "mm_vision_tower": f"mobileclip_l_{vision.image_size}",
         "vision_config": vision.to_dict(),
     }
+
+
+def _end_of_turn(directory: Path) -> int | None:
+    """The id that ends an answer by the tokenizer, which programs look for in config.json."""
+    files = [directory / name for name in ("tokenizer_config.json", "tokenizer.json")]
+    if not all(file.is_file() for file in files):
+        return None
+    config, tokenizer = (read_json(file) for file in files)
+    end = config.get("eos_token")
+    content = end.get("content") if isinstance(end, dict) else end
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and token.get("content") == content:
+            found = token.get("id")
+            return found if type(found) is int else None
+    return None
 
 
 def _section(raw: dict[str, Any], key: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ REFUSED = {
 }
 # Initializations that leave the base as it is; PiSSA, OLoRA, CorDA and others change it.
 INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-LORA_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+LORA_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 
 # A tensor's name in an adapter, its prefixes removed → Apple's; None for one that is not FastVLM's.
 Rename = Callable[[str], str | None]
@@ -311,9 +311,13 @@ def _strip(key: str) -> str:
 
 def _matching(patterns: Mapping[str, Any], module: str) -> str:
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_ending(pattern), module):
             return pattern
     return module
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _numbers(file: Path, data: dict[str, Any], key: str, *kinds: type) -> dict[str, Any]:
@@ -322,7 +326,7 @@ def _numbers(file: Path, data: dict[str, Any], key: str, *kinds: type) -> dict[s
         raise CheckpointError(f"{file}: {key} is {patterns!r}, expected a JSON object")
     for pattern, value in patterns.items():
         try:
-            re.compile(pattern)
+            re.compile(_ending(pattern))
         except re.error as error:
             raise CheckpointError(
                 f"{file}: {key} holds {pattern!r}, which is no regular expression ({error})"

@@ -298,6 +298,7 @@ class TestRefused:
             ({"r": "8"}, "r is '8'"),
             ({"lora_alpha": None}, "lora_alpha is None"),
             ({"rank_pattern": {"(": 3}}, "which is no regular expression"),
+            ({"rank_pattern": {"(?i)up_proj": 3}}, "which is no regular expression"),
             ({"rank_pattern": {"up_proj": 3}}, "where adapter_config.json says rank 3"),
             ({"alpha_pattern": [1]}, "expected a JSON object"),
         ],

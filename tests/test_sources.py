@@ -209,6 +209,8 @@ class TestTransformers:
         assert other.config.image_aspect_ratio == apple.config.image_aspect_ratio == "pad"
         assert other.config.vision.image_size == apple.config.vision.image_size == 256
         assert other.tied == apple.tied
+        # Stated by Apple's config.json, and in transformers' layout by the tokenizer alone.
+        assert other.raw_config["eos_token_id"] == apple.raw_config["eos_token_id"]
         ours, theirs = export_tokenizer(apple), export_tokenizer(other)
         assert ours.image_token_id == theirs.image_token_id == 403
         assert ours.config == theirs.config
