@@ -234,7 +234,8 @@ def _tied_apart(
         return dict(base)
     embedding = base[EMBEDDING[0]]
     tensors = {**base, HEAD[0]: embedding}
-    alone = EMBEDDING[0] in names or "embed_tokens" in config.modules_to_save
+    wrapped = {module.rpartition(".")[2] for module in config.modules_to_save}
+    alone = EMBEDDING[0] in names or "embed_tokens" in wrapped
     resized = EMBEDDING[0] in saved and saved[EMBEDDING[0]].shape != embedding.shape
     # Saved without having been trained apart, as PEFT does with a resized vocabulary.
     if HEAD[0] not in touched and (not alone or resized or config.ensure_weight_tying):

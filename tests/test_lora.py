@@ -203,6 +203,23 @@ class TestTies:
         assert found.config.text.vocab_size == 480
         assert torch.equal(found.tensor(EMBEDDING), rows)
 
+    @pytest.mark.parametrize(
+        ("config", "tied_after"),
+        [
+            ({"modules_to_save": ["embed_tokens"]}, False),
+            ({"modules_to_save": ["model.embed_tokens"]}, False),
+            ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ],
+    )
+    def test_a_saved_embedding_leaves_the_head(self, tied, adapter, config, tied_after):
+        rows = torch.randn(416, 64)
+        path = adapter({"base_model.model.model.embed_tokens.weight": rows}, **config)
+        found = Checkpoint(path, base=tied)
+        assert torch.equal(found.tensor(EMBEDDING), rows)
+        assert found.tied == tied_after
+        if not tied_after:
+            assert torch.equal(found.tensor(HEAD), Checkpoint(tied).tensor(EMBEDDING))
+
     def test_llava_s_embedding_takes_the_head_along(self, tied, adapter):
         rows = torch.randn(416, 64)
         path = adapter(extra={"base_model.model.model.embed_tokens.weight": rows})
