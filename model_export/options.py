@@ -12,6 +12,7 @@ BITS = (*AFFINE_BITS, 16)
 GROUP_SIZES = AFFINE_GROUP_SIZES
 DTYPES = ("float16", "bfloat16", "float32")
 PRECISIONS = ("fp16", "fp32")
+IMAGE_SIZE_MULTIPLE = 64
 FLOAT16_MAX = 65_504
 
 # What the numeric gates ask for. The encoder's floors are signal-to-noise ratios in dB, RMS of
@@ -26,7 +27,10 @@ LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 8: 0.95, 16: 0.99}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`llm_bits` 16 means not quantized: the weights are cast to `dtype` and left at that."""
+    """`llm_bits` 16 means not quantized: the weights are cast to `dtype` and left at that.
+
+    `image_size`, in pixels, is the encoder's input in place of the checkpoint's own.
+    """
 
     llm_bits: int = 8
     group_size: int = 64
@@ -34,6 +38,7 @@ class ExportOptions:
     encoder_precision: Literal["fp16", "fp32"] = "fp16"
     overwrite: bool = False
     allow_failed_gates: bool = False
+    image_size: int | None = None
     min_snr_db: float | None = None
     max_kl_nats: float | None = None
     min_agreement: float | None = None
@@ -51,6 +56,12 @@ class ExportOptions:
                     f"--{name.replace('_', '-')} is {value}: expected one of "
                     f"{', '.join(map(str, allowed))}"
                 )
+        size = self.image_size
+        if size is not None and (size <= 0 or size % IMAGE_SIZE_MULTIPLE):
+            raise OptionError(
+                f"--image-size is {size}: expected a multiple of {IMAGE_SIZE_MULTIPLE} pixels, the "
+                "encoder's stride"
+            )
         for name in ("min_snr_db", "max_kl_nats", "min_agreement"):
             value = getattr(self, name)
             if value is not None and (value != value or value < 0):
