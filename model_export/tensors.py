@@ -298,7 +298,8 @@ def _pickled_header(file: Path) -> dict[str, PickledTensor]:
 def _check_dtype(key: str, dtype: str) -> None:
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{key} is stored as {dtype}: expected F32, F16 or BF16, an unquantized checkpoint"
+            f"{key} is stored as {dtype}: expected F32, F16 or BF16, an unquantized PyTorch "
+            "checkpoint and not a bundle"
         )
 
 
