@@ -1,0 +1,92 @@
+"""Put an `app` bundle where the Xcode project of Apple's demo app expects its model.
+
+The project of apple/ml-fastvlm takes whatever lies in `app/FastVLM/model` into the app, compiles
+the `.mlpackage` into the class `fastvithd`, and reads the rest from the app's resources.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.errors import BundleError, DestinationError
+from fastvlm_mlx.vision.package import describe
+from model_export import layouts
+from model_export.pipeline import appearing
+
+# From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
+# which of them a directory is.
+LANDMARK = "FastVLM.swift"
+PLACES = ("app/FastVLM", "FastVLM", ".")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What goes where: `files` are relative to the bundle; `replaces` is what is there now."""
+
+    bundle: Path
+    model: Path
+    files: tuple[str, ...]
+    bytes: int
+    replaces: tuple[str, ...]
+
+
+def plan(bundle_path: Path, app: Path) -> Installation:
+    """Find the app's model directory and check that the unmodified app will load the bundle.
+
+    Raises:
+        BundleError: the bundle is broken, or the unmodified app would crash on it.
+        DestinationError: `app` is not the demo app.
+    """
+    bundle = Bundle.open(bundle_path)
+    bundle.check_files()
+    layouts.check_app(bundle, describe(bundle.package))
+    vision = bundle.config.vision
+    if not layouts.fits_unmodified_app(bundle.config):
+        raise BundleError(
+            f"{bundle_path} makes {vision.num_tokens} tokens of {vision.hidden_size} channels at "
+            f"{vision.image_size}×{vision.image_size} and the unmodified app asserts 256 of 3072: "
+            "export a checkpoint of the released encoder at 1024×1024"
+        )
+    model = _model_directory(app)
+    files = sorted(p for p in bundle.path.rglob("*") if p.is_file())
+    present = sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
+    return Installation(
+        bundle.path,
+        model,
+        tuple(p.relative_to(bundle.path).as_posix() for p in files),
+        sum(p.stat().st_size for p in files),
+        tuple(p.relative_to(model).as_posix() for p in present),
+    )
+
+
+def install(installation: Installation) -> None:
+    """Copy the bundle beside the app's model directory, then put it in its place.
+
+    What was there stays until then.
+
+    Raises:
+        DestinationError: the directory can't be written, or the disk is full.
+    """
+    with appearing(installation.model, overwrite=True) as directory:
+        for name in installation.files:
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(installation.bundle / name, target)
+
+
+def _model_directory(app: Path) -> Path:
+    app = app.expanduser()
+    if not app.is_dir():
+        raise DestinationError(
+            f"{app} is not a directory: give the app/ directory of a clone of apple/ml-fastvlm"
+        )
+    for place in PLACES:
+        if (app / place / LANDMARK).is_file():
+            return (app / place / "model").resolve()
+    raise DestinationError(
+        f"{app} is not the demo app, it holds no FastVLM/{LANDMARK}: give the app/ directory of a "
+        "clone of apple/ml-fastvlm"
+    )
