@@ -14,7 +14,7 @@ from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, DestinationError
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts
-from model_export.pipeline import appearing
+from model_export.destination import appearing
 
 # From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
 # which of them a directory is.
@@ -65,12 +65,12 @@ def plan(bundle_path: Path, app: Path) -> Installation:
 def install(installation: Installation) -> None:
     """Copy the bundle beside the app's model directory, then put it in its place.
 
-    What was there stays until then.
+    What was there stays until then, whatever it was.
 
     Raises:
         DestinationError: the directory can't be written, or the disk is full.
     """
-    with appearing(installation.model, overwrite=True) as directory:
+    with appearing(installation.model) as directory:
         for name in installation.files:
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
