@@ -116,7 +116,7 @@ class TestDestination:
         with pytest.raises(DestinationError, match="never written to"):
             export(path, path / "out", ExportOptions(overwrite=True))
         for out in (path, path.parent):
-            with pytest.raises(DestinationError, match="never written to|holds what is no bundle"):
+            with pytest.raises(DestinationError, match=r"never written to|holds what is no bundle"):
                 export(path, out, ExportOptions(overwrite=True))
         assert fingerprint(path) == before
 
