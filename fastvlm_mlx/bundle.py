@@ -1,7 +1,7 @@
 """A bundle directory: which files it holds, what its manifest says, and whether both agree.
 
-Read by the runtime and written by the exporter. Apple's own bundles have the same layout and no
-manifest; they are taken as they are.
+Read by the runtime and written by the exporter. Apple's own bundles (layout `app`) and mlx-vlm's
+conversions (layout `mlx`) have no manifest; they are taken as they are.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 PACKAGE = "fastvithd.mlpackage"
+# Weights of an `mlx` bundle: the encoder's, and the projector's with the model's own names.
+ENCODER_PREFIX = "vision_tower.vision_model."
+MLX_PROJECTOR = {
+    "mm_projector.0.": "multi_modal_projector.linear_0.",
+    "mm_projector.2.": "multi_modal_projector.linear_2.",
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,18 @@ class Bundle:
                 f"{path / MANIFEST} has schema version {manifest.get('schema_version')}, expected "
                 f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
             )
-        if any(key.startswith("model.") for key in _first_keys(path)):
+        if any(key.startswith("model.") for key in _keys(path)):
             raise BundleError(
                 f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
             )
         return cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
+
+    @cached_property
+    def layout(self) -> str:
+        """`app` or `mlx`: by the manifest, else by where the encoder is."""
+        if self.manifest is not None:
+            return str(self.manifest["layout"])
+        return "mlx" if holds_encoder(self.path) else "app"
 
     @cached_property
     def package(self) -> Path:
@@ -90,6 +106,32 @@ class Bundle:
                 f"{self.path} holds no .safetensors file: export the checkpoint again"
             )
         return found
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Every weight by its stored name, unevaluated.
+
+        Raises:
+            BundleError: a file is damaged, or there is none.
+        """
+        import mlx.core as mx
+
+        arrays: dict[str, mx.array] = {}
+        for file in self.weight_files:
+            try:
+                arrays |= mx.load(str(file))  # type: ignore[arg-type]
+            except RuntimeError as error:
+                raise BundleError(
+                    f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
+                ) from error
+        return arrays
+
+    def encoder_arrays(self) -> dict[str, mx.array]:
+        """The encoder of an `mlx` bundle, by its own names. Errors as `arrays`."""
+        return {
+            name.removeprefix(ENCODER_PREFIX): array
+            for name, array in self.arrays().items()
+            if name.startswith(ENCODER_PREFIX)
+        }
 
     @cached_property
     def tokenizer_file(self) -> Path:
@@ -178,15 +220,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _first_keys(path: Path) -> list[str]:
+def holds_encoder(path: Path) -> bool:
+    """Whether the directory's weights are an `mlx` bundle's, the encoder among them."""
+    return any(key.startswith(ENCODER_PREFIX) for key in _keys(path))
+
+
+def model_name(stored: str) -> str:
+    """The model's name of a weight that a bundle of either layout stores as `stored`."""
+    for prefix, name in MLX_PROJECTOR.items():
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return stored
+
+
+def _keys(path: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
+    keys: list[str] = []
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(str(file), framework="numpy") as stream:
-                return list(stream.keys())
+                keys += stream.keys()
         except (SafetensorError, OSError) as error:
             raise BundleError(
                 f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
             ) from error
-    return []
+    return keys

@@ -87,6 +87,9 @@ def export(
     encoder_precision: Annotated[
         str, typer.Option(help="What the Core ML encoder computes in: fp16 or fp32.")
     ] = "fp16",
+    layout: Annotated[
+        str, typer.Option(help="Who loads it: app (Core ML encoder), or mlx (mlx-vlm, Swift).")
+    ] = "app",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     allow_failed_gates: Annotated[
         bool, typer.Option("--allow-failed-gates", help="Keep a bundle that fails its check.")
@@ -108,6 +111,7 @@ def export(
         group_size=group_size,
         dtype=dtype,  # type: ignore[arg-type]
         encoder_precision=encoder_precision,  # type: ignore[arg-type]
+        layout=layout,  # type: ignore[arg-type]
         overwrite=overwrite,
         allow_failed_gates=allow_failed_gates,
         min_snr_db=min_snr_db,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig, VisionConfig
-from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.generate import Generation, GenerationResult, SamplingOptions, Timings, generate
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.model import Model, load_model
@@ -162,7 +162,7 @@ def load(
     crop: bool = False,
     check_hashes: bool = True,
 ) -> FastVLM:
-    """Load a bundle: one of ours, or one that Apple published (the same layout, no manifest).
+    """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
     Args:
         compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
@@ -175,15 +175,17 @@ def load(
     """
     started = time.perf_counter()
     bundle = Bundle.open(path)
-    package = bundle.package
+    # First, what needs no reading of weights to be missing.
+    _ = bundle.package if bundle.layout == "app" else bundle.weight_files
     if check_hashes:
         bundle.check_files()
     tokenizer = load_tokenizer(bundle)
-    encoder = load_encoder(package, compute_units)
-    config = bundle.config
+    config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
+    bundle = replace(bundle, config=config)
+    encoder = load_bundle_encoder(bundle, compute_units)
     if encoder.hidden_size != config.vision.hidden_size:
         raise BundleError(
-            f"{package} makes {encoder.hidden_size} channels where config.json says "
+            f"{bundle.package} makes {encoder.hidden_size} channels where config.json says "
             f"{config.vision.hidden_size}: they belong to different models, export again"
         )
     model = load_model(bundle)
@@ -207,7 +209,7 @@ def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> Imag
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer.json, checked for the image's placeholder.
+    """The bundle's tokenizer.json; an `app` bundle's is checked for the image's placeholder.
 
     Raises:
         BundleError: it can't be read, or its `<image>` is not what config.json says.
@@ -223,6 +225,8 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
     # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if bundle.layout == "mlx":
+        return tokenizer
     found, expected = _id(tokenizer, IMAGE_TOKEN, bundle), bundle.config.image_token_index
     if found != expected:
         raise BundleError(
@@ -230,6 +234,43 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
             "the checkpoint again"
         )
     return tokenizer
+
+
+def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
+    """The id that stands for the picture: `<image>`'s, or one that no text has.
+
+    Raises:
+        BundleError: there is neither, in a bundle of layout `mlx` that is not ours.
+    """
+    rows = bundle.config.text.vocab_size
+    found: int | None = tokenizer.token_to_id(IMAGE_TOKEN)
+    if found is None:
+        found = max(tokenizer.get_vocab().values()) + 1
+    if found >= rows:
+        raise BundleError(
+            f"{bundle.tokenizer_file} leaves none of the embedding's {rows:,} rows for "
+            f"{IMAGE_TOKEN}: export the checkpoint with `fastvlm export --layout mlx`"
+        )
+    return found
+
+
+def load_bundle_encoder(bundle: Bundle, compute_units: str = "all") -> VisionEncoder:
+    """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
+
+    Raises:
+        OptionError: compute units for an encoder that Core ML does not run.
+        EncoderError: it is incomplete, or can't be evaluated here.
+    """
+    if bundle.layout == "app":
+        return load_encoder(bundle.package, compute_units)
+    if compute_units != "all":
+        raise OptionError(
+            f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
+            "of layout mlx and runs in MLX, leave the option out"
+        )
+    from fastvlm_mlx.vision.fastvithd import FastViTHD
+
+    return FastViTHD(bundle.encoder_arrays(), bundle.config.vision, bundle.config.quantization)
 
 
 def _id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
-from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, model_name
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 
@@ -52,7 +52,8 @@ class Model(nn.Module):
 
     def project(self, features: mx.array) -> mx.array:
         """float32 [1, N, C] → [N, D] in the model's dtype."""
-        dtype = self.multi_modal_projector.linear_0.weight.dtype
+        # The weight's would be that of packed integers where mlx-vlm quantized the projector.
+        dtype = self.multi_modal_projector.linear_0.bias.dtype
         return self.multi_modal_projector(features.astype(dtype))[0]
 
     def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
@@ -84,19 +85,17 @@ def load_model(bundle: Bundle) -> Model:
         BundleError: a weight is missing, unknown or of the wrong shape.
     """
     model = Model(bundle.config)
-    weights: dict[str, mx.array] = {}
-    for file in bundle.weight_files:
-        try:
-            weights |= mx.load(str(file))  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise BundleError(
-                f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
-            ) from error
+    weights = {
+        model_name(name): array
+        for name, array in bundle.arrays().items()
+        if not name.startswith(ENCODER_PREFIX)
+    }
     if quantization := bundle.config.quantization:
         nn.quantize(
             model,
             group_size=quantization["group_size"],
             bits=quantization["bits"],
+            mode=quantization.get("mode", "affine"),
             class_predicate=lambda path, _: f"{path}.scales" in weights,
         )
     _check_names(bundle, dict(tree_flatten(model.parameters())), weights)

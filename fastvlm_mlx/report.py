@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, holds_encoder, model_name
 from fastvlm_mlx.generate import GenerationResult
 from fastvlm_mlx.vision.package import describe
 
@@ -84,6 +84,7 @@ def inspect(path: Path) -> dict[str, Any]:
         path.is_dir()
         and not any(path.glob("*.mlpackage"))
         and not (path / "manifest.json").exists()
+        and not holds_encoder(path)
     ):
         return inspect_checkpoint(path)
     return inspect_bundle(path)
@@ -92,24 +93,17 @@ def inspect(path: Path) -> dict[str, Any]:
 def inspect_bundle(path: Path) -> dict[str, Any]:
     """Sizes by part, bits per weight, encoder, gates, licence. From the files, not the manifest."""
     bundle = Bundle.open(path)
-    info = describe(bundle.package)
     vision, manifest = bundle.config.vision, bundle.manifest or {}
-    shapes = info.outputs[0].shape
+    encoder = _package_facts(bundle) if bundle.layout == "app" else _mlx_encoder_facts(bundle)
+    package_license = encoder.pop("license", None)
     sizes = _llm_sizes(bundle)
     return {
         "kind": "bundle",
         "path": str(path),
         "source": manifest.get("source", {}).get("name"),
-        "license": manifest.get("source", {}).get("license") or info.license or None,
-        "encoder": {
-            "package": bundle.package.name,
-            "precision": info.precision,
-            "image_size": info.inputs[0].shape[-1] if info.inputs[0].shape else vision.image_size,
-            "tokens_per_image": shapes[1] if len(shapes) == 3 else vision.num_tokens,
-            "channels": vision.hidden_size,
-            "deployment_target": info.deployment_target,
-            "bytes": info.bytes,
-        },
+        "license": manifest.get("source", {}).get("license") or package_license,
+        "layout": bundle.layout,
+        "encoder": encoder,
         "llm": {
             "bits": (bundle.config.quantization or {}).get("bits", 16),
             "group_size": (bundle.config.quantization or {}).get("group_size"),
@@ -120,9 +114,37 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         },
         "total_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
         "image_aspect_ratio": bundle.config.image_aspect_ratio,
-        "fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072),
+        "fits_unmodified_app": bundle.layout == "app"
+        and (vision.num_tokens, vision.hidden_size) == (256, 3072),
         "gates": manifest.get("gates"),
         "gates_passed": manifest.get("gates_passed"),
+    }
+
+
+def _package_facts(bundle: Bundle) -> dict[str, Any]:
+    info, vision = describe(bundle.package), bundle.config.vision
+    shapes = info.outputs[0].shape
+    return {
+        "license": info.license or None,
+        "package": bundle.package.name,
+        "precision": info.precision,
+        "image_size": info.inputs[0].shape[-1] if info.inputs[0].shape else vision.image_size,
+        "tokens_per_image": shapes[1] if len(shapes) == 3 else vision.num_tokens,
+        "channels": vision.hidden_size,
+        "deployment_target": info.deployment_target,
+        "bytes": info.bytes,
+    }
+
+
+def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
+    arrays, vision = bundle.encoder_arrays(), bundle.config.vision
+    dtypes = sorted({str(array.dtype).removeprefix("mlx.core.") for array in arrays.values()})
+    return {
+        "precision": ", ".join(dtypes),
+        "image_size": vision.image_size,
+        "tokens_per_image": vision.num_tokens,
+        "channels": vision.hidden_size,
+        "bytes": sum(array.nbytes for array in arrays.values()),
     }
 
 
@@ -136,7 +158,9 @@ def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
     for file in bundle.weight_files:
         tensors = mx.load(str(file))
         for name, array in tensors.items():  # type: ignore[union-attr]
-            parts[_part(name)] += array.nbytes
+            if name.startswith(ENCODER_PREFIX):
+                continue
+            parts[_part(model_name(name))] += array.nbytes
             stem, _, kind = name.rpartition(".")
             if bits and kind == "weight" and f"{stem}.scales" in tensors:
                 parameters += array.size * 32 // bits

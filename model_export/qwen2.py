@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.bundle import Bundle, model_name
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.prompt import encode_prompt
 from model_export.checkpoint import Checkpoint, to_torch
@@ -85,7 +86,11 @@ class SourceWeights:
 class BundleWeights:
     def __init__(self, bundle: Bundle):
         self._bits = (bundle.config.quantization or {}).get("bits", 16)
-        self._files = {name: file for file in bundle.weight_files for name in mx.load(str(file))}
+        self._files: dict[str, tuple[Path, str]] = {
+            model_name(str(name)): (file, str(name))
+            for file in bundle.weight_files
+            for name in mx.load(str(file))
+        }
 
     def matrix(self, name: str) -> Matrix:
         stem = name.removesuffix("weight")
@@ -97,7 +102,8 @@ class BundleWeights:
 
     def _load(self, name: str) -> mx.array:
         # A new lazy map each time, as an array that was evaluated stays in its map.
-        return mx.load(str(self._files[name]))[name]  # type: ignore[call-overload,return-value]
+        file, stored = self._files[name]
+        return mx.load(str(file))[stored]  # type: ignore[call-overload,return-value]
 
 
 @dataclass(frozen=True)

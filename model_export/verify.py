@@ -24,16 +24,19 @@ from math import inf, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.fastvlm import placeholder_id
 from fastvlm_mlx.image import ImageProcessor, load_image
+from fastvlm_mlx.vision import fastvithd as mlx_fastvithd
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
-from model_export import layouts
+from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import FLOAT16_MAX, ExportOptions
@@ -199,6 +202,47 @@ def encoder_gates(
     return gates, features
 
 
+def mlx_encoder_gates(
+    bundle: Bundle, references: Sequence[Reference], options: ExportOptions
+) -> tuple[list[Gate], list[np.ndarray]]:
+    """SNR of an `mlx` bundle's encoder, and its largest magnitude.
+
+    Computed in float32 with every operation's result rounded to the bundle's type, so that the
+    figure is that of a GPU's arithmetic on any machine; on a GPU, its own output too.
+
+    Returns:
+        The gates, and the features of every picture.
+    """
+    arrays, config = bundle.encoder_arrays(), bundle.config
+    rounding = _Rounding(getattr(mx, options.dtype))
+    encoder = mlx_fastvithd.FastViTHD(arrays, config.vision, config.quantization, observe=rounding)
+    features = [encoder(r.pixels) for r in references]
+    worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
+    floor = options.snr_floor_db
+    gates = [Gate("encoder SNR", worst, "dB", floor, True)]
+    if options.dtype == "float16":
+        gates.append(Gate("encoder largest magnitude", rounding.largest, "", FLOAT16_MAX, False))
+    if mx.default_device() != mx.Device(mx.cpu):
+        encoder = mlx_fastvithd.FastViTHD(arrays, config.vision, config.quantization)
+        worst = min(snr_db(r.features, encoder(r.pixels)) for r in references)
+        gates.append(Gate("encoder SNR on the GPU", worst, "dB", floor, True))
+    return gates, features
+
+
+class _Rounding:
+    """Observer of the MLX encoder: rounds each result, and keeps the largest magnitude."""
+
+    def __init__(self, dtype: mx.Dtype) -> None:
+        self.dtype = dtype
+        self.largest = 0.0
+
+    def __call__(self, result: mx.array) -> mx.array:
+        rounded = result.astype(self.dtype).astype(result.dtype)
+        found = float(result.abs().max())
+        self.largest = max(self.largest, found if found == found else inf)
+        return rounded
+
+
 def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndarray) -> np.ndarray:
     import torch
 
@@ -244,13 +288,14 @@ def answer_gates(
     source, written = qwen2.SourceWeights(checkpoint), qwen2.BundleWeights(bundle)
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     divergence, agreed, decided, largest = [], [], [], 0.0
+    placeholder = placeholder_id(tokenizer, bundle)
     for reference, found in zip(references, features, strict=True):
         if not reference.picture.questions:
             continue
         dialogue = qwen2.Dialogue.build(
             tokenizer,
             reference.picture.questions,
-            bundle.config.image_token_index,
+            placeholder,
             checkpoint.config.vision.num_tokens,
         )
         sides = [
@@ -296,22 +341,29 @@ def verify(
     progress("check files", None)
     bundle.check_files()
     progress("check layout", None)
-    layouts.check_app(bundle, describe(bundle.package))
+    if bundle.layout == "app":
+        layouts.check_app(bundle, describe(bundle.package))
+    else:
+        mlx_layout.check_mlx(bundle)
     options = replace(
         recorded_options(bundle), **{k: v for k, v in limits.items() if v is not None}
     )
     if checkpoint_path is None:
         progress("check encoder", None)
-        return bundle, [_overflow(bundle)]
+        return bundle, [_overflow(bundle, options)]
     checkpoint = Checkpoint(checkpoint_path)
     pictures = gate_pictures(checkpoint.config.vision)
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
     references = reference_features(state, checkpoint, pictures)
     progress("check encoder", None)
-    module = fastvithd.fold(state, checkpoint.config.vision)
+    if bundle.layout == "app":
+        module = fastvithd.fold(state, checkpoint.config.vision)
+        gates, features = encoder_gates(bundle.package, module, references, options)
+        del module
+    else:
+        gates, features = mlx_encoder_gates(bundle, references, options)
     del state
-    gates, features = encoder_gates(bundle.package, module, references, options)
     progress("check answers", None)
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
@@ -325,22 +377,35 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
         known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
         if known.get("group_size") is None:
             known.pop("group_size", None)
+        if known.get("layout") == "mlx":
+            # What it says follows from the type.
+            known.pop("encoder_precision", None)
         return ExportOptions(**known)
     quantization = bundle.config.quantization or {}
-    precision = "fp32" if describe(bundle.package).precision == "fp32" else "fp16"
+    exact = bundle.layout == "app" and describe(bundle.package).precision == "fp32"
     return ExportOptions(
         llm_bits=quantization.get("bits", 16),
         group_size=quantization.get("group_size", 64),
         dtype=bundle.config.dtype,  # type: ignore[arg-type]
-        encoder_precision=precision,  # type: ignore[arg-type]
+        encoder_precision="fp32" if exact else "fp16",
+        layout=bundle.layout,  # type: ignore[arg-type]
     )
 
 
-def _overflow(bundle: Bundle) -> Gate:
+def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
+    picture = gate_pictures(bundle.config.vision)[-1]
+    name = "encoder largest magnitude"
+    if bundle.layout == "mlx":
+        config, rounding = bundle.config, _Rounding(getattr(mx, options.dtype))
+        process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
+        in_mlx = mlx_fastvithd.FastViTHD(
+            bundle.encoder_arrays(), config.vision, config.quantization, rounding
+        )
+        in_mlx(process(picture.image))
+        return Gate(name, rounding.largest, "", float(mx.finfo(rounding.dtype).max), False)
     encoder = MLProgramEncoder(bundle.package)
     magnitude = _Magnitude()
     process = ImageProcessor(encoder.image_size, bundle.config.image_aspect_ratio)
-    picture = gate_pictures(bundle.config.vision)[-1]
     encoder.evaluate(process(picture.image), round_fp16=True, observe=magnitude)
-    return Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False)
+    return Gate(name, magnitude.largest, "", FLOAT16_MAX, False)
