@@ -256,7 +256,7 @@ def demo(
     directory: Annotated[Path, typer.Argument(help="Where everything is put.")] = Path(
         "fastvlm-demo"
     ),
-    seed: Annotated[int, typer.Option(help="Which scene is drawn.")] = 7,
+    seed: Annotated[int, typer.Option(help="Which scene is drawn.")] = 18,
     llm_bits: Annotated[int, typer.Option(help="As for export.")] = 4,
 ) -> None:
     """Export the checkpoint that ships with the package, verify it, draw a scene and ask."""

@@ -90,8 +90,8 @@ class VisionConfig:
             # The depthwise convolutions between stages widen channel by channel.
             if wide % narrow:
                 raise ConfigError(
-                    f"vision_config has a stage of {narrow} channels before one of {wide}: expected "
-                    "each to be a multiple of the one before"
+                    f"vision_config has {narrow} channels before {wide}: expected each stage's to "
+                    "be a multiple of the one before"
                 )
         for mixer, dim in zip(self.token_mixers, self.embed_dims, strict=True):
             if mixer not in ("repmixer", "attention"):

@@ -1,4 +1,4 @@
-"""What many tests stand on: the demo checkpoint that ships, its bundle, and damaged copies of it."""
+"""What many tests stand on: the demo checkpoint that ships, its bundle, damaged copies of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Right and wrong answers, held through every stage: PyTorch, MLX at 16, 8 and 4 bits, fp32 and fp16.
+"""Right answers, held through every stage: PyTorch, MLX at 16, 8 and 4 bits, fp32 and fp16.
 
 The questions are about scenes that training never showed. What counts is how many of the answers
 that PyTorch gets right from the checkpoint are lost on the way.

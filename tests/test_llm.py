@@ -132,7 +132,7 @@ def test_a_width_that_the_group_size_does_not_divide_is_refused(edit_checkpoint)
 
     odd = replace(checkpoint.config, text=replace(checkpoint.config.text, intermediate_size=96))
     with pytest.raises(
-        OptionError, match="intermediate_size 96.*group size 64: use --group-size 32"
+        OptionError, match=r"intermediate_size 96.*group size 64: use --group-size 32"
     ):
         ExportOptions(group_size=64).check_widths(odd)
     ExportOptions(llm_bits=16).check_widths(odd)

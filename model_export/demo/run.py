@@ -36,7 +36,8 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
     scene = scenes.generate(seed, held_out=True)
     scene.draw(512).save(picture)
     model = load(bundle)
-    questions = scene.questions(seed)
+    # One of each kind.
+    questions = list({q.kind: q for q in reversed(scene.questions(seed))}.values())[::-1]
     right = 0
     generations = model.ask(picture, [q.prompt for q in questions], SamplingOptions())
     for question, generation in zip(questions, generations, strict=True):

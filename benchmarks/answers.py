@@ -1,0 +1,119 @@
+"""What each choice of bits costs in answers: the demo checkpoint on 1,000 held-out questions.
+
+    python -m benchmarks.answers [--questions 1000] [--json FILE]
+
+PyTorch answers from the source checkpoint (transformers' Qwen2 on the unfolded encoder); every
+bundle answers through the runtime. Lost are the answers that PyTorch has right and the bundle has
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import torch
+
+import fastvlm_mlx
+from fastvlm_mlx.fastvlm import ImageFeatures
+from fastvlm_mlx.generate import Timings
+from model_export.demo import scenes
+from model_export.demo.model import DemoModel, to_pixels
+from model_export.options import ExportOptions
+from model_export.pipeline import export
+
+CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
+CHOICES = (
+    (16, "fp32"),
+    (16, "fp16"),
+    (8, "fp16"),
+    (6, "fp16"),
+    (5, "fp16"),
+    (4, "fp16"),
+    (3, "fp16"),
+)
+
+
+def right(texts: list[str], pairs: list[tuple[scenes.Scene, scenes.Question]]) -> np.ndarray:
+    return np.array([scenes.is_right(q, text) for text, (_, q) in zip(texts, pairs, strict=True)])
+
+
+def bundle_answers(
+    path: Path, pairs: list[tuple[scenes.Scene, scenes.Question]], features: dict[str, list[Any]]
+) -> list[str]:
+    """Through the runtime; pictures are encoded once for each precision of the encoder."""
+    model = fastvlm_mlx.load(path)
+    precision = json.loads((path / "manifest.json").read_text())["encoder"]["precision"]
+    if precision not in features:
+        features[precision] = [
+            model.encoder(model.image_processor(scene.draw(256))) for scene, _ in pairs
+        ]
+    texts = []
+    for array, (_, question) in zip(features[precision], pairs, strict=True):
+        seen = ImageFeatures(array, model.model.project(mx.array(array)), Timings())
+        texts.append(model.generate(seen, question.prompt, max_tokens=48).text)
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    pairs = scenes.held_out(arguments.questions)
+
+    source = DemoModel.load(CHECKPOINT)
+    texts: list[str] = []
+    with torch.inference_mode():
+        for i in range(0, len(pairs), 50):
+            part = pairs[i : i + 50]
+            seen = source.encode(to_pixels([scene.draw(256) for scene, _ in part]))
+            texts += source.answer(seen, [question.prompt for _, question in part])
+    before = right(texts, pairs)
+    print(f"{platform.platform()}, {len(pairs)} questions, PyTorch right: {before.sum()}")
+    print("encoder  LLM bits  bits/weight  bundle MB  right  lost  KL nats  encoder SNR dB")
+    rows = []
+    features: dict[str, list[Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, precision in CHOICES:
+            out = Path(folder) / f"{bits}-{precision}"
+            started = time.perf_counter()
+            options = ExportOptions(
+                llm_bits=bits, encoder_precision=precision, allow_failed_gates=True
+            )
+            manifest = export(CHECKPOINT, out, options).manifest
+            exported_s = time.perf_counter() - started
+            after = right(bundle_answers(out, pairs, features), pairs)
+            gates = {gate["name"]: gate["value"] for gate in manifest["gates"]}
+            row = {
+                "encoder": precision,
+                "llm_bits": bits,
+                "bits_per_weight": manifest["llm"]["bits_per_weight"],
+                "bundle_bytes": sum(f["bytes"] for f in manifest["files"].values()),
+                "right": int(after.sum()),
+                "lost": int((before & ~after).sum()),
+                "kl_nats": gates["KL divergence"],
+                "snr_db": gates["encoder SNR"],
+                "export_s": exported_s,
+            }
+            rows.append(row)
+            print(
+                f"{precision:7}  {bits:8}  {row['bits_per_weight']:11}  "
+                f"{row['bundle_bytes'] / 1e6:9.2f}  {row['right']:5}  {row['lost']:4}  "
+                f"{row['kl_nats']:7.2g}  {row['snr_db']:.1f}",
+                flush=True,
+            )
+    if arguments.json:
+        result = {"questions": len(pairs), "pytorch_right": int(before.sum()), "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
