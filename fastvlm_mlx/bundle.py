@@ -146,7 +146,13 @@ class Bundle:
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
         file = self.path / "preprocessor_config.json"
-        return read_json(file) if file.is_file() else {}
+        if file.is_file():
+            return read_json(file)
+        # transformers 5, and with it mlx-vlm's conversions, put one inside the other.
+        file = self.path / "processor_config.json"
+        processor = read_json(file) if file.is_file() else {}
+        inside = processor.get("image_processor")
+        return {**processor, **inside} if isinstance(inside, dict) else {}
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:

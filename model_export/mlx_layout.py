@@ -258,7 +258,11 @@ def _check_weights(bundle: Bundle) -> None:
     from model_export import llm
 
     config, quantization = bundle.config, bundle.config.quantization
-    if quantization is not None and set(quantization) != {"group_size", "bits"}:
+    # mlx-vlm writes the mode; affine is what both take where there is none.
+    if quantization is not None and (
+        quantization.keys() - {"group_size", "bits", "mode"}
+        or quantization.get("mode", "affine") != "affine"
+    ):
         raise _broken(bundle, "config.json", f"quantization is {quantization}")
     shapes = {name: array.shape for name, array in bundle.arrays().items()}
     expected: dict[str, tuple[int, ...]] = {}
