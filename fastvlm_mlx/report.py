@@ -93,7 +93,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def inspect_bundle(path: Path) -> dict[str, Any]:
     """Sizes by part, bits per weight, encoder, gates, licence. From the files, not the manifest."""
     bundle = Bundle.open(path)
-    vision, manifest = bundle.config.vision, bundle.manifest or {}
+    manifest = bundle.manifest or {}
     encoder = _package_facts(bundle) if bundle.layout == "app" else _mlx_encoder_facts(bundle)
     package_license = encoder.pop("license", None)
     sizes = _llm_sizes(bundle)
@@ -114,11 +114,17 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         },
         "total_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
         "image_aspect_ratio": bundle.config.image_aspect_ratio,
-        "fits_unmodified_app": bundle.layout == "app"
-        and (vision.num_tokens, vision.hidden_size) == (256, 3072),
+        **_fits(bundle),
         "gates": manifest.get("gates"),
         "gates_passed": manifest.get("gates_passed"),
     }
+
+
+def _fits(bundle: Bundle) -> dict[str, bool]:
+    vision = bundle.config.vision
+    if bundle.layout == "app":
+        return {"fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072)}
+    return {"fits_unmodified_mlx_vlm": vision.is_mobileclip_l}
 
 
 def _package_facts(bundle: Bundle) -> dict[str, Any]:

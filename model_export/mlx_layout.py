@@ -166,8 +166,7 @@ def write_mlx_configs(
 
 def fits_unmodified_mlx_vlm(config: FastVLMConfig) -> bool:
     """mlx-vlm builds MobileCLIP-L whatever `vision_config` says; only the size is free."""
-    vision, known = config.vision, VisionConfig(image_size=config.vision.image_size)
-    return vision.to_dict() == known.to_dict()
+    return config.vision.is_mobileclip_l
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

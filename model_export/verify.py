@@ -31,15 +31,15 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.fastvlm import placeholder_id
+from fastvlm_mlx.fastvlm import load_bundle_encoder, placeholder_id
 from fastvlm_mlx.image import ImageProcessor, load_image
-from fastvlm_mlx.vision import fastvithd as mlx_fastvithd
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.rounded import RoundedEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -207,40 +207,24 @@ def mlx_encoder_gates(
 ) -> tuple[list[Gate], list[np.ndarray]]:
     """SNR of an `mlx` bundle's encoder, and its largest magnitude.
 
-    Computed in float32 with every operation's result rounded to the bundle's type, so that the
-    figure is that of a GPU's arithmetic on any machine; on a GPU, its own output too.
+    Every operation's result is rounded to the bundle's type; where MLX has a GPU, the GPU's own
+    output is held to the same floor.
 
     Returns:
         The gates, and the features of every picture.
     """
-    arrays, config = bundle.encoder_arrays(), bundle.config
-    rounding = _Rounding(getattr(mx, options.dtype))
-    encoder = mlx_fastvithd.FastViTHD(arrays, config.vision, config.quantization, observe=rounding)
+    encoder = RoundedEncoder(bundle, options.dtype)
     features = [encoder(r.pixels) for r in references]
     worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
     floor = options.snr_floor_db
     gates = [Gate("encoder SNR", worst, "dB", floor, True)]
     if options.dtype == "float16":
-        gates.append(Gate("encoder largest magnitude", rounding.largest, "", FLOAT16_MAX, False))
+        gates.append(Gate("encoder largest magnitude", encoder.largest, "", FLOAT16_MAX, False))
     if mx.default_device() != mx.Device(mx.cpu):
-        encoder = mlx_fastvithd.FastViTHD(arrays, config.vision, config.quantization)
-        worst = min(snr_db(r.features, encoder(r.pixels)) for r in references)
+        on_gpu = load_bundle_encoder(bundle)
+        worst = min(snr_db(r.features, on_gpu(r.pixels)) for r in references)
         gates.append(Gate("encoder SNR on the GPU", worst, "dB", floor, True))
     return gates, features
-
-
-class _Rounding:
-    """Observer of the MLX encoder: rounds each result, and keeps the largest magnitude."""
-
-    def __init__(self, dtype: mx.Dtype) -> None:
-        self.dtype = dtype
-        self.largest = 0.0
-
-    def __call__(self, result: mx.array) -> mx.array:
-        rounded = result.astype(self.dtype).astype(result.dtype)
-        found = float(result.abs().max())
-        self.largest = max(self.largest, found if found == found else inf)
-        return rounded
 
 
 def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndarray) -> np.ndarray:
@@ -394,18 +378,14 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
 
 def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
-    picture = gate_pictures(bundle.config.vision)[-1]
-    name = "encoder largest magnitude"
+    config = bundle.config
+    process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
+    image = gate_pictures(config.vision)[-1].image
     if bundle.layout == "mlx":
-        config, rounding = bundle.config, _Rounding(getattr(mx, options.dtype))
-        process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
-        in_mlx = mlx_fastvithd.FastViTHD(
-            bundle.encoder_arrays(), config.vision, config.quantization, rounding
-        )
-        in_mlx(process(picture.image))
-        return Gate(name, rounding.largest, "", float(mx.finfo(rounding.dtype).max), False)
-    encoder = MLProgramEncoder(bundle.package)
-    magnitude = _Magnitude()
-    process = ImageProcessor(encoder.image_size, bundle.config.image_aspect_ratio)
-    encoder.evaluate(process(picture.image), round_fp16=True, observe=magnitude)
-    return Gate(name, magnitude.largest, "", FLOAT16_MAX, False)
+        rounded = RoundedEncoder(bundle, options.dtype)
+        rounded(process(image))
+        return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
+    encoder, magnitude = MLProgramEncoder(bundle.package), _Magnitude()
+    pixels = replace(process, size=encoder.image_size)(image)
+    encoder.evaluate(pixels, round_fp16=True, observe=magnitude)
+    return Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False)

@@ -78,7 +78,9 @@ def test_a_quantized_matrix_is_dequantized():
     arrays = mlx_arrays(state)
     name = "network.7.0.token_mixer.qkv"
     packed = mx.quantize(arrays[f"{name}.weight"], group_size=32, bits=8)
-    arrays |= dict(zip([f"{name}.{p}" for p in ("weight", "scales", "biases")], packed, strict=True))
+    arrays |= dict(
+        zip([f"{name}.{p}" for p in ("weight", "scales", "biases")], packed, strict=True)
+    )
     pixels = np.random.default_rng(1).random((1, 3, 128, 128)).astype(np.float32)
     found = FastViTHD(arrays, SMALL, {"group_size": 32, "bits": 8})(pixels)
     expected = in_torch(state, SMALL, pixels)
