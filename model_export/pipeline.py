@@ -94,17 +94,22 @@ def _export(
             mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, common, directory)
         for file in checkpoint.path.glob("LICENSE*"):
             shutil.copyfile(file, directory / file.name)
-        encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
+        encoder = None
+        if options.layout == "app":
+            encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
+            references = encoder.references
+        else:
+            progress("reference encoder", None)
+            references = verify.source_references(checkpoint)
         summary = _export_llm(checkpoint, directory, options, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
-        if encoder.info is not None:
+        if encoder is not None:
             layouts.check_app(bundle, encoder.info)
         else:
             mlx_layout.check_mlx(bundle)
         progress("check encoder", None)
-        references = encoder.references
-        if encoder.module is not None:
+        if encoder is not None:
             gates, features = verify.encoder_gates(
                 bundle.package, encoder.module, references, options
             )
@@ -116,17 +121,16 @@ def _export(
         )
         _judge(gates, options)
         progress("manifest", None)
-        manifest = _manifest(checkpoint, options, encoder.info, summary, gates, directory)
+        info = None if encoder is None else encoder.info
+        manifest = _manifest(checkpoint, options, info, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
 
 @dataclass(frozen=True)
 class _ExportedEncoder:
-    """What the gates need; the package and its module where the layout has one."""
-
-    info: PackageInfo | None
-    module: fastvithd.FastViTHD | None
+    info: PackageInfo
+    module: fastvithd.FastViTHD
     references: list[verify.Reference]
 
 
@@ -137,8 +141,6 @@ def _export_encoder(
     state = checkpoint.encoder_state()
     pictures = verify.gate_pictures(checkpoint.config.vision)
     references = verify.reference_features(state, checkpoint, pictures)
-    if options.layout == "mlx":
-        return _ExportedEncoder(None, None, references)
     module = fastvithd.fold(state, checkpoint.config.vision)
     del state
     progress("Core ML encoder", None)

@@ -157,6 +157,12 @@ def reference_features(
     return references
 
 
+def source_references(checkpoint: Checkpoint) -> list[Reference]:
+    """`reference_features` of the gates' pictures, the encoder's weights let go of afterwards."""
+    pictures = gate_pictures(checkpoint.config.vision)
+    return reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+
+
 def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
     """Signal-to-noise ratio in dB; infinite where there is no error."""
     reference = reference.astype(np.float64)
