@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Read when torch is first imported, here and in the processes that tests start. On the demo's tiny
+# layers a second thread gains nothing, and on a busy machine costs ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from model_export.options import ExportOptions
 from model_export.pipeline import export

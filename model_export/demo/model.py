@@ -69,6 +69,7 @@ def make_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     size = tokenizer.get_vocab_size() + _SPARE_ROWS
     return {
+        "_name_or_path": "fastvlm-demo",
         "architectures": ["LlavaQwen2ForCausalLM"],
         "model_type": "llava_qwen2",
         "vocab_size": -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE,
