@@ -1,3 +1,18 @@
-from fastvlm_mlx.cli import main
+"""`fastvlm`, and `python -m fastvlm_mlx`."""
 
-main()
+import sys
+
+
+def main() -> None:
+    """Run the command line; a Ctrl-C while it is still being imported is no traceback."""
+    try:
+        from fastvlm_mlx.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

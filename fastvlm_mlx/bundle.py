@@ -14,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    from tokenizers import Tokenizer
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -59,23 +60,22 @@ class Bundle:
             )
         raw_config = read_json(path / "config.json")
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-        if manifest is not None and manifest.get("schema_version") != SCHEMA_VERSION:
-            raise BundleError(
-                f"{path / MANIFEST} has schema version {manifest.get('schema_version')}, expected "
-                f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
-            )
-        if any(key.startswith("model.") for key in _keys(path)):
+        if manifest is not None:
+            _check_manifest(path / MANIFEST, manifest)
+        bundle = cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
+        if any(key.startswith("model.") for key in bundle.tensors(required=False)):
             raise BundleError(
                 f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
             )
-        return cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
+        return bundle
 
     @cached_property
     def layout(self) -> str:
         """`app` or `mlx`: by the manifest, else by where the encoder is."""
         if self.manifest is not None:
             return str(self.manifest["layout"])
-        return "mlx" if holds_encoder(self.path) else "app"
+        names = self.tensors(required=False)
+        return "mlx" if any(name.startswith(ENCODER_PREFIX) for name in names) else "app"
 
     @cached_property
     def package(self) -> Path:
@@ -95,28 +95,30 @@ class Bundle:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """Every `.safetensors` of the directory, as the loaders of the layout read them.
+        """Every `.safetensors` below the directory, as the loaders of the layout read them.
 
         Raises:
             BundleError: there is none.
         """
-        found = sorted(self.path.glob("*.safetensors"))
+        found = sorted(self.path.rglob("*.safetensors"))
         if not found:
             raise BundleError(
                 f"{self.path} holds no .safetensors file: export the checkpoint again"
             )
         return found
 
-    def arrays(self) -> dict[str, mx.array]:
-        """Every weight by its stored name, unevaluated.
+    def tensors(self, *, required: bool = True) -> dict[str, mx.array]:
+        """The weights by name, unevaluated: headers are read, data when it is used.
+
+        A new map each time, as an array that was evaluated stays in its map, and memory.
 
         Raises:
-            BundleError: a file is damaged, or there is none.
+            BundleError: a file is damaged, or, where `required`, there is none.
         """
         import mlx.core as mx
 
         arrays: dict[str, mx.array] = {}
-        for file in self.weight_files:
+        for file in self.weight_files if required else sorted(self.path.rglob("*.safetensors")):
             try:
                 arrays |= mx.load(str(file))  # type: ignore[arg-type]
             except RuntimeError as error:
@@ -125,11 +127,19 @@ class Bundle:
                 ) from error
         return arrays
 
+    def model_tensors(self) -> dict[str, mx.array]:
+        """Projector and language model by the model's own names. Errors as `tensors`."""
+        return {
+            model_name(name): array
+            for name, array in self.tensors().items()
+            if not name.startswith(ENCODER_PREFIX)
+        }
+
     def encoder_arrays(self) -> dict[str, mx.array]:
-        """The encoder of an `mlx` bundle, by its own names. Errors as `arrays`."""
+        """The encoder of an `mlx` bundle, by its own names. Errors as `tensors`."""
         return {
             name.removeprefix(ENCODER_PREFIX): array
-            for name, array in self.arrays().items()
+            for name, array in self.tensors().items()
             if name.startswith(ENCODER_PREFIX)
         }
 
@@ -142,6 +152,35 @@ class Bundle:
                 "Swift reads, export the checkpoint again"
             )
         return file
+
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.json; an `app` bundle's is checked for the placeholder.
+
+        Raises:
+            BundleError: it can't be read, or its `<image>` is not what config.json says.
+        """
+        from tokenizers import Tokenizer
+
+        file = self.tokenizer_file
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        # tokenizers raises no class of its own.
+        except Exception as error:
+            raise BundleError(
+                f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
+            ) from error
+        # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if self.layout == "mlx":
+            return tokenizer
+        found, expected = tokenizer.token_to_id(IMAGE_TOKEN), self.config.image_token_index
+        if found != expected:
+            raise BundleError(
+                f"{file} gives {IMAGE_TOKEN} the id {found} where config.json says {expected}: "
+                "export the checkpoint again"
+            )
+        return tokenizer
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
@@ -161,7 +200,10 @@ class Bundle:
         ids: set[int] = set()
         for source in (read_json(file) if file.is_file() else {}, self.raw_config):
             found = source.get("eos_token_id")
-            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+            listed = found if isinstance(found, list) else [] if found is None else [found]
+            if not all(type(token_id) is int for token_id in listed):
+                raise BundleError(f"eos_token_id of {self.path} is {found!r}: expected token ids")
+            ids.update(listed)
         return frozenset(ids)
 
     def check_files(self) -> None:
@@ -226,11 +268,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def holds_encoder(path: Path) -> bool:
-    """Whether the directory's weights are an `mlx` bundle's, the encoder among them."""
-    return any(key.startswith(ENCODER_PREFIX) for key in _keys(path))
-
-
 def model_name(stored: str) -> str:
     """The model's name of a weight that a bundle of either layout stores as `stored`."""
     for prefix, name in MLX_PROJECTOR.items():
@@ -239,16 +276,16 @@ def model_name(stored: str) -> str:
     return stored
 
 
-def _keys(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    keys: list[str] = []
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), framework="numpy") as stream:
-                keys += stream.keys()
-        except (SafetensorError, OSError) as error:
-            raise BundleError(
-                f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
-            ) from error
-    return keys
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file} has schema version {manifest.get('schema_version')}, expected "
+            f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
+        )
+    files, parts = manifest.get("files"), ("options", "source", "encoder", "llm")
+    entries = list(files.values()) if isinstance(files, dict) else [None]
+    whole = all(isinstance(manifest.get(part), dict) for part in parts)
+    if not whole or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries
+    ):
+        raise BundleError(f"{file} is not a whole manifest: export the checkpoint again")

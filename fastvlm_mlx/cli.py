@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,10 @@ def main() -> None:
     """Run a verb; a user's mistake becomes one sentence and exit status 2, Ctrl-C 130."""
     # PIL's remarks on a picture's metadata; what matters about a picture is an ImageError.
     warnings.filterwarnings("ignore", module="PIL")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal without a character for an answer's letter still gets the answer.
+            stream.reconfigure(errors="replace")
     try:
         app()
     except FastVLMError as error:
@@ -45,6 +50,10 @@ def main() -> None:
         # The reader of our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _fail(f"the output can't be written ({error.strerror}): make room where it goes", 2)
     except SystemExit as leaving:
         if leaving.code == 130:
             print("interrupted: nothing was left behind", file=sys.stderr)
@@ -150,12 +159,14 @@ def generate(
         bool, typer.Option("--crop", help="Crop to the centre as the demo app does.")
     ] = False,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Largest picture that is read, in pixels.")
+        int | None,
+        typer.Option(help="Largest picture that is read, in pixels; 178,956,970 unless given."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer one or several questions about a picture."""
     from fastvlm_mlx import report
+    from fastvlm_mlx.bundle import Bundle
     from fastvlm_mlx.fastvlm import load
     from fastvlm_mlx.generate import SamplingOptions
     from fastvlm_mlx.image import DEFAULT_MAX_PIXELS, load_image
@@ -173,7 +184,9 @@ def generate(
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     if limit < 1:
         raise OptionError(f"--max-pixels is {limit}: expected 1 or more")
-    picture = load_image(_stdin_bytes() if image == "-" else image, max_pixels=limit)
+    source = _stdin_bytes() if image == "-" else image
+    Bundle.open(bundle)
+    picture = load_image(source, max_pixels=limit)
     model = load(bundle, compute_units=compute_units, crop=crop)
     answers = []
     for generation in model.ask(picture, prompt, options):
@@ -279,8 +292,10 @@ def _needs_export_extra() -> Iterator[None]:
 
 
 def _stdin_bytes() -> bytes:
-    if sys.stdin.isatty():
-        raise ImageError("--image - reads a picture from standard input, which is a terminal")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ImageError(
+            "--image - reads a picture from standard input, which holds none: pipe one in"
+        )
     return sys.stdin.buffer.read()
 
 

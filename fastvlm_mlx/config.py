@@ -18,6 +18,9 @@ from fastvlm_mlx.errors import ConfigError
 
 MODEL_TYPE = "llava_qwen2"
 IMAGE_TOKEN = "<image>"
+# What MLX's affine mode has.
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
 # llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
@@ -302,9 +305,13 @@ class FastVLMConfig:
                     f"config.json: {key} is {data[key]!r}, expected {kinds[0].__name__}: correct it"
                 )
         quantization = data.get("quantization")
-        if quantization is not None and not {"bits", "group_size"} <= quantization.keys():
+        if quantization is not None and not (
+            quantization.get("bits") in AFFINE_BITS
+            and quantization.get("group_size") in AFFINE_GROUP_SIZES
+        ):
             raise ConfigError(
-                f"config.json: quantization is {quantization}, expected group_size and bits"
+                f"config.json: quantization is {quantization}, expected bits of {AFFINE_BITS} and "
+                f"a group_size of {AFFINE_GROUP_SIZES}"
             )
         return cls(
             text=TextConfig.from_dict(data),

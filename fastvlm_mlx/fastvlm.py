@@ -15,9 +15,16 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig, VisionConfig
+from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
 from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.generate import Generation, GenerationResult, SamplingOptions, Timings, generate
+from fastvlm_mlx.generate import (
+    Generation,
+    GenerationResult,
+    SamplingOptions,
+    Timings,
+    check_room,
+    generate,
+)
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.model import Model, load_model
 from fastvlm_mlx.prompt import encode_prompt
@@ -93,7 +100,7 @@ class FastVLM:
             ImageError, PromptError, OptionError: before anything is computed, or on iteration.
         """
         options = replace(options or SamplingOptions(), **sampling)
-        self._encode_prompt(prompt, image is not None)
+        check_room(self.config.text, self._encode_prompt(prompt, image is not None))
         if image is None:
             return self._stream(None, prompt, options, Timings(load_s=self.load_s))
         if isinstance(image, ImageFeatures):
@@ -116,7 +123,7 @@ class FastVLM:
     ) -> Iterator[Generation]:
         """One picture, several prompts: encoded once, its time charged to the first answer."""
         for prompt in prompts:
-            self._encode_prompt(prompt, True)
+            check_room(self.config.text, self._encode_prompt(prompt, True))
         features = self.encode(image)
         spent = features.timings
         for prompt in prompts:
@@ -179,7 +186,7 @@ def load(
     _ = bundle.package if bundle.layout == "app" else bundle.weight_files
     if check_hashes:
         bundle.check_files()
-    tokenizer = load_tokenizer(bundle)
+    tokenizer = bundle.tokenizer()
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
     bundle = replace(bundle, config=config)
     encoder = load_bundle_encoder(bundle, compute_units)
@@ -206,34 +213,6 @@ def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> Imag
     """Size is the encoder's: the one number that can't be wrong."""
     processor = ImageProcessor.from_dict(bundle.preprocessor_config, aspect_ratio)
     return replace(processor, size=size)
-
-
-def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's tokenizer.json; an `app` bundle's is checked for the image's placeholder.
-
-    Raises:
-        BundleError: it can't be read, or its `<image>` is not what config.json says.
-    """
-    file = bundle.tokenizer_file
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    # tokenizers raises no class of its own.
-    except Exception as error:
-        raise BundleError(
-            f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
-        ) from error
-    # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if bundle.layout == "mlx":
-        return tokenizer
-    found, expected = _id(tokenizer, IMAGE_TOKEN, bundle), bundle.config.image_token_index
-    if found != expected:
-        raise BundleError(
-            f"{file} gives {IMAGE_TOKEN} the id {found} where config.json says {expected}: export "
-            "the checkpoint again"
-        )
-    return tokenizer
 
 
 def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
@@ -281,6 +260,3 @@ def _id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:
             "the checkpoint again"
         )
     return found
-
-
-__all__ = ["FastVLM", "ImageFeatures", "VisionConfig", "load"]

@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.errors import OptionError, PromptError
 from fastvlm_mlx.model import Model
 
@@ -48,7 +49,7 @@ class SamplingOptions:
             ("top_p", 0, 1),
             ("top_k", 0, float("inf")),
             ("min_p", 0, 1),
-            ("repetition_penalty", 0, float("inf")),
+            ("repetition_penalty", 1e-3, float("inf")),
             ("seed", 0, 2**64 - 1),
         ):
             value = getattr(self, name)
@@ -151,14 +152,8 @@ def generate(
     Raises:
         PromptError: the prompt does not fit the context.
     """
-    text_config = model.config.text
-    room = text_config.max_position_embeddings - len(ids)
-    if room < 1:
-        raise PromptError(
-            f"the prompt has {len(ids):,} tokens and the context is "
-            f"{text_config.max_position_embeddings:,}: shorten the prompt"
-        )
-    options.check_vocabulary(text_config.vocab_size)
+    room = check_room(model.config.text, ids)
+    options.check_vocabulary(model.config.text.vocab_size)
     if options.seed is not None:
         mx.random.seed(options.seed)
     prompt_ids = mx.array(ids)
@@ -213,6 +208,21 @@ def generate(
         ),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def check_room(config: TextConfig, ids: list[int]) -> int:
+    """Tokens that the context has left after the prompt.
+
+    Raises:
+        PromptError: none.
+    """
+    room = config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise PromptError(
+            f"the prompt has {len(ids):,} tokens and the context is "
+            f"{config.max_position_embeddings:,}: shorten the prompt"
+        )
+    return room
 
 
 class _Text:

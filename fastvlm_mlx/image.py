@@ -84,7 +84,9 @@ def load_image(
     if not isinstance(source, str | Path):
         name = getattr(source, "name", None)
         return _decode(source, name if isinstance(name, str) else "the picture", max_pixels)
-    path = Path(source)
+    if not str(source):
+        raise ImageError("the picture's path is empty: give the path of a picture")
+    path = Path(source).expanduser()
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
@@ -138,7 +140,8 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{name} is {width}×{height}, {width * height / 1e6:.4g} megapixels, over the limit "
-            f"of {max_pixels / 1e6:.4g}: shrink it, or raise the limit with --max-pixels"
+            f"of {max_pixels / 1e6:.4g}: shrink it, or raise the limit (--max-pixels, load_image's "
+            "max_pixels)"
         )
 
 

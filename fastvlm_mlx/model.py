@@ -8,7 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, model_name
+from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 
@@ -52,7 +52,7 @@ class Model(nn.Module):
 
     def project(self, features: mx.array) -> mx.array:
         """float32 [1, N, C] → [N, D] in the model's dtype."""
-        # The weight's would be that of packed integers where mlx-vlm quantized the projector.
+        # The bias's: a quantized weight is of integers.
         dtype = self.multi_modal_projector.linear_0.bias.dtype
         return self.multi_modal_projector(features.astype(dtype))[0]
 
@@ -85,11 +85,7 @@ def load_model(bundle: Bundle) -> Model:
         BundleError: a weight is missing, unknown or of the wrong shape.
     """
     model = Model(bundle.config)
-    weights = {
-        model_name(name): array
-        for name, array in bundle.arrays().items()
-        if not name.startswith(ENCODER_PREFIX)
-    }
+    weights = bundle.model_tensors()
     if quantization := bundle.config.quantization:
         nn.quantize(
             model,

@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, holds_encoder, model_name
-from fastvlm_mlx.generate import GenerationResult
+from fastvlm_mlx.bundle import ENCODER_PREFIX, MANIFEST, Bundle
+from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.vision.package import describe
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.generate import GenerationResult
 
 _stderr = Console(stderr=True)
 _stdout = Console()
@@ -80,14 +83,26 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         BundleError, CheckpointError, ConfigError: it is neither, or can't be read.
     """
-    if (
-        path.is_dir()
-        and not any(path.glob("*.mlpackage"))
-        and not (path / "manifest.json").exists()
-        and not holds_encoder(path)
-    ):
-        return inspect_checkpoint(path)
-    return inspect_bundle(path)
+    path = path.expanduser()
+    if not path.exists():
+        raise BundleError(f"{path} does not exist: expected a bundle's or a checkpoint's directory")
+    of_a_bundle = [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]
+    return inspect_bundle(path) if of_a_bundle or _in_mlx(path) else inspect_checkpoint(path)
+
+
+def _in_mlx(path: Path) -> bool:
+    """Whether the weights are an `mlx` bundle's, such as mlx-vlm's conversions without manifest."""
+    import mlx.core as mx
+
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            names: Any = mx.load(str(file))
+        except RuntimeError:
+            # A damaged file is told by who reads the directory as what it is otherwise.
+            continue
+        if any(name.startswith(ENCODER_PREFIX) for name in names):
+            return True
+    return False
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
@@ -105,7 +120,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "layout": bundle.layout,
         "encoder": encoder,
         "llm": {
-            "bits": (bundle.config.quantization or {}).get("bits", 16),
+            "bits": (bundle.config.quantization or {}).get("bits", sizes["bits_per_weight"]),
             "group_size": (bundle.config.quantization or {}).get("group_size"),
             "dtype": bundle.config.dtype,
             "layers": bundle.config.text.num_hidden_layers,
@@ -156,22 +171,17 @@ def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
 
 def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
     """Bytes by part, and bits per weight of the parameters that they stand for."""
-    import mlx.core as mx
-
     parts: Counter[str] = Counter()
     parameters = 0
     bits = (bundle.config.quantization or {}).get("bits")
-    for file in bundle.weight_files:
-        tensors = mx.load(str(file))
-        for name, array in tensors.items():  # type: ignore[union-attr]
-            if name.startswith(ENCODER_PREFIX):
-                continue
-            parts[_part(model_name(name))] += array.nbytes
-            stem, _, kind = name.rpartition(".")
-            if bits and kind == "weight" and f"{stem}.scales" in tensors:
-                parameters += array.size * 32 // bits
-            elif kind not in ("scales", "biases"):
-                parameters += array.size
+    tensors = bundle.model_tensors()
+    for name, array in tensors.items():
+        parts[_part(name)] += array.nbytes
+        stem, _, kind = name.rpartition(".")
+        if bits and kind == "weight" and f"{stem}.scales" in tensors:
+            parameters += array.size * 32 // bits
+        elif kind not in ("scales", "biases"):
+            parameters += array.size
     total = sum(parts.values())
     return {
         "parameters": parameters,
@@ -241,7 +251,7 @@ def print_bundle(facts: dict[str, Any]) -> None:
 def print_gates(gates: list[dict[str, Any]]) -> None:
     table = Table("gate", "measured", "limit", "", box=None, pad_edge=False)
     for gate in gates:
-        value = "no error" if gate["value"] is None else f"{gate['value']:.4g} {gate['unit']}"
+        value = f"{float(gate['value']):.4g} {gate['unit']}"
         limit = f"{'≥' if gate['at_least'] else '≤'} {gate['limit']:g} {gate['unit']}"
         table.add_row(gate["name"], value, limit, "passed" if gate["passed"] else "FAILED")
     _stdout.print(table)

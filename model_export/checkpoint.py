@@ -236,14 +236,21 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _architecture(config: dict[str, Any]) -> str:
-    names = ", ".join(config.get("architectures") or [])
+    architectures = config.get("architectures")
+    names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
     return f"model_type {config.get('model_type')!r}" + (f" ({names})" if names else "")
 
 
 def _read_headers(path: Path) -> dict[str, StoredTensor]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{index} has no weight_map of file names: download the checkpoint again"
+            )
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
@@ -270,6 +277,10 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
                     "remove the file that does not belong to this checkpoint"
                 )
             tensors[key] = tensor
+    if any(name.startswith("language_model.") for name in tensors):
+        raise CheckpointError(
+            f"{path} is a bundle, not a checkpoint: give the PyTorch checkpoint it was made from"
+        )
     return tensors
 
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle import PACKAGE, Bundle
+from fastvlm_mlx.bundle import PACKAGE, Bundle, read_json
 from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.vision.package import INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
@@ -151,25 +151,21 @@ def fits_unmodified_app(config: FastVLMConfig) -> bool:
 
 
 def _check_weights(bundle: Bundle, config: FastVLMConfig) -> None:
-    import mlx.core as mx
-
     quantization = config.quantization
     if quantization is not None and set(quantization) != {"group_size", "bits"}:
         raise _broken(
             bundle, "config.json", f"quantization is {quantization}", "group_size and bits alone"
         )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in bundle.weight_files:
-        shapes |= {k: v.shape for k, v in mx.load(str(file)).items()}  # type: ignore[union-attr]
+    shapes = {name: array.shape for name, array in bundle.tensors().items()}
     specs = weights.llm_specs(config, tied=config.text.tie_word_embeddings)
     expected: dict[str, tuple[int, ...]] = {}
     for spec in specs:
-        options = ExportOptions(llm_bits=16)
+        # The loader quantizes what has scales.
         if quantization and spec.name.removesuffix("weight") + "scales" in shapes:
-            options = ExportOptions(
-                llm_bits=quantization["bits"], group_size=quantization["group_size"]
-            )
-        expected |= {entry.name: entry.shape for entry in llm.stored(spec, options)}
+            entries = llm.affine(spec, quantization["bits"], quantization["group_size"], "float16")
+        else:
+            entries = llm.stored(spec, ExportOptions(llm_bits=16))
+        expected |= {entry.name: entry.shape for entry in entries}
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
             raise _broken(
@@ -182,31 +178,23 @@ def _check_weights(bundle: Bundle, config: FastVLMConfig) -> None:
 
 def _check_processors(bundle: Bundle) -> None:
     size = bundle.config.vision.image_size
-    data = bundle.preprocessor_config
-    rules = {
-        "processor_class": data.get("processor_class") == "LlavaProcessor",
-        "size.shortest_edge": data.get("size", {}).get("shortest_edge") == size,
-        "crop_size": data.get("crop_size") == {"height": size, "width": size},
-        "image_mean": len(data.get("image_mean", ())) == 3,
-        "image_std": len(data.get("image_std", ())) == 3,
-    }
-    for key, holds in rules.items():
-        if not holds:
-            value: Any = data
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            raise _broken(
-                bundle, "preprocessor_config.json", f"{key} is {value!r}", f"LLaVA's at {size}"
-            )
-    file = bundle.path / "tokenizer_config.json"
-    tokenizer = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if tokenizer.get("tokenizer_class") != "Qwen2Tokenizer":
-        raise _broken(
-            bundle,
-            "tokenizer_config.json",
-            f"tokenizer_class is {tokenizer.get('tokenizer_class')!r}",
-            "Qwen2Tokenizer, which Swift's tokenizers know",
-        )
+    preprocessor, tokenizer = "preprocessor_config.json", "tokenizer_config.json"
+    exact: tuple[tuple[str, str, Any], ...] = (
+        (preprocessor, "processor_class", "LlavaProcessor"),
+        (preprocessor, "size", {"shortest_edge": size}),
+        (preprocessor, "crop_size", {"height": size, "width": size}),
+        # The class that Swift's tokenizers know, unlike transformers 5's own.
+        (tokenizer, "tokenizer_class", "Qwen2Tokenizer"),
+    )
+    for name, key, expected in exact:
+        value = read_json(bundle.path / name).get(key)
+        if value != expected:
+            raise _broken(bundle, name, f"{key} is {value!r}", repr(expected))
+    for key in ("image_mean", "image_std"):
+        value = bundle.preprocessor_config.get(key)
+        if not isinstance(value, list) or [type(v) in (int, float) for v in value] != [True] * 3:
+            raise _broken(bundle, preprocessor, f"{key} is {value!r}", "three numbers")
+    bundle.tokenizer()
 
 
 def _check_feature(

@@ -74,17 +74,19 @@ def is_quantized(spec: TensorSpec, options: ExportOptions) -> bool:
 
 
 def stored(spec: TensorSpec, options: ExportOptions) -> list[Stored]:
-    """The tensors that `spec` becomes: itself, or weight, scales and biases.
-
-    MLX's affine layout: `bits`-wide integers packed into uint32 along the last axis, one scale and
-    one bias for each group of `group_size`.
-    """
+    """The tensors that `spec` becomes: itself, or weight, scales and biases."""
     _, name, size = DTYPES[options.dtype]
     if not is_quantized(spec, options):
         return [Stored(spec.name, name, spec.shape, prod(spec.shape) * size)]
+    return affine(spec, options.llm_bits, options.group_size, options.dtype)
+
+
+def affine(spec: TensorSpec, bits: int, group_size: int, dtype: str) -> list[Stored]:
+    """A weight in MLX's affine layout: `bits`-wide integers packed into uint32 along the last axis,
+    one scale and one bias for each group of `group_size`."""
+    _, name, size = DTYPES[dtype]
     rows, columns = spec.shape
-    packed = columns * options.llm_bits // 32
-    groups = columns // options.group_size
+    packed, groups = columns * bits // 32, columns // group_size
     stem = spec.name.removesuffix("weight")
     return [
         Stored(spec.name, "U32", (rows, packed), rows * packed * 4),

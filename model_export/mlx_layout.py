@@ -263,7 +263,7 @@ def _check_weights(bundle: Bundle) -> None:
         or quantization.get("mode", "affine") != "affine"
     ):
         raise _broken(bundle, "config.json", f"quantization is {quantization}")
-    shapes = {name: array.shape for name, array in bundle.arrays().items()}
+    shapes = {name: array.shape for name, array in bundle.tensors().items()}
     expected: dict[str, tuple[int, ...]] = {}
     for spec in mlx_specs(config, tied=config.text.tie_word_embeddings):
         options = ExportOptions(llm_bits=16)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.config import AFFINE_BITS, AFFINE_GROUP_SIZES, FastVLMConfig
 from fastvlm_mlx.errors import OptionError
 
-BITS = (2, 3, 4, 5, 6, 8, 16)
-GROUP_SIZES = (32, 64, 128)
+BITS = (*AFFINE_BITS, 16)
+GROUP_SIZES = AFFINE_GROUP_SIZES
 DTYPES = ("float16", "bfloat16", "float32")
 PRECISIONS = ("fp16", "fp32")
 LAYOUTS = ("app", "mlx")
@@ -22,8 +22,8 @@ FLOAT16_MAX = 65_504
 # same token, counted where the source gives its choice at least twice the probability of its
 # second: nearer ties may fall either way.
 ENCODER_SNR_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 20.0}
-LLM_KL_NATS = {2: 8.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 8: 0.05, 16: 0.01}
-LLM_AGREEMENT = {2: 0.0, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 8: 0.95, 16: 0.99}
+LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 8: 0.05, 16: 0.01}
+LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 8: 0.95, 16: 0.99}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ class ExportOptions:
         widths = {
             "hidden_size": text.hidden_size,
             "intermediate_size": text.intermediate_size,
-            "num_attention_heads x head width": text.num_attention_heads * text.head_dim,
         }
         for name, width in widths.items():
             if width % self.group_size:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import platform
 import shutil
 import signal
@@ -22,6 +20,7 @@ from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import coreml, fastvithd, layouts, llm, mlx_layout, verify
 from model_export.checkpoint import Checkpoint
+from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
 from model_export.tokenizer import export_tokenizer
 from model_export.verify import Gate
@@ -78,13 +77,14 @@ def _export(
     progress: Progress,
 ) -> ExportResult:
     progress("checkpoint", None)
-    destination = Path(destination).expanduser().absolute()
+    destination = resolve(destination)
     checkpoint = Checkpoint(checkpoint_path)
     options.check_widths(checkpoint.config)
-    _check_destination(destination, checkpoint, options)
+    _check_overlap(destination, checkpoint)
+    check_replaceable(destination, overwrite=options.overwrite)
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
-    with appearing(destination, overwrite=options.overwrite) as directory:
+    with appearing(destination) as directory:
         _check_space(directory, checkpoint, options)
         tokenizer.save(directory)
         if options.layout == "app":
@@ -237,17 +237,12 @@ def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
     return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
 
 
-def _check_destination(destination: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
-    source = checkpoint.path.resolve()
-    resolved = destination.resolve()
-    if resolved == source or source in resolved.parents or resolved in source.parents:
+def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
+    source, target = checkpoint.path.resolve(), destination.resolve()
+    if target == source or source in target.parents or target in source.parents:
         raise DestinationError(
             f"{destination} overlaps the checkpoint {checkpoint.path}, which is never written to: "
             "choose a directory of its own"
-        )
-    if destination.exists() and not options.overwrite:
-        raise DestinationError(
-            f"{destination} exists: choose another destination, or replace it with --overwrite"
         )
 
 
@@ -266,107 +261,33 @@ def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions
 
 @contextmanager
 def _interruptible(progress: Progress) -> Iterator[Progress]:
-    """A progress callback that raises the KeyboardInterrupt that somebody else caught.
+    """A progress callback that raises the interruption that somebody else caught.
 
-    coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost.
+    coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost. SIGTERM
+    and SIGHUP unwind like Ctrl-C, so that nothing is left behind; a second signal changes nothing.
     """
-    pressed = False
+    pressed: BaseException | None = None
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt
+        if pressed is None:
+            interrupt = number == signal.SIGINT
+            pressed = KeyboardInterrupt() if interrupt else SystemExit(128 + number)
+            raise pressed
 
     def stage(name: str, done: float | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
+        if pressed is not None:
+            raise pressed
         progress(name, done)
 
-    # Only the main thread may set handlers, and a caller's own is left alone.
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, handler)
+    # Only the main thread may set handlers, and a caller's own are left alone.
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                previous[number] = signal.signal(number, handler)
     try:
         yield stage
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def appearing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A directory beside `destination` that takes its place on success, and is gone otherwise.
-
-    What was at `destination` stays until the new directory is complete and on disk.
-
-    Raises:
-        DestinationError: it can't be written, or the disk is full.
-    """
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(destination)
-        partial.mkdir()
-        yield partial
-        _sync(partial)
-        _replace(partial, destination, overwrite=overwrite)
-    except OSError as error:
-        raise _destination_error(destination, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _destination_error(destination: Path, error: OSError) -> DestinationError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DestinationError(
-            f"the disk of {destination.parent} is full, nothing was left there: make room, or "
-            "choose another disk"
-        )
-    return DestinationError(
-        f"{destination} can't be written ({error.strerror or error}): choose a directory that can"
-    )
-
-
-def _replace(partial: Path, destination: Path, *, overwrite: bool) -> None:
-    if not destination.exists():
-        partial.rename(destination)
-        return
-    if not overwrite:
-        raise DestinationError(f"{destination} appeared meanwhile: use --overwrite to replace it")
-    old = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
-    destination.rename(old)
-    partial.rename(destination)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink()
-
-
-def _sync(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _remove_stale(destination: Path) -> None:
-    """Remove what exports to the same destination left when they were killed."""
-    for path in destination.parent.glob(f".{destination.name}.partial-*"):
-        owner = path.name.rpartition("-")[2]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)

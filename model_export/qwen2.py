@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from fastvlm_mlx.bundle import Bundle, model_name
+from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.prompt import encode_prompt
 from model_export.checkpoint import Checkpoint, to_torch
@@ -85,25 +85,20 @@ class SourceWeights:
 
 class BundleWeights:
     def __init__(self, bundle: Bundle):
+        self._bundle = bundle
         self._bits = (bundle.config.quantization or {}).get("bits", 16)
-        self._files: dict[str, tuple[Path, str]] = {
-            model_name(str(name)): (file, str(name))
-            for file in bundle.weight_files
-            for name in mx.load(str(file))
-        }
+        self._names = frozenset(bundle.model_tensors())
 
     def matrix(self, name: str) -> Matrix:
         stem = name.removesuffix("weight")
-        if stem + "scales" not in self._files:
+        if stem + "scales" not in self._names:
             return Matrix(to_torch(self._load(name)))
         words = to_torch(self._load(name).view(mx.uint8))
         scales, biases = (to_torch(self._load(stem + part)) for part in ("scales", "biases"))
         return Matrix(words, scales, biases, self._bits)
 
     def _load(self, name: str) -> mx.array:
-        # A new lazy map each time, as an array that was evaluated stays in its map.
-        file, stored = self._files[name]
-        return mx.load(str(file))[stored]  # type: ignore[call-overload,return-value]
+        return self._bundle.model_tensors()[name]
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,7 @@ def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[O
             hidden[i] = layer(
                 hidden[i], attention_mask=mask[None, None], position_embeddings=cos_sin
             )
-            largest[i] = max(largest[i], float(hidden[i].abs().max()))
+            largest[i] = float(np.maximum(largest[i], float(hidden[i].abs().max())))
     return [
         Outcome(_log_probabilities(side, h[0, dialogue.scored], config), peak)
         for side, h, peak in zip(sides, hidden, largest, strict=True)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from math import inf, log, log10
+from math import inf, isfinite, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import load_bundle_encoder, placeholder_id
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
@@ -74,8 +75,8 @@ class Gate:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def to_dict(self) -> dict[str, Any]:
-        # JSON has no infinity: an error of exactly zero.
-        value = None if self.value in (inf, -inf) else self.value
+        # JSON has neither infinity nor NaN.
+        value = self.value if isfinite(self.value) else str(self.value)
         return {**asdict(self), "value": value, "passed": self.passed}
 
     def sentence(self) -> str:
@@ -188,13 +189,14 @@ def encoder_gates(
     encoder = MLProgramEncoder(package)
     magnitude = _Magnitude()
     features = [encoder.evaluate(r.pixels, round_fp16=True, observe=magnitude) for r in references]
-    worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
+    # numpy's minimum and maximum carry NaN; Python's lose it.
+    worst = np.min([snr_db(r.features, f) for r, f in zip(references, features, strict=True)])
     floor = options.snr_floor_db
     conversion = snr_db(
         _rounded_features(module, options, references[-1].pixels), encoder(references[-1].pixels)
     )
     gates = [
-        Gate("encoder SNR", worst, "dB", floor, True),
+        Gate("encoder SNR", float(worst), "dB", floor, True),
         Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True),
     ]
     if options.encoder_precision == "fp16":
@@ -203,8 +205,8 @@ def encoder_gates(
         from fastvlm_mlx.vision.coreml import CoreMLEncoder
 
         coreml = CoreMLEncoder(package, "all")
-        worst = min(snr_db(r.features, coreml(r.pixels)) for r in references)
-        gates.append(Gate("encoder SNR through Core ML", worst, "dB", floor, True))
+        worst = np.min([snr_db(r.features, coreml(r.pixels)) for r in references])
+        gates.append(Gate("encoder SNR through Core ML", float(worst), "dB", floor, True))
     return gates, features
 
 
@@ -298,14 +300,14 @@ def answer_gates(
         top = expected.topk(2, 1)
         decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
         agreed.append(top.indices[:, 0] == got.argmax(1))
-        largest = max(largest, q.largest)
-    sure = torch.cat(decided)
-    share = float(torch.cat(agreed)[sure].float().mean()) if bool(sure.any()) else 1.0
+        largest = float(np.maximum(largest, q.largest))
     kl = float(torch.cat(divergence).mean())
-    gates = [
-        Gate("KL divergence", kl, "nats", options.kl_ceiling_nats, False),
-        Gate("greedy agreement", share, "", options.agreement_floor, True),
-    ]
+    gates = [Gate("KL divergence", kl, "nats", options.kl_ceiling_nats, False)]
+    sure = torch.cat(decided)
+    # Random weights decide nothing; a share of no places would be a figure that can't fail.
+    if bool(sure.any()):
+        share = float(torch.cat(agreed)[sure].float().mean())
+        gates.append(Gate("greedy agreement", share, "", options.agreement_floor, True))
     if options.dtype == "float16":
         gates.append(Gate("LLM largest magnitude", largest, "", FLOAT16_MAX, False))
     return gates
@@ -323,7 +325,8 @@ def verify(
         limits: fields of `ExportOptions` to judge by in place of the manifest's, where not None.
 
     Raises:
-        BundleError: a file changed, or the layout's rules are broken.
+        BundleError: a file changed, the layout's rules are broken, or another checkpoint is given.
+        OptionError: limits without a checkpoint.
     """
     from model_export import fastvithd
 
@@ -339,9 +342,16 @@ def verify(
         recorded_options(bundle), **{k: v for k, v in limits.items() if v is not None}
     )
     if checkpoint_path is None:
+        if any(limit is not None for limit in limits.values()):
+            raise OptionError(
+                "limits compare a bundle with its source, which was not given: add --checkpoint"
+            )
         progress("check encoder", None)
-        return bundle, [_overflow(bundle, options)]
+        exact = options.encoder_format == "fp32"
+        return bundle, [] if exact else [_overflow(bundle, options)]
     checkpoint = Checkpoint(checkpoint_path)
+    progress("check source", None)
+    _check_source(bundle, checkpoint)
     pictures = gate_pictures(checkpoint.config.vision)
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
@@ -358,6 +368,22 @@ def verify(
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
+
+
+def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """The checkpoint must be the one that the bundle was made from, or, where no manifest says
+    which, at least of the same shape."""
+    if bundle.manifest is not None:
+        recorded = bundle.manifest["source"].get("files")
+        same = recorded == checkpoint.source()["files"]
+    else:
+        tied = {"tie_word_embeddings": checkpoint.tied}
+        same = bundle.config.text == replace(checkpoint.config.text, **tied)
+    if not same:
+        raise BundleError(
+            f"{bundle.path} was not made from {checkpoint.path}, their weights or shapes differ: "
+            "give the checkpoint that it was exported from"
+        )
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:

@@ -115,6 +115,42 @@ class TestIncomplete:
             fastvlm_mlx.load(bundle_copy)
 
 
+class TestManifest:
+    @pytest.mark.parametrize("files", [None, [1], {"config.json": 1}, {"config.json": {}}])
+    def test_one_that_is_not_whole(self, bundle_copy, files):
+        edit(bundle_copy, "manifest.json", files=files)
+        with pytest.raises(BundleError, match="is not a whole manifest"):
+            Bundle.open(bundle_copy)
+
+    def test_a_damaged_weight_file_is_named_before_anything_is_computed(self, bundle_copy):
+        (bundle_copy / "more.safetensors").write_bytes(b"x" * 40)
+        (bundle_copy / "manifest.json").unlink()
+        with pytest.raises(BundleError, match=r"more\.safetensors is not a whole safetensors"):
+            Bundle.open(bundle_copy)
+
+
+def test_a_quantized_projector_is_loaded_and_passes_the_app_s_rules(bundle_copy):
+    """mlx-vlm's stock recipe, which Apple's quantized bundles were made with, leaves none out."""
+    import mlx.core as mx
+    import numpy as np
+
+    file = bundle_copy / "model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    features = mx.random.normal((1, 16, 512), key=mx.random.key(1))
+    expected = np.array(fastvlm_mlx.load(bundle_copy).model.project(features))
+    for layer in ("linear_0", "linear_2"):
+        stem = f"multi_modal_projector.{layer}"
+        quantized = mx.quantize(tensors[f"{stem}.weight"], group_size=64, bits=4)
+        for part, array in zip(("weight", "scales", "biases"), quantized, strict=True):
+            tensors[f"{stem}.{part}"] = array
+    mx.save_safetensors(str(file), tensors, {"format": "mlx"})
+    (bundle_copy / "manifest.json").unlink()
+    found = np.array(fastvlm_mlx.load(bundle_copy).model.project(features))
+    noise = np.square(found - expected).mean() / np.square(expected).mean()
+    assert noise < 0.05
+    TestAppRules().check(bundle_copy)
+
+
 class TestAppRules:
     """Every rule of the demo app's loader, broken one at a time."""
 
@@ -140,7 +176,11 @@ class TestAppRules:
             ),
             ("preprocessor_config.json", {"processor_class": "X"}, "processor_class is 'X'"),
             ("preprocessor_config.json", {"crop_size": None}, "crop_size is None"),
-            ("preprocessor_config.json", {"size": {"shortest_edge": 3}}, "shortest_edge is 3"),
+            (
+                "preprocessor_config.json",
+                {"size": {"shortest_edge": 3}},
+                "{'shortest_edge': 3}, expected {'shortest_edge': 256}",
+            ),
             ("preprocessor_config.json", {"image_std": [1.0]}, "image_std"),
             ("tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"}, "Qwen2Tokenizer"),
         ],
@@ -151,6 +191,14 @@ class TestAppRules:
             self.check(bundle_copy)
         assert "can't be loaded by the demo app" in str(caught.value)
         assert name.split(".")[0] in str(caught.value) or "safetensors" in str(caught.value)
+
+    @pytest.mark.parametrize("content", [None, "{", "{}"])
+    def test_the_tokenizer_is_read(self, bundle_copy, content):
+        (bundle_copy / "tokenizer.json").unlink()
+        if content is not None:
+            (bundle_copy / "tokenizer.json").write_text(content)
+        with pytest.raises(BundleError, match=r"tokenizer\.json"):
+            self.check(bundle_copy)
 
     def test_a_weight_file_too_many(self, bundle_copy):
         import mlx.core as mx

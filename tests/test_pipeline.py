@@ -3,17 +3,18 @@
 import errno
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, OptionError
 from model_export import llm, pipeline
+from model_export.destination import appearing
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 
@@ -96,13 +97,13 @@ class TestDestination:
         self, demo_checkpoint, tmp_path, quick, monkeypatch
     ):
         out = tmp_path / "out"
-        out.mkdir()
+        export(demo_checkpoint, out, ExportOptions())
         (out / "mine.txt").write_text("precious")
         with pytest.raises(DestinationError, match=r"exists: choose another .* --overwrite"):
             export(demo_checkpoint, out, ExportOptions())
         with monkeypatch.context() as broken:
             broken.setattr(llm, "write", raiser(OSError(errno.EIO, "Input/output error")))
-            with pytest.raises(DestinationError, match="can't be written"):
+            with pytest.raises(DestinationError, match="can't be read or written"):
                 export(demo_checkpoint, out, ExportOptions(overwrite=True))
         assert (out / "mine.txt").read_text() == "precious"
         export(demo_checkpoint, out, ExportOptions(overwrite=True))
@@ -119,7 +120,7 @@ class TestDestination:
 
     def test_a_full_disk(self, demo_checkpoint, tmp_path, quick, monkeypatch):
         monkeypatch.setattr(llm, "write", raiser(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(DestinationError, match="is full, nothing was left there: make room"):
+        with pytest.raises(DestinationError, match=r"is full, nothing was left at .*: make room"):
             export(demo_checkpoint, tmp_path / "out", ExportOptions())
         assert list(tmp_path.iterdir()) == []
 
@@ -134,21 +135,53 @@ class TestDestination:
 
     def test_a_file_in_its_parent_s_place(self, demo_checkpoint, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(DestinationError, match="can't be written"):
+        with pytest.raises(DestinationError, match="can't be read or written"):
             export(demo_checkpoint, tmp_path / "file" / "out", ExportOptions())
 
     def test_what_a_killed_export_left_is_removed_by_the_next(
         self, demo_checkpoint, tmp_path, quick
     ):
-        gone = subprocess.Popen([sys.executable, "-c", ""])
-        gone.wait()
-        stale = tmp_path / f".out.partial-{gone.pid}"
+        stale = tmp_path / ".out.partial-killed"
         stale.mkdir()
         (stale / "model.safetensors").write_bytes(b"half")
-        running = tmp_path / f".out.partial-{os.getppid()}"
-        running.mkdir()
-        export(demo_checkpoint, tmp_path / "out", ExportOptions())
-        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([running.name, "out"])
+        with appearing(tmp_path / "out") as running:
+            (running / "config.json").write_text("{}")
+            export(demo_checkpoint, tmp_path / "out", ExportOptions())
+            assert sorted(p.name for p in tmp_path.iterdir()) == sorted([running.name, "out"])
+
+    def test_a_bundle_that_a_kill_left_aside_comes_back(self, demo_bundle, tmp_path):
+        import shutil
+
+        shutil.copytree(demo_bundle, tmp_path / ".out.replaced-killed")
+        with suppress(KeyboardInterrupt), appearing(tmp_path / "out"):
+            raise KeyboardInterrupt
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        Bundle.open(tmp_path / "out").check_files()
+
+    def test_what_is_no_bundle_is_never_overwritten(self, demo_checkpoint, tmp_path, monkeypatch):
+        docs = tmp_path / "home" / "docs"
+        docs.mkdir(parents=True)
+        (docs / "thesis.txt").write_text("precious")
+        with pytest.raises(DestinationError, match=r"holds what is no bundle \(docs\)"):
+            export(demo_checkpoint, docs.parent, ExportOptions(overwrite=True))
+        monkeypatch.chdir(docs)
+        for out in (".", "..", "", "~", "/"):
+            with pytest.raises(DestinationError, match="can't become a bundle"):
+                export(demo_checkpoint, out, ExportOptions(overwrite=True))
+        assert (docs / "thesis.txt").read_text() == "precious"
+
+    def test_a_symbolic_link_is_refused(self, demo_checkpoint, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(DestinationError, match="is a symbolic link"):
+            export(demo_checkpoint, tmp_path / "link", ExportOptions())
+
+    def test_parents_that_were_made_go_with_what_failed(
+        self, demo_checkpoint, tmp_path, quick, monkeypatch
+    ):
+        monkeypatch.setattr(llm, "write", raiser(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            export(demo_checkpoint, tmp_path / "a" / "b" / "out", ExportOptions())
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestRefusedBeforeAnyWork:
@@ -193,7 +226,7 @@ def test_a_failed_gate_leaves_nothing_unless_asked_to(
     assert result.manifest["gates"][0]["passed"] is False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, number):
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -210,11 +243,12 @@ def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, 
     process.send_signal(number)
     _, rest = process.communicate(timeout=120)
     assert not out.exists()
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert "interrupted" in rest
-        assert "Traceback" not in rest
-        assert list(tmp_path.iterdir()) == []
+    if number == signal.SIGKILL:
+        return
+    assert process.returncode == 128 + number
+    assert "Traceback" not in rest
+    assert ("interrupted" in rest) == (number == signal.SIGINT)
+    assert list(tmp_path.iterdir()) == []
 
 
 def raiser(error):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.vision.package import model_path, read_spec
 from model_export import coreml, fastvithd, qwen2, verify
 from model_export.checkpoint import Checkpoint
@@ -91,7 +91,7 @@ def test_the_untouched_package_passes(demo_checkpoint, demo_bundle, references):
 def test_a_gate_passes_on_its_own_side_only(value, limit, at_least, passed):
     gate = Gate("x", value, "dB", limit, at_least)
     assert gate.passed is passed
-    json.dumps(gate.to_dict(), allow_nan=passed is False)
+    json.dumps(gate.to_dict(), allow_nan=False)
 
 
 def test_snr_is_rms_over_rms():
@@ -173,6 +173,20 @@ def test_verify_repeats_what_the_manifest_records(demo_checkpoint, demo_bundle):
     for gate in gates:
         if gate.name in recorded:
             assert gate.value == pytest.approx(recorded[gate.name], rel=1e-3, abs=1e-6)
+
+
+def test_another_checkpoint_is_told_apart(demo_bundle, edit_checkpoint):
+    def change(tensors):
+        tensors["model.norm.weight"][0] += 1
+
+    other = edit_checkpoint(tensors=change)
+    with pytest.raises(BundleError, match="was not made from"):
+        verify.verify(demo_bundle, other, {}, lambda stage, done: None)
+
+
+def test_limits_without_a_checkpoint_are_refused(demo_bundle):
+    with pytest.raises(OptionError, match="add --checkpoint"):
+        verify.verify(demo_bundle, None, {"min_snr_db": 1.0}, lambda stage, done: None)
 
 
 def test_limits_can_be_set(demo_checkpoint, demo_bundle):

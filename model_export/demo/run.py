@@ -23,7 +23,10 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
         DestinationError: `directory` holds something that the demo did not make.
     """
     bundle, picture = directory / "bundle", directory / "scene.png"
-    if directory.exists() and not (bundle / MANIFEST).is_file():
+    ours = not directory.exists() or (
+        directory.is_dir() and (not any(directory.iterdir()) or (bundle / MANIFEST).is_file())
+    )
+    if not ours:
         raise DestinationError(
             f"{directory} exists and is not an earlier demo's: name another directory"
         )
