@@ -27,6 +27,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")]
+Base = Annotated[
+    str | None, typer.Option(help="What an adapter adapts, if not the base that it names.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 MinSnr = Annotated[
     float | None, typer.Option(help="Floor of the encoder's signal-to-noise ratio, dB.")
 ]
@@ -82,7 +86,9 @@ def _root(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A FastVLM checkpoint's directory.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint's directory, an adapter's, or a hub id.")
+    ],
     out: Annotated[Path, typer.Argument(help="Where the bundle appears.")],
     llm_bits: Annotated[
         int, typer.Option(help="Bits of the LLM's weights: 2, 3, 4, 5, 6, 8; 16 leaves them.")
@@ -99,6 +105,11 @@ def export(
     layout: Annotated[
         str, typer.Option(help="Who loads it: app (Core ML encoder), or mlx (mlx-vlm, Swift).")
     ] = "app",
+    image_size: Annotated[
+        int | None, typer.Option(help="Input size in pixels, a multiple of 64; else its own.")
+    ] = None,
+    base: Base = None,
+    revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     allow_failed_gates: Annotated[
         bool, typer.Option("--allow-failed-gates", help="Keep a bundle that fails its check.")
@@ -123,12 +134,13 @@ def export(
         layout=layout,  # type: ignore[arg-type]
         overwrite=overwrite,
         allow_failed_gates=allow_failed_gates,
+        image_size=image_size,
         min_snr_db=min_snr_db,
         max_kl_nats=max_kl_nats,
         min_agreement=min_agreement,
     )
     with report.stages() as progress:
-        result = run(checkpoint, out, options, progress)
+        result = run(checkpoint, out, options, progress, base=base, revision=revision)
     if as_json:
         _print_json({"bundle": str(out), **result.manifest})
     else:
@@ -212,8 +224,10 @@ def generate(
 def verify(
     bundle: Out,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="The checkpoint it was made from: compares both.")
+        str | None, typer.Option(help="The checkpoint it was made from: compares both.")
     ] = None,
+    base: Base = None,
+    revision: Revision = None,
     min_snr_db: MinSnr = None,
     max_kl_nats: MaxKl = None,
     min_agreement: MinAgreement = None,
@@ -225,13 +239,15 @@ def verify(
 
     from fastvlm_mlx import report
 
+    if checkpoint is None and (base or revision):
+        raise OptionError("--base or --revision is given without --checkpoint: name that too")
     limits = {
         "min_snr_db": min_snr_db,
         "max_kl_nats": max_kl_nats,
         "min_agreement": min_agreement,
     }
     with report.stages() as progress:
-        _, gates = run(bundle, checkpoint, limits, progress)
+        _, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
     failed = [gate for gate in gates if not gate.passed]
     if as_json:
         _print_json(

@@ -209,6 +209,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "kind": "checkpoint",
         "path": str(path),
         "source": checkpoint.name,
+        "stored_as": checkpoint.kind,
         "license": checkpoint.license,
         "encoder": {
             "parameters": checkpoint.encoder_parameters,

@@ -1,28 +1,30 @@
-"""Find, identify and read a checkpoint: lazily, tensor by tensor, and read-only."""
+"""A checkpoint, whatever it was stored as: its tensors under Apple's names, read lazily.
+
+The intermediate form that everything after it works on. Read-only: nothing is ever written to a
+source.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from fastvlm_mlx.bundle import sha256
-from fastvlm_mlx.config import MODEL_TYPE, FastVLMConfig
+from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import CheckpointError
 from model_export import weights
+from model_export.lora import is_tied
+from model_export.sources import Source, open_source
+from model_export.tensors import ExtendedRows, SourceTensor, magnitude, read_json, to_torch
 
 if TYPE_CHECKING:
     import torch
 
-# I64 is BatchNorm's counter's.
-DTYPES = ("F32", "F16", "BF16", "I64")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,54 +35,90 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class Checkpoint:
-    """A FastVLM checkpoint directory in Apple's layout (`model_type` `llava_qwen2`).
+    """A FastVLM checkpoint: a directory or a hub id, of any kind that `sources` knows.
 
     Opening it reads headers only and checks that every tensor is there with its shape. Tensors
     are read one at a time, by `mx` or `torch`, and kept by nobody.
     """
 
-    def __init__(self, path: str | Path):
-        """Raises CheckpointError or ConfigError: `path` is not such a checkpoint."""
-        self.path = Path(path).expanduser()
-        self.raw_config = _read_config(self.path)
-        self.tensors = _read_headers(self.path)
-        self.config = FastVLMConfig.from_dict(self.raw_config)
-        specs = weights.encoder_specs(self.config.vision)
-        specs += weights.llm_specs(self.config, tied="lm_head.weight" not in self.tensors)
+    def __init__(
+        self,
+        reference: str | Path,
+        *,
+        base: str | Path | None = None,
+        revision: str | None = None,
+        image_size: int | None = None,
+    ):
+        """
+        Args:
+            base, revision: as in `open_source`.
+            image_size: the encoder's input size in pixels, in place of the checkpoint's own.
+
+        Raises:
+            CheckpointError, ConfigError, OptionError: `reference` is not such a checkpoint.
+        """
+        self._open(open_source(reference, base=base, revision=revision), image_size)
+
+    def _open(self, source: Source, image_size: int | None) -> None:
+        self._source = source
+        self.path = source.directories[0]
+        self.directories = source.directories
+        self.tensors: dict[str, SourceTensor] = source.tensors
+        raw = dict(source.raw_config)
+        embedding = self.tensors.get(weights.EMBEDDING[0])
+        if embedding is not None and embedding.shape:
+            # Training that resizes the vocabulary does not always say so.
+            raw["vocab_size"] = embedding.shape[0]
+        config = FastVLMConfig.from_dict(raw)
+        if image_size is not None:
+            config = replace(config, vision=replace(config.vision, image_size=image_size))
+            raw["mm_vision_tower"] = f"mobileclip_l_{image_size}"
+            if raw.get("vision_config"):
+                raw["vision_config"] = {**raw["vision_config"], "image_size": image_size}
+        self.raw_config, self.config = raw, config
+        specs = weights.encoder_specs(config.vision)
+        specs += weights.llm_specs(config, tied="lm_head.weight" not in self.tensors)
         weights.check_names({n: t.shape for n, t in self.tensors.items()}, specs)
+
+    def with_vocabulary(self, rows: int, copied: int) -> Checkpoint:
+        """The same checkpoint with `rows` rows of embedding and head, for ids beyond its own.
+
+        Each new row is a copy of the row of id `copied`, a token that is never an answer. Its
+        logit is that token's then, whatever the hidden state and whether or not the head is the
+        embedding, and of two equal logits the lower id is chosen. (A row of zeros has logit 0,
+        which is the largest where all others are negative.) What the embedding's new rows hold is
+        never read: the encoder's features are put in their place.
+        """
+        if rows == self.config.text.vocab_size:
+            return self
+        tensors = {
+            name: ExtendedRows(tensor, rows, copied)
+            if name in (weights.EMBEDDING[0], weights.HEAD[0])
+            else tensor
+            for name, tensor in self.tensors.items()
+        }
+        source = replace(self._source, tensors=tensors, raw_config=self.raw_config)
+        extended = Checkpoint.__new__(Checkpoint)
+        extended._open(source, None)
+        return extended
 
     @cached_property
     def tied(self) -> bool:
         """Whether the head is the embedding; from the tensors, config.json is often wrong."""
-        if weights.HEAD[0] not in self.tensors:
-            return True
-        head, embedding = self.array(weights.HEAD[0]), self.array(weights.EMBEDDING[0])
-        return bool(mx.array_equal(head, embedding).item())
+        return is_tied(self.tensors)
 
     @property
     def llm_specs(self) -> list[weights.TensorSpec]:
         return weights.llm_specs(self.config, tied=self.tied)
 
     def array(self, source: str) -> mx.array:
-        """The tensor under its source name, unevaluated.
+        """The tensor under its source name.
 
         Raises:
             CheckpointError: the file can't be read any more.
         """
-        file = self.tensors[source].file
-        try:
-            # A new lazy map each time: an array that was evaluated stays in its map, and memory.
-            return mx.load(str(file))[source]  # type: ignore[call-overload,return-value]
-        except RuntimeError as error:
-            raise CheckpointError(f"{file} can't be read: {error}") from error
+        return self.tensors[source].read()
 
     def tensor(self, source: str) -> torch.Tensor:
         """The tensor under its source name, float32.
@@ -95,11 +133,18 @@ class Checkpoint:
     def encoder_state(self) -> dict[str, torch.Tensor]:
         """FastViTHD's state dict under its own names, float32, all of it.
 
+        What no computation uses is zero where the checkpoint does not have it.
+
         Raises:
             CheckpointError: a tensor holds NaN or infinity, or a variance is negative.
         """
+        import torch
+
         state = {}
         for spec in weights.encoder_specs(self.config.vision):
+            if spec.source not in self.tensors:
+                state[spec.name] = torch.zeros(spec.shape)
+                continue
             tensor = self.tensor(spec.source)
             if spec.name.endswith("running_var") and bool((tensor < 0).any()):
                 raise CheckpointError(
@@ -111,19 +156,20 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files, in either form.
+        """The tokenizer's files, in either form; of an adapter that has none, its base's.
 
         Raises:
             CheckpointError: neither tokenizer.json nor vocab.json with merges.txt is there.
         """
-        found = [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-        names = {file.name for file in found}
-        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-            raise CheckpointError(
-                f"{self.path} holds no tokenizer: expected tokenizer.json, or vocab.json and "
-                "merges.txt; copy them from the model it was trained from"
-            )
-        return found
+        for directory in self.directories:
+            found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+            names = {file.name for file in found}
+            if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
+                return found
+        raise CheckpointError(
+            f"{self.path} holds no tokenizer: expected tokenizer.json, or vocab.json and "
+            "merges.txt; copy them from the model it was trained from"
+        )
 
     @property
     def encoder_parameters(self) -> int:
@@ -136,170 +182,76 @@ class Checkpoint:
         return sum(prod(spec.shape) for spec in self.llm_specs)
 
     @property
+    def kind(self) -> str:
+        """What it is stored as, in words."""
+        return self._source.kind
+
+    @property
     def name(self) -> str:
-        """What the checkpoint calls itself, or its directory's name."""
-        return str(self.raw_config.get("_name_or_path") or self.path.resolve().name)
+        """Its hub id, or what the checkpoint calls itself, or its directory's name."""
+        return _name(self._source)
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        file = self.path / "generation_config.json"
-        return _read_json(file) if file.is_file() else {}
+        for directory in self.directories:
+            if (directory / "generation_config.json").is_file():
+                return read_json(directory / "generation_config.json")
+        return {}
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        return sorted({file for tensor in self.tensors.values() for file in tensor.files})
 
     @property
     def license(self) -> str:
-        """What the checkpoint says of its licence: config.json, or its model card, or its own file.
+        """What the checkpoint says of its licence: config.json, or its model card, or its own file;
+        its base's where it says nothing.
 
         Weights released by Apple carry none of these inside the download, so its absence is told.
         """
         if isinstance(self.raw_config.get("license"), str):
             return self.raw_config["license"]
-        card = self.path / "README.md"
-        if card.is_file():
-            for line in card.read_text(errors="replace").splitlines()[:40]:
-                if line.startswith("license:"):
-                    return line.removeprefix("license:").strip()
-        for name in ("LICENSE", "LICENSE_MODEL", "LICENSE.txt"):
-            if (self.path / name).is_file():
-                return f"see {name} of the source checkpoint"
+        for directory in self.directories:
+            if stated := _license(directory):
+                return stated
         return "not stated by the checkpoint; Apple's FastVLM weights are apple-amlr, research only"
 
     def source(self) -> dict[str, Any]:
         """What the manifest says of where the weights come from: names, sizes, SHA-256."""
-        files = [self.path / "config.json", *self.weight_files]
-        return {
-            "name": self.name,
-            "directory": self.path.resolve().name,
-            "license": self.license,
-            "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files},
-        }
+        return {**_described(self._source, self.weight_files), "license": self.license}
 
 
-def to_torch(array: mx.array) -> torch.Tensor:
-    """The same memory as a torch tensor, bfloat16 included, which numpy does not have."""
-    import torch
-
-    if array.dtype == mx.bfloat16:
-        return torch.from_numpy(np.asarray(array.view(mx.uint16))).view(torch.bfloat16)
-    return torch.from_numpy(np.asarray(array))
-
-
-def magnitude(name: str, tensor: torch.Tensor) -> float:
-    """The largest magnitude in the tensor of this name.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity.
-    """
-    # The extremes carry NaN and infinity, and unlike isfinite() need no temporary.
-    low, high = (float(extreme) for extreme in tensor.aminmax())
-    if not isfinite(low) or not isfinite(high):
-        raise CheckpointError(
-            f"{name} holds NaN or infinity, expected finite weights: the checkpoint is damaged, or "
-            "its training diverged"
-        )
-    return max(-low, high)
+def _name(source: Source) -> str:
+    if source.hub_id:
+        return source.hub_id
+    # What an adapter's config.json names is its base.
+    named = None if source.base else source.raw_config.get("_name_or_path")
+    return str(named or source.directories[0].resolve().name)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+def _described(source: Source, weight_files: list[Path]) -> dict[str, Any]:
+    directory = source.directories[0]
+    config = [directory / name for name in ("config.json", "adapter_config.json")]
+    files = [file for file in config if file.is_file()]
+    files += [file for file in weight_files if file.parent == directory]
+    described: dict[str, Any] = {
+        "name": _name(source),
+        "kind": source.kind,
+        "directory": directory.resolve().name,
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files},
+    }
+    if source.base is not None:
+        described["base"] = _described(source.base, weight_files)
+    return described
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: expected a checkpoint directory")
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is a file: expected the directory that holds config.json and the weights"
-        )
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} holds no config.json: expected a FastVLM checkpoint directory ({MODEL_TYPE})"
-        )
-    config = _read_json(file)
-    found = config.get("model_type")
-    if found != MODEL_TYPE:
-        raise CheckpointError(
-            f"{file} describes {_architecture(config)}: expected a FastVLM checkpoint in Apple's "
-            f"layout (model_type {MODEL_TYPE!r})"
-        )
-    return config
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    architectures = config.get("architectures")
-    names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
-    return f"model_type {config.get('model_type')!r}" + (f" ({names})" if names else "")
-
-
-def _read_headers(path: Path) -> dict[str, StoredTensor]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
-            raise CheckpointError(
-                f"{index} has no weight_map of file names: download the checkpoint again"
-            )
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(
-                    f"{index} points to {name!r}: expected files of its own directory"
-                )
-            if not (path / name).is_file():
-                raise CheckpointError(
-                    f"{path / name} is missing: expected the {len(names)} files that {index.name} "
-                    "names, download it again"
-                )
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-    if not names:
-        raise CheckpointError(
-            f"{path} holds no weights: expected model.safetensors, or several with an index"
-        )
-    tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        for key, tensor in _read_header(path / name).items():
-            if key in tensors:
-                raise CheckpointError(
-                    f"{key} is in both {tensors[key].file.name} and {name}: expected it once, "
-                    "remove the file that does not belong to this checkpoint"
-                )
-            tensors[key] = tensor
-    if any(name.startswith("language_model.") for name in tensors):
-        raise CheckpointError(
-            f"{path} is a bundle, not a checkpoint: give the PyTorch checkpoint it was made from"
-        )
-    return tensors
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    try:
-        with safe_open(str(file), framework="numpy") as stream:
-            entries = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118
-            tensors = {
-                key: StoredTensor(file, entry.get_dtype(), tuple(entry.get_shape()))
-                for key, entry in entries.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}): download it again"
-        ) from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{key} is stored as {tensor.dtype}: expected F32, F16 or BF16, an unquantized "
-                "checkpoint"
-            )
-    return tensors
+def _license(directory: Path) -> str | None:
+    card = directory / "README.md"
+    if card.is_file():
+        for line in card.read_text(errors="replace").splitlines()[:40]:
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip()
+    for name in ("LICENSE", "LICENSE_MODEL", "LICENSE.txt"):
+        if (directory / name).is_file():
+            return f"see {name} of the source checkpoint"
+    return None

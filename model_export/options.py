@@ -14,6 +14,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PRECISIONS = ("fp16", "fp32")
 LAYOUTS = ("app", "mlx")
 FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+IMAGE_SIZE_MULTIPLE = 64
 FLOAT16_MAX = 65_504
 
 # What the numeric gates ask for. The encoder's floors are signal-to-noise ratios in dB, RMS of
@@ -28,7 +29,10 @@ LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 8: 0.95, 16: 0.99}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`llm_bits` 16 means not quantized: the weights are cast to `dtype` and left at that."""
+    """`llm_bits` 16 means not quantized: the weights are cast to `dtype` and left at that.
+
+    `image_size`, in pixels, is the encoder's input in place of the checkpoint's own.
+    """
 
     llm_bits: int = 8
     group_size: int = 64
@@ -37,6 +41,7 @@ class ExportOptions:
     layout: Literal["app", "mlx"] = "app"
     overwrite: bool = False
     allow_failed_gates: bool = False
+    image_size: int | None = None
     min_snr_db: float | None = None
     max_kl_nats: float | None = None
     min_agreement: float | None = None
@@ -59,6 +64,12 @@ class ExportOptions:
             raise OptionError(
                 f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and an "
                 "mlx bundle's has the type of everything else: use --dtype float32"
+            )
+        size = self.image_size
+        if size is not None and (size <= 0 or size % IMAGE_SIZE_MULTIPLE):
+            raise OptionError(
+                f"--image-size is {size}: expected a multiple of {IMAGE_SIZE_MULTIPLE} pixels, the "
+                "encoder's stride"
             )
         for name in ("min_snr_db", "max_kl_nats", "min_agreement"):
             value = getattr(self, name)

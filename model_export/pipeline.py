@@ -22,7 +22,7 @@ from model_export import coreml, fastvithd, layouts, llm, mlx_layout, verify
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
-from model_export.tokenizer import export_tokenizer
+from model_export.tokenizer import export_tokenizer, extended
 from model_export.verify import Gate
 
 TOOLS = (
@@ -57,8 +57,16 @@ def export(
     destination: str | Path,
     options: ExportOptions,
     progress: Progress = lambda stage, done: None,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
 ) -> ExportResult:
     """Turn a checkpoint into a bundle at `destination`, checked by every gate.
+
+    Args:
+        checkpoint_path: a directory or a hub id, of any kind that `sources` knows.
+        base: for an adapter or a projector, in place of the base that it names.
+        revision: of a hub id.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint is not a whole FastVLM.
@@ -67,23 +75,27 @@ def export(
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
     with _interruptible(progress) as stage:
-        return _export(checkpoint_path, destination, options, stage)
+        stage("checkpoint", None)
+        # Before a hub's gigabytes are fetched for nothing.
+        destination = resolve(destination)
+        check_replaceable(destination, overwrite=options.overwrite)
+        checkpoint = Checkpoint(
+            checkpoint_path, base=base, revision=revision, image_size=options.image_size
+        )
+        return _export(checkpoint, destination, options, stage)
 
 
 def _export(
-    checkpoint_path: str | Path,
-    destination: str | Path,
+    checkpoint: Checkpoint,
+    destination: Path,
     options: ExportOptions,
     progress: Progress,
 ) -> ExportResult:
-    progress("checkpoint", None)
-    destination = resolve(destination)
-    checkpoint = Checkpoint(checkpoint_path)
     options.check_widths(checkpoint.config)
     _check_overlap(destination, checkpoint)
-    check_replaceable(destination, overwrite=options.overwrite)
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
+    checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
     with appearing(destination) as directory:
         _check_space(directory, checkpoint, options)
         tokenizer.save(directory)
@@ -92,8 +104,10 @@ def _export(
         else:
             common = layouts.app_config(checkpoint, options, tokenizer.image_token_id)
             mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, common, directory)
-        for file in checkpoint.path.glob("LICENSE*"):
-            shutil.copyfile(file, directory / file.name)
+        # The base's first, so that a fine-tune's own stands where both have one.
+        for source in reversed(checkpoint.directories):
+            for file in source.glob("LICENSE*"):
+                shutil.copyfile(file, directory / file.name)
         encoder = None
         if options.layout == "app":
             encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
@@ -238,12 +252,14 @@ def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
 
 
 def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
-    source, target = checkpoint.path.resolve(), destination.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise DestinationError(
-            f"{destination} overlaps the checkpoint {checkpoint.path}, which is never written to: "
-            "choose a directory of its own"
-        )
+    target = destination.resolve()
+    for directory in checkpoint.directories:
+        source = directory.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise DestinationError(
+                f"{destination} overlaps the checkpoint {directory}, which is never written to: "
+                "choose a directory of its own"
+            )
 
 
 def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:

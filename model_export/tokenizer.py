@@ -16,10 +16,12 @@ from tokenizers import AddedToken, Tokenizer
 from fastvlm_mlx.bundle import read_json
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.prompt import CHAT_TEMPLATE
+from fastvlm_mlx.prompt import CHAT_TEMPLATE, TURN_START
 from model_export.checkpoint import Checkpoint
 
 REQUIRED = ("<|im_start|>", "<|im_end|>")
+# Rows of an embedding that has to grow, as Qwen2's own vocabularies are padded.
+ROWS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,47 @@ def export_tokenizer(checkpoint: Checkpoint) -> ExportedTokenizer:
 
     Raises:
         CheckpointError: no tokenizer, one that can't be read, one without Qwen2's control
-            tokens, or no row of the embedding left for `<image>`.
+            tokens, or one that has tokens without a row in the embedding.
     """
     names = {file.name for file in checkpoint.tokenizer_files}
-    tokenizer = _read(checkpoint.path, names)
+    directory = checkpoint.tokenizer_files[0].parent
+    tokenizer = _read(directory, names)
     if missing := [token for token in REQUIRED if tokenizer.token_to_id(token) is None]:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.path} lacks {missing[0]}: expected Qwen2's tokenizer, "
+            f"the tokenizer of {directory} lacks {missing[0]}: expected Qwen2's tokenizer, "
             "copy the files of the model it was trained from"
         )
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
     rows = checkpoint.config.text.vocab_size
-    if image_token_id >= rows:
+    ids = {token: number for token, number in tokenizer.get_vocab().items() if token != IMAGE_TOKEN}
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    # A row for the placeholder can be added, one for a token that was trained can't.
+    if image_token_id >= rows + ROWS_MULTIPLE:
+        token, largest = IMAGE_TOKEN, image_token_id
+    if largest >= rows:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.path} fills all {rows:,} rows of the embedding and "
-            f"{IMAGE_TOKEN} needs one: resize the embedding to a larger vocab_size first"
+            f"the tokenizer of {directory} has {token!r} as id {largest:,} and the embedding has "
+            f"{rows:,} rows: expected the tokenizer that the checkpoint was trained with"
         )
-    file = checkpoint.path / "tokenizer_config.json"
+    file = directory / "tokenizer_config.json"
     source = read_json(file) if file.is_file() else {}
     return ExportedTokenizer(tokenizer, _config(source, tokenizer), image_token_id)
+
+
+def extended(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int) -> Checkpoint:
+    """The checkpoint with at least `rows` rows of vocabulary, in multiples of 64 where it grows.
+
+    Raises:
+        CheckpointError: it has to grow, and the tokenizer lacks `<|im_start|>`.
+    """
+    if rows <= checkpoint.config.text.vocab_size:
+        return checkpoint
+    # It begins a turn, and so is in no answer.
+    copied = tokenizer.token_to_id(TURN_START)
+    if copied is None:
+        raise CheckpointError(f"the tokenizer lacks {TURN_START}: expected Qwen2's tokenizer")
+    return checkpoint.with_vocabulary(-(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE, copied)
 
 
 def _read(path: Path, names: set[str]) -> Tokenizer:

@@ -41,6 +41,7 @@ from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.rounded import RoundedEncoder
+from model_export.tokenizer import extended
 
 if TYPE_CHECKING:
     import torch
@@ -315,13 +316,17 @@ def answer_gates(
 
 def verify(
     path: Path,
-    checkpoint_path: Path | None,
+    checkpoint_path: str | Path | None,
     limits: Mapping[str, Any],
     progress: Callable[[str, float | None], None],
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
 ) -> tuple[Bundle, list[Gate]]:
     """Repeat on a bundle what its export checked: files, layout, and with its checkpoint the gates.
 
     Args:
+        checkpoint_path, base, revision: as for the export.
         limits: fields of `ExportOptions` to judge by in place of the manifest's, where not None.
 
     Raises:
@@ -349,9 +354,9 @@ def verify(
         progress("check encoder", None)
         exact = options.encoder_format == "fp32"
         return bundle, [] if exact else [_overflow(bundle, options)]
-    checkpoint = Checkpoint(checkpoint_path)
     progress("check source", None)
-    _check_source(bundle, checkpoint)
+    tokenizer = bundle.tokenizer()
+    checkpoint = _source(bundle, tokenizer, checkpoint_path, base, revision)
     pictures = gate_pictures(checkpoint.config.vision)
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
@@ -365,25 +370,45 @@ def verify(
         gates, features = mlx_encoder_gates(bundle, references, options)
     del state
     progress("check answers", None)
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_file))
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
 
 
-def _check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """The checkpoint must be the one that the bundle was made from, or, where no manifest says
-    which, at least of the same shape."""
-    if bundle.manifest is not None:
-        recorded = bundle.manifest["source"].get("files")
-        same = recorded == checkpoint.source()["files"]
-    else:
-        tied = {"tie_word_embeddings": checkpoint.tied}
-        same = bundle.config.text == replace(checkpoint.config.text, **tied)
-    if not same:
-        raise BundleError(
-            f"{bundle.path} was not made from {checkpoint.path}, their weights or shapes differ: "
-            "give the checkpoint that it was exported from"
-        )
+def _source(
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    checkpoint_path: str | Path,
+    base: str | Path | None,
+    revision: str | None,
+) -> Checkpoint:
+    """The checkpoint at the bundle's input size, and with its vocabulary.
+
+    It must be the one that the bundle was made from, or, where no manifest says which, at least of
+    the same shape.
+    """
+    checkpoint = Checkpoint(
+        checkpoint_path, base=base, revision=revision, image_size=bundle.config.vision.image_size
+    )
+    rows = bundle.config.text.vocab_size
+    if rows >= checkpoint.config.text.vocab_size:
+        extended_checkpoint = extended(checkpoint, tokenizer, rows)
+        if bundle.manifest is not None:
+            same = _hashes(bundle.manifest["source"]) == _hashes(checkpoint.source())
+        else:
+            tied = {"tie_word_embeddings": checkpoint.tied}
+            same = bundle.config.text == replace(extended_checkpoint.config.text, **tied)
+        if same:
+            return extended_checkpoint
+    raise BundleError(
+        f"{bundle.path} was not made from {checkpoint.path}, their weights or shapes differ: give "
+        "the checkpoint that it was exported from"
+    )
+
+
+def _hashes(source: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of every file of a source and of its bases, whatever they are called."""
+    own = sorted(entry["sha256"] for entry in source["files"].values())
+    return own + (_hashes(source["base"]) if "base" in source else [])
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:

@@ -2,11 +2,12 @@
 
 Source names are Apple's (`llava_qwen2`); destination names are what the demo app's loader reads.
 Every source tensor must be in the table with the shape its config implies, and every tensor of
-the table must be in the source.
+the table must be in the source. transformers' names (`fast_vlm`) are turned into Apple's first.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,6 +52,26 @@ LAYER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mlp.up_proj.weight", ("intermediate", "hidden")),
     ("mlp.down_proj.weight", ("hidden", "intermediate")),
 )
+# transformers' prefix → Apple's. `stages.N` is a stage of timm's fastvit_mci3; what stands for it
+# in Apple's flat list of modules follows from the encoder's shape (`_stage_indices`).
+TIMM = "model.vision_tower.timm_model."
+TRANSFORMERS: tuple[tuple[str, str], ...] = (
+    ("lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    (TIMM + "stem.", ENCODER_PREFIX + "patch_embed."),
+    (TIMM + "final_conv.se.fc1.", ENCODER_PREFIX + "conv_exp.se.reduce."),
+    (TIMM + "final_conv.se.fc2.", ENCODER_PREFIX + "conv_exp.se.expand."),
+    (TIMM + "final_conv.", ENCODER_PREFIX + "conv_exp."),
+)
+TRANSFORMERS_STAGE: tuple[tuple[str, str], ...] = (
+    ("downsample.proj.0.reparam_conv.", "network.{downsample}.proj.0.lkb_reparam."),
+    ("downsample.", "network.{downsample}."),
+    ("pos_emb.", "network.{position}."),
+    ("blocks.", "network.{blocks}."),
+)
+TRANSFORMERS_PARTS = ((".mlp.", ".convffn."), (".gamma", ""))
 
 
 @dataclass(frozen=True)
@@ -93,14 +114,46 @@ def is_unused(name: str) -> bool:
     return name == UNUSED_ENCODER[0] or name.endswith(UNUSED_ENCODER[1])
 
 
+def from_transformers(name: str, vision: VisionConfig) -> str | None:
+    """Apple's name of the tensor that transformers calls `name`; None if it has none."""
+    for prefix, apple in TRANSFORMERS:
+        if name.startswith(prefix):
+            return apple + name.removeprefix(prefix)
+    match = re.fullmatch(re.escape(TIMM) + r"stages\.(\d+)\.(.+)", name)
+    if match is None or int(match.group(1)) >= len(vision.layers):
+        return None
+    indices, rest = _stage_indices(vision)[int(match.group(1))], match.group(2)
+    for prefix, apple in TRANSFORMERS_STAGE:
+        if rest.startswith(prefix):
+            rest = rest.removeprefix(prefix)
+            for part, renamed in TRANSFORMERS_PARTS:
+                rest = rest.replace(part, renamed)
+            return ENCODER_PREFIX + apple.format(**indices) + rest
+    return None
+
+
+def _stage_indices(vision: VisionConfig) -> list[dict[str, int]]:
+    """Where each stage's modules stand in the flat list: patch embedding, position, blocks."""
+    stages, index = [], 0
+    for stage, position in enumerate(vision.pos_embs_shapes):
+        downsample = index
+        index += stage > 0
+        before_blocks = index
+        index += position is not None
+        stages.append({"downsample": downsample, "position": before_blocks, "blocks": index})
+        index += 1
+    return stages
+
+
 def check_names(found: Mapping[str, tuple[int, ...]], specs: Iterable[TensorSpec]) -> None:
-    """Every spec filled with its shape, every tensor found used.
+    """Every spec that is computed with filled with its shape, every tensor found used.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, extra or of the wrong shape.
     """
+    specs = list(specs)
     expected = {spec.source: spec.shape for spec in specs}
-    if missing := [name for name in expected if name not in found]:
+    if missing := [s.source for s in specs if s.source not in found and not is_unused(s.name)]:
         raise CheckpointError(
             f"the checkpoint lacks {missing[0]}{_more(missing)}: expected it for the model that "
             "config.json describes, get the checkpoint's missing files"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import model_export
 from fastvlm_mlx.config import FastVLMConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
 from model_export.checkpoint import Checkpoint
-from model_export.tokenizer import export_tokenizer
+from model_export.tokenizer import export_tokenizer, extended
+
+EMBEDDING = "model.embed_tokens.weight"
+# The demo's tokenizer: a vocabulary and three control tokens.
+VOCABULARY = Path(model_export.__file__).parent / "demo" / "checkpoint" / "vocab.json"
+ROWS_IN_USE = len(json.loads(VOCABULARY.read_text())) + 3
 
 
 def test_the_demo_checkpoint_is_apple_s_layout(demo_checkpoint):
@@ -60,6 +67,51 @@ def test_every_dtype_reads_the_same_numbers(edit_checkpoint, demo_checkpoint, dt
     checkpoint = Checkpoint(path)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(checkpoint.tensor(name), state[name].float())
+
+
+class TestVocabulary:
+    """The tensors decide how many rows there are, not config.json."""
+
+    @pytest.mark.parametrize("change", [64, -1])
+    def test_rows_that_config_json_does_not_know(self, edit_checkpoint, change):
+        def resize(tensors):
+            matrix = tensors[EMBEDDING]
+            tensors[EMBEDDING] = torch.cat([matrix, matrix[:64]])[: len(matrix) + change]
+
+        plain = Checkpoint(edit_checkpoint(name="plain")).config.text.vocab_size
+        checkpoint = Checkpoint(edit_checkpoint(tensors=resize))
+        assert checkpoint.config.text.vocab_size == plain + change
+        assert {s.shape for s in checkpoint.llm_specs if s.source == EMBEDDING} == {
+            checkpoint.tensors[EMBEDDING].shape
+        }
+
+    @pytest.mark.parametrize("head", [None, "redundant", "own"])
+    def test_a_full_one_grows_by_rows_that_are_never_chosen(self, edit_checkpoint, head):
+        def fill(tensors):
+            tensors[EMBEDDING] = tensors[EMBEDDING][:ROWS_IN_USE]
+            if head:
+                tensors["lm_head.weight"] = tensors[EMBEDDING] + 0.01 * (head == "own")
+
+        checkpoint = Checkpoint(edit_checkpoint(tensors=fill))
+        exported = export_tokenizer(checkpoint)
+        assert exported.image_token_id == ROWS_IN_USE
+        grown = extended(checkpoint, exported.tokenizer, exported.image_token_id + 1)
+        rows = grown.config.text.vocab_size
+        assert rows % 64 == 0
+        assert ROWS_IN_USE < rows <= ROWS_IN_USE + 64
+        assert grown.tied == (head != "own")
+        name = EMBEDDING if grown.tied else "lm_head.weight"
+        matrix = grown.tensor(name)
+        assert torch.equal(matrix[:ROWS_IN_USE], checkpoint.tensor(name))
+        start = exported.tokenizer.token_to_id("<|im_start|>")
+        assert torch.equal(
+            matrix[ROWS_IN_USE:], matrix[start].expand(rows - ROWS_IN_USE, matrix.shape[1])
+        )
+        # Any hidden state, one under which every other logit is below zero among them.
+        hidden = torch.randn(500, matrix.shape[1], generator=torch.Generator().manual_seed(1))
+        hidden = torch.cat([hidden, -matrix[:ROWS_IN_USE].mean(0, keepdim=True)])
+        assert int((hidden @ matrix.T).argmax(1).max()) < ROWS_IN_USE
+        assert extended(checkpoint, exported.tokenizer, ROWS_IN_USE) is checkpoint
 
 
 class TestTies:
@@ -178,15 +230,13 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"the tokenizer of .* can't be read"):
             export_tokenizer(Checkpoint(path))
 
-    def test_no_row_left_for_the_image_token(self, edit_checkpoint):
+    def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(self, edit_checkpoint):
         def shrink(tensors):
-            rows = len(json.loads(vocabulary.read_text())) + 3
-            tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:rows]
+            tensors[EMBEDDING] = tensors[EMBEDDING][: ROWS_IN_USE - 1]
 
-        vocabulary = edit_checkpoint(name="whole") / "vocab.json"
-        rows = len(json.loads(vocabulary.read_text())) + 3
-        path = edit_checkpoint(tensors=shrink, config=lambda c: c.update(vocab_size=rows))
-        with pytest.raises(CheckpointError, match=f"fills all {rows} rows"):
+        path = edit_checkpoint(tensors=shrink)
+        words = f"as id {ROWS_IN_USE - 1} and the embedding has {ROWS_IN_USE - 1} rows"
+        with pytest.raises(CheckpointError, match=words):
             export_tokenizer(Checkpoint(path))
 
 

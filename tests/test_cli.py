@@ -208,6 +208,7 @@ class TestInspect:
     def test_a_checkpoint(self, fastvlm, demo_checkpoint):
         facts = json.loads(fastvlm("inspect", demo_checkpoint, "--json")[1])
         assert facts["kind"] == "checkpoint"
+        assert facts["stored_as"] == "Apple's layout"
         assert facts["llm"]["tie_word_embeddings"] is True
 
     def test_neither(self, fastvlm, tmp_path):
@@ -232,6 +233,11 @@ class TestVerify:
         assert status == 2
         assert "FAILED" in out
         assert "below its floor of 300 dB" in sentence(err)
+
+    def test_a_base_of_nothing(self, fastvlm, demo_bundle):
+        status, _, err = fastvlm("verify", demo_bundle, "--base", "apple/FastVLM-0.5B")
+        assert status == 2
+        assert "without --checkpoint" in sentence(err)
 
     def test_json(self, fastvlm, demo_bundle):
         status, out, _ = fastvlm("verify", demo_bundle, "--json")

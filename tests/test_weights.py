@@ -1,5 +1,7 @@
 """The name mapping: every source tensor used, every parameter filled, anything else named."""
 
+from functools import cache
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,9 +27,14 @@ def fastvlm(text: TextConfig) -> FastVLMConfig:
     return FastVLMConfig(text, VisionConfig(), "pad", 151_646, "float16", None)
 
 
+@cache
 def source_names(text: TextConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     specs = weights.encoder_specs(VisionConfig()) + weights.llm_specs(fastvlm(text), tied=tied)
     return {spec.source: spec.shape for spec in specs}
+
+
+def encoder(name: str) -> str:
+    return name.removeprefix(weights.ENCODER_PREFIX)
 
 
 def test_all_629_encoder_tensors_have_a_parameter():
@@ -72,12 +79,12 @@ def test_names_that_fit_pass():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_tensor_missing_extra_or_misshapen_is_named(data):
-    found = source_names(QWEN2_05B, tied=False)
-    specs = weights.encoder_specs(VisionConfig()) + weights.llm_specs(
-        fastvlm(QWEN2_05B), tied=False
-    )
-    name = data.draw(st.sampled_from(sorted(found)))
+    found = dict(source_names(QWEN2_05B, tied=False))
+    specs = [weights.TensorSpec(n, encoder(n), shape) for n, shape in found.items()]
     damage = data.draw(st.sampled_from(["missing", "extra", "shape"]))
+    # What no computation uses may be missing: transformers' layout has no classification head.
+    names = [n for n in sorted(found) if damage != "missing" or not weights.is_unused(encoder(n))]
+    name = data.draw(st.sampled_from(names))
     if damage == "missing":
         del found[name]
         if name == "lm_head.weight":
@@ -90,6 +97,48 @@ def test_any_tensor_missing_extra_or_misshapen_is_named(data):
         found[name] = (*found[name], 7)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         weights.check_names(found, specs)
+
+
+def test_every_name_of_transformers_is_a_different_one_of_apple_s():
+    """The table, over the names that timm's fastvit_mci3 and transformers' Qwen2 have."""
+    vision = VisionConfig()
+    targets = {s.source: s for s in weights.encoder_specs(vision)}
+    found = set()
+    for stage, blocks in enumerate(vision.layers):
+        attention = vision.token_mixers[stage] == "attention"
+        names = [f"downsample.proj.{p}" for p in ("0.reparam_conv", "1.reparam_conv")] * (stage > 0)
+        names += ["pos_emb.reparam_conv"] * attention
+        for block in range(blocks):
+            parts = ["mlp.conv.bn", "mlp.fc1", "mlp.fc2"]
+            parts += ["norm", "token_mixer.proj"] if attention else ["token_mixer.reparam_conv"]
+            names += [f"blocks.{block}.{part}" for part in parts]
+            scales = ("layer_scale_1", "layer_scale_2") if attention else ("layer_scale",)
+            gammas = [f"blocks.{block}.{scale}.gamma" for scale in scales]
+            found |= {
+                weights.from_transformers(f"{weights.TIMM}stages.{stage}.{g}", vision)
+                for g in gammas
+            }
+        for name in names:
+            for part in ("weight", "bias"):
+                apple = weights.from_transformers(
+                    f"{weights.TIMM}stages.{stage}.{name}.{part}", vision
+                )
+                assert apple in targets, (stage, name)
+                found.add(apple)
+    for name in ("stem.0.reparam_conv", "final_conv.reparam_conv", "final_conv.se.fc2"):
+        found.add(weights.from_transformers(f"{weights.TIMM}{name}.weight", vision))
+    assert found <= set(targets)
+    blocks = sum(vision.layers)
+    attention = sum(vision.layers[3:])
+    assert len(found) == 2 * (8 + 2) + blocks * 6 + (blocks - attention) * 3 + attention * 6 + 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=20), st.sampled_from(["", weights.TIMM, weights.TIMM + "stages."]))
+def test_any_other_name_has_none(name, prefix):
+    known = tuple(source for source, _ in weights.TRANSFORMERS)
+    found = weights.from_transformers(prefix + name, VisionConfig())
+    assert found is None or (prefix + name).startswith(known) or "." in name
 
 
 def test_an_extra_tensor_comes_with_the_nearest_known_name():
