@@ -1,7 +1,7 @@
 """A bundle directory: which files it holds, what its manifest says, and whether both agree.
 
-Read by the runtime and written by the exporter. Apple's own bundles have the same layout and no
-manifest; they are taken as they are.
+Read by the runtime and written by the exporter. Apple's own bundles (layout `app`) and mlx-vlm's
+conversions (layout `mlx`) have no manifest; they are taken as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 PACKAGE = "fastvithd.mlpackage"
+# Weights of an `mlx` bundle: the encoder's, and the projector's with the model's own names.
+ENCODER_PREFIX = "vision_tower.vision_model."
+MLX_PROJECTOR = {
+    "mm_projector.0.": "multi_modal_projector.linear_0.",
+    "mm_projector.2.": "multi_modal_projector.linear_2.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,14 @@ class Bundle:
                 f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
             )
         return bundle
+
+    @cached_property
+    def layout(self) -> str:
+        """`app` or `mlx`: by the manifest, else by where the encoder is."""
+        if self.manifest is not None:
+            return str(self.manifest["layout"])
+        names = self.tensors(required=False)
+        return "mlx" if any(name.startswith(ENCODER_PREFIX) for name in names) else "app"
 
     @cached_property
     def package(self) -> Path:
@@ -113,6 +127,22 @@ class Bundle:
                 ) from error
         return arrays
 
+    def model_tensors(self) -> dict[str, mx.array]:
+        """Projector and language model by the model's own names. Errors as `tensors`."""
+        return {
+            model_name(name): array
+            for name, array in self.tensors().items()
+            if not name.startswith(ENCODER_PREFIX)
+        }
+
+    def encoder_arrays(self) -> dict[str, mx.array]:
+        """The encoder of an `mlx` bundle, by its own names. Errors as `tensors`."""
+        return {
+            name.removeprefix(ENCODER_PREFIX): array
+            for name, array in self.tensors().items()
+            if name.startswith(ENCODER_PREFIX)
+        }
+
     @cached_property
     def tokenizer_file(self) -> Path:
         file = self.path / "tokenizer.json"
@@ -124,7 +154,7 @@ class Bundle:
         return file
 
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer.json, checked for the picture's placeholder.
+        """The bundle's tokenizer.json; an `app` bundle's is checked for the placeholder.
 
         Raises:
             BundleError: it can't be read, or its `<image>` is not what config.json says.
@@ -142,6 +172,8 @@ class Bundle:
         # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if self.layout == "mlx":
+            return tokenizer
         found, expected = tokenizer.token_to_id(IMAGE_TOKEN), self.config.image_token_index
         if found != expected:
             raise BundleError(
@@ -153,7 +185,13 @@ class Bundle:
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
         file = self.path / "preprocessor_config.json"
-        return read_json(file) if file.is_file() else {}
+        if file.is_file():
+            return read_json(file)
+        # transformers 5, and with it mlx-vlm's conversions, put one inside the other.
+        file = self.path / "processor_config.json"
+        processor = read_json(file) if file.is_file() else {}
+        inside = processor.get("image_processor")
+        return {**processor, **inside} if isinstance(inside, dict) else {}
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -228,6 +266,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BundleError(f"{file} holds a {type(data).__name__}, expected a JSON object")
     return data
+
+
+def model_name(stored: str) -> str:
+    """The model's name of a weight that a bundle of either layout stores as `stored`."""
+    for prefix, name in MLX_PROJECTOR.items():
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return stored
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:

@@ -102,6 +102,9 @@ def export(
     encoder_precision: Annotated[
         str, typer.Option(help="What the Core ML encoder computes in: fp16 or fp32.")
     ] = "fp16",
+    layout: Annotated[
+        str, typer.Option(help="Who loads it: app (Core ML encoder), or mlx (mlx-vlm, Swift).")
+    ] = "app",
     image_size: Annotated[
         int | None, typer.Option(help="Input size in pixels, a multiple of 64; else its own.")
     ] = None,
@@ -128,6 +131,7 @@ def export(
         group_size=group_size,
         dtype=dtype,  # type: ignore[arg-type]
         encoder_precision=encoder_precision,  # type: ignore[arg-type]
+        layout=layout,  # type: ignore[arg-type]
         overwrite=overwrite,
         allow_failed_gates=allow_failed_gates,
         image_size=image_size,

@@ -132,6 +132,11 @@ class VisionConfig:
         """C, channels of the output (3072 for FastViTHD)."""
         return int(self.embed_dims[-1] * self.cls_ratio)
 
+    @property
+    def is_mobileclip_l(self) -> bool:
+        """Whether it is the published encoder, at any image size."""
+        return self == VisionConfig(image_size=self.image_size)
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VisionConfig:
         """Read a `vision_config`; keys that are not FastViTHD's shape are left out.

@@ -15,8 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
+from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.generate import (
     Generation,
     GenerationResult,
@@ -169,7 +169,7 @@ def load(
     crop: bool = False,
     check_hashes: bool = True,
 ) -> FastVLM:
-    """Load a bundle: one of ours, or one that Apple published (the same layout, no manifest).
+    """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
     Args:
         compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
@@ -182,15 +182,17 @@ def load(
     """
     started = time.perf_counter()
     bundle = Bundle.open(path)
-    package = bundle.package
+    # First, what needs no reading of weights to be missing.
+    _ = bundle.package if bundle.layout == "app" else bundle.weight_files
     if check_hashes:
         bundle.check_files()
     tokenizer = bundle.tokenizer()
-    encoder = load_encoder(package, compute_units)
-    config = bundle.config
+    config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
+    bundle = replace(bundle, config=config)
+    encoder = load_bundle_encoder(bundle, compute_units)
     if encoder.hidden_size != config.vision.hidden_size:
         raise BundleError(
-            f"{package} makes {encoder.hidden_size} channels where config.json says "
+            f"{bundle.package} makes {encoder.hidden_size} channels where config.json says "
             f"{config.vision.hidden_size}: they belong to different models, export again"
         )
     model = load_model(bundle)
@@ -211,6 +213,43 @@ def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> Imag
     """Size is the encoder's: the one number that can't be wrong."""
     processor = ImageProcessor.from_dict(bundle.preprocessor_config, aspect_ratio)
     return replace(processor, size=size)
+
+
+def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
+    """The id that stands for the picture: `<image>`'s, or one that no text has.
+
+    Raises:
+        BundleError: there is neither, in a bundle of layout `mlx` that is not ours.
+    """
+    rows = bundle.config.text.vocab_size
+    found: int | None = tokenizer.token_to_id(IMAGE_TOKEN)
+    if found is None:
+        found = max(tokenizer.get_vocab().values()) + 1
+    if found >= rows:
+        raise BundleError(
+            f"{bundle.tokenizer_file} leaves none of the embedding's {rows:,} rows for "
+            f"{IMAGE_TOKEN}: export the checkpoint with `fastvlm export --layout mlx`"
+        )
+    return found
+
+
+def load_bundle_encoder(bundle: Bundle, compute_units: str = "all") -> VisionEncoder:
+    """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
+
+    Raises:
+        OptionError: compute units for an encoder that Core ML does not run.
+        EncoderError: it is incomplete, or can't be evaluated here.
+    """
+    if bundle.layout == "app":
+        return load_encoder(bundle.package, compute_units)
+    if compute_units != "all":
+        raise OptionError(
+            f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
+            "of layout mlx and runs in MLX, leave the option out"
+        )
+    from fastvlm_mlx.vision.fastvithd import FastViTHD
+
+    return FastViTHD(bundle.encoder_arrays(), bundle.config.vision, bundle.config.quantization)
 
 
 def _id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:

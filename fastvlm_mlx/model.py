@@ -85,12 +85,13 @@ def load_model(bundle: Bundle) -> Model:
         BundleError: a weight is missing, unknown or of the wrong shape.
     """
     model = Model(bundle.config)
-    weights = bundle.tensors()
+    weights = bundle.model_tensors()
     if quantization := bundle.config.quantization:
         nn.quantize(
             model,
             group_size=quantization["group_size"],
             bits=quantization["bits"],
+            mode=quantization.get("mode", "affine"),
             class_predicate=lambda path, _: f"{path}.scales" in weights,
         )
     _check_names(bundle, dict(tree_flatten(model.parameters())), weights)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastvlm_mlx.bundle import MANIFEST, Bundle
+from fastvlm_mlx.bundle import ENCODER_PREFIX, MANIFEST, Bundle
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.vision.package import describe
 
@@ -87,30 +87,38 @@ def inspect(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise BundleError(f"{path} does not exist: expected a bundle's or a checkpoint's directory")
     of_a_bundle = [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]
-    return inspect_bundle(path) if of_a_bundle else inspect_checkpoint(path)
+    return inspect_bundle(path) if of_a_bundle or _in_mlx(path) else inspect_checkpoint(path)
+
+
+def _in_mlx(path: Path) -> bool:
+    """Whether the weights are an `mlx` bundle's, such as mlx-vlm's conversions without manifest."""
+    import mlx.core as mx
+
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            names: Any = mx.load(str(file))
+        except RuntimeError:
+            # A damaged file is told by who reads the directory as what it is otherwise.
+            continue
+        if any(name.startswith(ENCODER_PREFIX) for name in names):
+            return True
+    return False
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
     """Sizes by part, bits per weight, encoder, gates, licence. From the files, not the manifest."""
     bundle = Bundle.open(path)
-    info = describe(bundle.package)
-    vision, manifest = bundle.config.vision, bundle.manifest or {}
-    shapes = info.outputs[0].shape
+    manifest = bundle.manifest or {}
+    encoder = _package_facts(bundle) if bundle.layout == "app" else _mlx_encoder_facts(bundle)
+    package_license = encoder.pop("license", None)
     sizes = _llm_sizes(bundle)
     return {
         "kind": "bundle",
         "path": str(path),
         "source": manifest.get("source", {}).get("name"),
-        "license": manifest.get("source", {}).get("license") or info.license or None,
-        "encoder": {
-            "package": bundle.package.name,
-            "precision": info.precision,
-            "image_size": info.inputs[0].shape[-1] if info.inputs[0].shape else vision.image_size,
-            "tokens_per_image": shapes[1] if len(shapes) == 3 else vision.num_tokens,
-            "channels": vision.hidden_size,
-            "deployment_target": info.deployment_target,
-            "bytes": info.bytes,
-        },
+        "license": manifest.get("source", {}).get("license") or package_license,
+        "layout": bundle.layout,
+        "encoder": encoder,
         "llm": {
             "bits": (bundle.config.quantization or {}).get("bits", sizes["bits_per_weight"]),
             "group_size": (bundle.config.quantization or {}).get("group_size"),
@@ -121,9 +129,43 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         },
         "total_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
         "image_aspect_ratio": bundle.config.image_aspect_ratio,
-        "fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072),
+        **_fits(bundle),
         "gates": manifest.get("gates"),
         "gates_passed": manifest.get("gates_passed"),
+    }
+
+
+def _fits(bundle: Bundle) -> dict[str, bool]:
+    vision = bundle.config.vision
+    if bundle.layout == "app":
+        return {"fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072)}
+    return {"fits_unmodified_mlx_vlm": vision.is_mobileclip_l}
+
+
+def _package_facts(bundle: Bundle) -> dict[str, Any]:
+    info, vision = describe(bundle.package), bundle.config.vision
+    shapes = info.outputs[0].shape
+    return {
+        "license": info.license or None,
+        "package": bundle.package.name,
+        "precision": info.precision,
+        "image_size": info.inputs[0].shape[-1] if info.inputs[0].shape else vision.image_size,
+        "tokens_per_image": shapes[1] if len(shapes) == 3 else vision.num_tokens,
+        "channels": vision.hidden_size,
+        "deployment_target": info.deployment_target,
+        "bytes": info.bytes,
+    }
+
+
+def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
+    arrays, vision = bundle.encoder_arrays(), bundle.config.vision
+    dtypes = sorted({str(array.dtype).removeprefix("mlx.core.") for array in arrays.values()})
+    return {
+        "precision": ", ".join(dtypes),
+        "image_size": vision.image_size,
+        "tokens_per_image": vision.num_tokens,
+        "channels": vision.hidden_size,
+        "bytes": sum(array.nbytes for array in arrays.values()),
     }
 
 
@@ -132,7 +174,7 @@ def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
     parts: Counter[str] = Counter()
     parameters = 0
     bits = (bundle.config.quantization or {}).get("bits")
-    tensors = bundle.tensors()
+    tensors = bundle.model_tensors()
     for name, array in tensors.items():
         parts[_part(name)] += array.nbytes
         stem, _, kind = name.rpartition(".")

@@ -20,6 +20,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint import Checkpoint, magnitude, to_torch
+from model_export.mlx_layout import is_encoder, specs_for
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.weights import TensorSpec
 
@@ -46,12 +47,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: parameters and bytes, and which weights were left at `dtype`."""
+    """What was written: parameters and bytes, and which weights were left at `dtype`.
+
+    An `mlx` bundle's encoder is in the same files and counted apart.
+    """
 
     parameters: int
     bytes: int
     unquantized: dict[str, str]
     files: tuple[str, ...]
+    encoder_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -104,6 +109,8 @@ def convert(checkpoint: Checkpoint, spec: TensorSpec, options: ExportOptions) ->
             f"{spec.source} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use --dtype "
             "bfloat16"
         )
+    if spec.axes is not None:
+        weight = weight.transpose(spec.axes)
     cast = weight.astype(DTYPES[options.dtype][0])
     if not is_quantized(spec, options):
         return [cast]
@@ -116,7 +123,7 @@ def write(
     directory: Path,
     progress: Callable[[int], None],
 ) -> Summary:
-    """Write the projector and the language model into `directory`.
+    """Write the projector, the language model and an `mlx` bundle's encoder into `directory`.
 
     Args:
         progress: called with the bytes just written.
@@ -124,7 +131,7 @@ def write(
     Raises:
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
-    specs = checkpoint.llm_specs
+    specs = specs_for(checkpoint, options)
     shards = list(_shards(specs, options))
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -140,17 +147,22 @@ def write(
                 for array in convert(checkpoint, spec, options):
                     progress(_write_array(stream, array))
                 mx.clear_cache()
-    total = sum(entry.bytes for spec in specs for entry in stored(spec, options))
+    sizes = [sum(entry.bytes for entry in stored(spec, options)) for spec in specs]
+    encoder = [is_encoder(spec) for spec in specs]
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return Summary(
-        parameters=sum(prod(spec.shape) for spec in specs),
-        bytes=total,
+        parameters=sum(prod(spec.shape) for spec in specs if not is_encoder(spec)),
+        bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if not of),
+        encoder_bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if of),
         unquantized={
             spec.name: "projector: few weights, read by every image token"
             for spec in specs
-            if options.quantized and len(spec.shape) == 2 and not is_quantized(spec, options)
+            if options.quantized
+            and len(spec.shape) == 2
+            and not is_quantized(spec, options)
+            and not is_encoder(spec)
         },
         files=tuple(names),
     )
@@ -158,7 +170,8 @@ def write(
 
 def total_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """What `write` will write, headers left out."""
-    return sum(e.bytes for spec in checkpoint.llm_specs for e in stored(spec, options))
+    specs = specs_for(checkpoint, options)
+    return sum(entry.bytes for spec in specs for entry in stored(spec, options))
 
 
 def header(plan: list[Stored]) -> bytes:

@@ -12,6 +12,8 @@ BITS = (*AFFINE_BITS, 16)
 GROUP_SIZES = AFFINE_GROUP_SIZES
 DTYPES = ("float16", "bfloat16", "float32")
 PRECISIONS = ("fp16", "fp32")
+LAYOUTS = ("app", "mlx")
+FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 IMAGE_SIZE_MULTIPLE = 64
 FLOAT16_MAX = 65_504
 
@@ -20,7 +22,7 @@ FLOAT16_MAX = 65_504
 # next-token distribution from the source's, and the share of positions where both choose the
 # same token, counted where the source gives its choice at least twice the probability of its
 # second: nearer ties may fall either way.
-ENCODER_SNR_DB = {"fp32": 80.0, "fp16": 35.0}
+ENCODER_SNR_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 20.0}
 LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 8: 0.05, 16: 0.01}
 LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 8: 0.95, 16: 0.99}
 
@@ -36,6 +38,7 @@ class ExportOptions:
     group_size: int = 64
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     encoder_precision: Literal["fp16", "fp32"] = "fp16"
+    layout: Literal["app", "mlx"] = "app"
     overwrite: bool = False
     allow_failed_gates: bool = False
     image_size: int | None = None
@@ -49,6 +52,7 @@ class ExportOptions:
             ("group_size", GROUP_SIZES),
             ("dtype", DTYPES),
             ("encoder_precision", PRECISIONS),
+            ("layout", LAYOUTS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -56,6 +60,11 @@ class ExportOptions:
                     f"--{name.replace('_', '-')} is {value}: expected one of "
                     f"{', '.join(map(str, allowed))}"
                 )
+        if self.layout == "mlx" and self.encoder_precision != "fp16":
+            raise OptionError(
+                f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and an "
+                "mlx bundle's has the type of everything else: use --dtype float32"
+            )
         size = self.image_size
         if size is not None and (size <= 0 or size % IMAGE_SIZE_MULTIPLE):
             raise OptionError(
@@ -74,9 +83,15 @@ class ExportOptions:
         return self.llm_bits != 16
 
     @property
+    def encoder_format(self) -> str:
+        """fp16, bf16 or fp32. In an `mlx` bundle the encoder has the type of everything else,
+        because mlx-vlm's projector and language model compute in whatever it hands them."""
+        return self.encoder_precision if self.layout == "app" else FORMATS[self.dtype]
+
+    @property
     def snr_floor_db(self) -> float:
         floor = self.min_snr_db
-        return ENCODER_SNR_DB[self.encoder_precision] if floor is None else floor
+        return ENCODER_SNR_DB[self.encoder_format] if floor is None else floor
 
     @property
     def kl_ceiling_nats(self) -> float:
@@ -117,6 +132,7 @@ class ExportOptions:
         """The options as the manifest records them, floors included."""
         data = asdict(self)
         data |= {
+            "encoder_precision": self.encoder_format,
             "min_snr_db": self.snr_floor_db,
             "max_kl_nats": self.kl_ceiling_nats,
             "min_agreement": self.agreement_floor,

@@ -18,7 +18,7 @@ from typing import Any
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import coreml, fastvithd, layouts, llm, verify
+from model_export import coreml, fastvithd, layouts, llm, mlx_layout, verify
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
@@ -61,7 +61,7 @@ def export(
     base: str | Path | None = None,
     revision: str | None = None,
 ) -> ExportResult:
-    """Turn a checkpoint into an `app` bundle at `destination`, checked by every gate.
+    """Turn a checkpoint into a bundle at `destination`, checked by every gate.
 
     Args:
         checkpoint_path: a directory or a hub id, of any kind that `sources` knows.
@@ -98,27 +98,45 @@ def _export(
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
     with appearing(destination) as directory:
         _check_space(directory, checkpoint, options)
-        layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
         tokenizer.save(directory)
+        if options.layout == "app":
+            layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
+        else:
+            common = layouts.app_config(checkpoint, options, tokenizer.image_token_id)
+            mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, common, directory)
         # The base's first, so that a fine-tune's own stands where both have one.
         for source in reversed(checkpoint.directories):
             for file in source.glob("LICENSE*"):
                 shutil.copyfile(file, directory / file.name)
-        encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
+        encoder = None
+        if options.layout == "app":
+            encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
+            references = encoder.references
+        else:
+            progress("reference encoder", None)
+            references = verify.source_references(checkpoint)
         summary = _export_llm(checkpoint, directory, options, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
-        layouts.check_app(bundle, encoder.info)
+        if encoder is not None:
+            layouts.check_app(bundle, encoder.info)
+        else:
+            mlx_layout.check_mlx(bundle)
         progress("check encoder", None)
-        references = encoder.references
-        gates, features = verify.encoder_gates(bundle.package, encoder.module, references, options)
+        if encoder is not None:
+            gates, features = verify.encoder_gates(
+                bundle.package, encoder.module, references, options
+            )
+        else:
+            gates, features = verify.mlx_encoder_gates(bundle, references, options)
         progress("check answers", None)
         gates += verify.answer_gates(
             checkpoint, bundle, tokenizer.tokenizer, references, features, options
         )
         _judge(gates, options)
         progress("manifest", None)
-        manifest = _manifest(checkpoint, options, encoder.info, summary, gates, directory)
+        info = None if encoder is None else encoder.info
+        manifest = _manifest(checkpoint, options, info, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
@@ -181,7 +199,7 @@ def _judge(gates: list[Gate], options: ExportOptions) -> None:
 def _manifest(
     checkpoint: Checkpoint,
     options: ExportOptions,
-    info: PackageInfo,
+    info: PackageInfo | None,
     summary: llm.Summary,
     gates: list[Gate],
     directory: Path,
@@ -189,18 +207,17 @@ def _manifest(
     vision = checkpoint.config.vision
     return {
         "schema_version": SCHEMA_VERSION,
-        "layout": "app",
+        "layout": options.layout,
         "source": checkpoint.source(),
         "options": options.resolved(),
         "encoder": {
-            "precision": info.precision,
+            "precision": options.encoder_format,
             "image_size": vision.image_size,
             "tokens_per_image": vision.num_tokens,
             "channels": vision.hidden_size,
-            "deployment_target": info.deployment_target,
-            "bytes": info.bytes,
-            "ops": info.ops,
-        },
+            "bytes": summary.encoder_bytes,
+        }
+        | ({} if info is None else _package_facts(info)),
         "llm": {
             "bits": options.llm_bits,
             "group_size": options.group_size if options.quantized else None,
@@ -210,13 +227,28 @@ def _manifest(
             "bits_per_weight": round(summary.bits_per_weight, 3),
             "left_unquantized": summary.unquantized,
         },
-        "fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config),
+        **_fits(checkpoint, options),
         "gates": [gate.to_dict() for gate in gates],
         "gates_passed": all(gate.passed for gate in gates),
         "versions": {name: version(name) for name in TOOLS}
         | {"python": platform.python_version(), "platform": platform.platform()},
         "files": hash_tree(directory),
     }
+
+
+def _package_facts(info: PackageInfo) -> dict[str, Any]:
+    return {
+        "precision": info.precision,
+        "deployment_target": info.deployment_target,
+        "bytes": info.bytes,
+        "ops": info.ops,
+    }
+
+
+def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
+    if options.layout == "app":
+        return {"fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config)}
+    return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
 
 
 def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
@@ -232,6 +264,8 @@ def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
 
 def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
     encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
+    if options.layout == "mlx":
+        encoder = 0  # in the language model's files
     needed = llm.total_bytes(checkpoint, options) + encoder + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -87,7 +87,7 @@ class BundleWeights:
     def __init__(self, bundle: Bundle):
         self._bundle = bundle
         self._bits = (bundle.config.quantization or {}).get("bits", 16)
-        self._names = frozenset(bundle.tensors())
+        self._names = frozenset(bundle.model_tensors())
 
     def matrix(self, name: str) -> Matrix:
         stem = name.removesuffix("weight")
@@ -98,7 +98,7 @@ class BundleWeights:
         return Matrix(words, scales, biases, self._bits)
 
     def _load(self, name: str) -> mx.array:
-        return self._bundle.tensors()[name]
+        return self._bundle.model_tensors()[name]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from math import inf, isfinite, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
@@ -31,13 +32,15 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import BundleError, OptionError
+from fastvlm_mlx.fastvlm import load_bundle_encoder, placeholder_id
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
-from model_export import layouts
+from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import extended
 
 if TYPE_CHECKING:
@@ -156,6 +159,12 @@ def reference_features(
     return references
 
 
+def source_references(checkpoint: Checkpoint) -> list[Reference]:
+    """`reference_features` of the gates' pictures, the encoder's weights let go of afterwards."""
+    pictures = gate_pictures(checkpoint.config.vision)
+    return reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+
+
 def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
     """Signal-to-noise ratio in dB; infinite where there is no error."""
     reference = reference.astype(np.float64)
@@ -199,6 +208,31 @@ def encoder_gates(
         coreml = CoreMLEncoder(package, "all")
         worst = np.min([snr_db(r.features, coreml(r.pixels)) for r in references])
         gates.append(Gate("encoder SNR through Core ML", float(worst), "dB", floor, True))
+    return gates, features
+
+
+def mlx_encoder_gates(
+    bundle: Bundle, references: Sequence[Reference], options: ExportOptions
+) -> tuple[list[Gate], list[np.ndarray]]:
+    """SNR of an `mlx` bundle's encoder, and its largest magnitude.
+
+    Every operation's result is rounded to the bundle's type; where MLX has a GPU, the GPU's own
+    output is held to the same floor.
+
+    Returns:
+        The gates, and the features of every picture.
+    """
+    encoder = RoundedEncoder(bundle, options.dtype)
+    features = [encoder(r.pixels) for r in references]
+    worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
+    floor = options.snr_floor_db
+    gates = [Gate("encoder SNR", worst, "dB", floor, True)]
+    if options.dtype == "float16":
+        gates.append(Gate("encoder largest magnitude", encoder.largest, "", FLOAT16_MAX, False))
+    if mx.default_device() != mx.Device(mx.cpu):
+        on_gpu = load_bundle_encoder(bundle)
+        worst = min(snr_db(r.features, on_gpu(r.pixels)) for r in references)
+        gates.append(Gate("encoder SNR on the GPU", worst, "dB", floor, True))
     return gates, features
 
 
@@ -247,13 +281,14 @@ def answer_gates(
     source, written = qwen2.SourceWeights(checkpoint), qwen2.BundleWeights(bundle)
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     divergence, agreed, decided, largest = [], [], [], 0.0
+    placeholder = placeholder_id(tokenizer, bundle)
     for reference, found in zip(references, features, strict=True):
         if not reference.picture.questions:
             continue
         dialogue = qwen2.Dialogue.build(
             tokenizer,
             reference.picture.questions,
-            bundle.config.image_token_index,
+            placeholder,
             checkpoint.config.vision.num_tokens,
         )
         sides = [
@@ -304,7 +339,10 @@ def verify(
     progress("check files", None)
     bundle.check_files()
     progress("check layout", None)
-    layouts.check_app(bundle, describe(bundle.package))
+    if bundle.layout == "app":
+        layouts.check_app(bundle, describe(bundle.package))
+    else:
+        mlx_layout.check_mlx(bundle)
     options = replace(
         recorded_options(bundle), **{k: v for k, v in limits.items() if v is not None}
     )
@@ -314,7 +352,8 @@ def verify(
                 "limits compare a bundle with its source, which was not given: add --checkpoint"
             )
         progress("check encoder", None)
-        return bundle, [_overflow(bundle)] if options.encoder_precision == "fp16" else []
+        exact = options.encoder_format == "fp32"
+        return bundle, [] if exact else [_overflow(bundle, options)]
     progress("check source", None)
     tokenizer = bundle.tokenizer()
     checkpoint = _source(bundle, tokenizer, checkpoint_path, base, revision)
@@ -323,9 +362,13 @@ def verify(
     state = checkpoint.encoder_state()
     references = reference_features(state, checkpoint, pictures)
     progress("check encoder", None)
-    module = fastvithd.fold(state, checkpoint.config.vision)
+    if bundle.layout == "app":
+        module = fastvithd.fold(state, checkpoint.config.vision)
+        gates, features = encoder_gates(bundle.package, module, references, options)
+        del module
+    else:
+        gates, features = mlx_encoder_gates(bundle, references, options)
     del state
-    gates, features = encoder_gates(bundle.package, module, references, options)
     progress("check answers", None)
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
@@ -375,22 +418,31 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
         known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
         if known.get("group_size") is None:
             known.pop("group_size", None)
+        if known.get("layout") == "mlx":
+            # What it says follows from the type.
+            known.pop("encoder_precision", None)
         return ExportOptions(**known)
     quantization = bundle.config.quantization or {}
-    precision = "fp32" if describe(bundle.package).precision == "fp32" else "fp16"
+    exact = bundle.layout == "app" and describe(bundle.package).precision == "fp32"
     return ExportOptions(
         llm_bits=quantization.get("bits", 16),
         group_size=quantization.get("group_size", 64),
         dtype=bundle.config.dtype,  # type: ignore[arg-type]
-        encoder_precision=precision,  # type: ignore[arg-type]
+        encoder_precision="fp32" if exact else "fp16",
+        layout=bundle.layout,  # type: ignore[arg-type]
     )
 
 
-def _overflow(bundle: Bundle) -> Gate:
+def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
-    encoder = MLProgramEncoder(bundle.package)
-    magnitude = _Magnitude()
-    process = ImageProcessor(encoder.image_size, bundle.config.image_aspect_ratio)
-    picture = gate_pictures(bundle.config.vision)[-1]
-    encoder.evaluate(process(picture.image), round_fp16=True, observe=magnitude)
+    config = bundle.config
+    process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
+    image = gate_pictures(config.vision)[-1].image
+    if bundle.layout == "mlx":
+        rounded = RoundedEncoder(bundle, options.dtype)
+        rounded(process(image))
+        return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
+    encoder, magnitude = MLProgramEncoder(bundle.package), _Magnitude()
+    pixels = replace(process, size=encoder.image_size)(image)
+    encoder.evaluate(pixels, round_fp16=True, observe=magnitude)
     return Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False)

@@ -76,11 +76,16 @@ TRANSFORMERS_PARTS = ((".mlp.", ".convffn."), (".gamma", ""))
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its name in the source and in the bundle, and the shape that both must have."""
+    """One tensor: its name in the source and in the bundle, and its shape in the bundle.
+
+    Attributes:
+        axes: how the source's axes are permuted to that shape; not at all where None.
+    """
 
     source: str
     name: str
     shape: tuple[int, ...]
+    axes: tuple[int, ...] | None = None
 
 
 def llm_specs(config: FastVLMConfig, *, tied: bool) -> list[TensorSpec]:
