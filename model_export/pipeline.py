@@ -22,6 +22,12 @@ from model_export import coreml, fastvithd, layouts, llm, mlx_layout, verify
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
+from model_export.pictures import (
+    Reference,
+    gate_pictures,
+    reference_features,
+    source_references,
+)
 from model_export.tokenizer import export_tokenizer, extended
 from model_export.verify import Gate
 
@@ -114,7 +120,7 @@ def _export(
             references = encoder.references
         else:
             progress("reference encoder", None)
-            references = verify.source_references(checkpoint)
+            references = source_references(checkpoint)
         summary = _export_llm(checkpoint, directory, options, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
@@ -145,7 +151,7 @@ def _export(
 class _ExportedEncoder:
     info: PackageInfo
     module: fastvithd.FastViTHD
-    references: list[verify.Reference]
+    references: list[Reference]
 
 
 def _export_encoder(
@@ -153,8 +159,8 @@ def _export_encoder(
 ) -> _ExportedEncoder:
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
-    pictures = verify.gate_pictures(checkpoint.config.vision)
-    references = verify.reference_features(state, checkpoint, pictures)
+    pictures = gate_pictures(checkpoint.config.vision)
+    references = reference_features(state, checkpoint, pictures)
     module = fastvithd.fold(state, checkpoint.config.vision)
     del state
     progress("Core ML encoder", None)

@@ -19,27 +19,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from math import inf, isfinite, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import load_bundle_encoder, placeholder_id
-from fastvlm_mlx.image import ImageProcessor, load_image
+from fastvlm_mlx.image import ImageProcessor
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
-from model_export.demo import scenes
 from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.pictures import (
+    Reference,
+    gate_pictures,
+    reference_features,
+)
 from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import extended
 
@@ -48,14 +49,6 @@ if TYPE_CHECKING:
 
     from model_export.fastvithd import FastViTHD
 
-# A photograph, and as many scenes as together have the pixels of one picture at 1024×1024.
-GATE_PIXELS = 2**20
-MAX_SCENES = 8
-PHOTOGRAPH_QUESTIONS = (
-    ("Describe the image.", "A pavilion with three tiers of orange roofs above a lake."),
-    ("What colour is the roof?", "The roof is orange."),
-    ("How many people are there?", "There are no people in the image."),
-)
 DECIDED_NATS = log(2)
 CONVERSION_SNR_DB = 80.0
 
@@ -83,86 +76,6 @@ class Gate:
     def sentence(self) -> str:
         side = "below its floor of" if self.at_least else "above its ceiling of"
         return f"{self.name} is {self.value:.4g} {self.unit}, {side} {self.limit:g} {self.unit}"
-
-
-@dataclass(frozen=True)
-class GatePicture:
-    """A picture the gates look at, and questions about it with their answers."""
-
-    name: str
-    image: Image.Image
-    questions: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the source makes of a picture: pixels [1, 3, S, S] in, features [1, N, C] out."""
-
-    picture: GatePicture
-    pixels: np.ndarray
-    features: np.ndarray
-
-
-def gate_pictures(vision: VisionConfig) -> list[GatePicture]:
-    """Scenes, which have questions with answers, and last a photograph.
-
-    A large encoder sees the photograph alone, and is asked about it; where scenes fit, the
-    questions are about them.
-    """
-    size = vision.image_size
-    photographs = _photographs()
-    count = min(MAX_SCENES, GATE_PIXELS // size**2 - len(photographs))
-    if count < 1 and photographs:
-        return [replace(photographs[0], questions=PHOTOGRAPH_QUESTIONS)]
-    pictures = []
-    for seed in range(max(1, count)):
-        scene = scenes.generate(seed, held_out=True)
-        questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
-        pictures.append(GatePicture(f"scene {seed}", scene.draw(size), questions))
-    return pictures + photographs
-
-
-def _photographs() -> list[GatePicture]:
-    """china.jpg from scikit-learn's wheel: CC BY 2.0, 640×427. None where that is not installed."""
-    spec = find_spec("sklearn")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = Path(folder) / "datasets" / "images" / "china.jpg"
-        if file.is_file():
-            return [GatePicture(file.name, load_image(file))]
-    return []
-
-
-def reference_features(
-    state: dict[str, torch.Tensor], checkpoint: Checkpoint, pictures: Sequence[GatePicture]
-) -> list[Reference]:
-    """The unfolded module of the source weights on every picture, in float32.
-
-    Args:
-        state: FastViTHD's state dict, from `Checkpoint.encoder_state`.
-    """
-    import torch
-
-    from model_export.reference import FastViTHD
-
-    config = checkpoint.config
-    with torch.device("meta"):
-        module = FastViTHD(config.vision)
-    module.load_state_dict(state, strict=True, assign=True)
-    module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
-    references = []
-    with torch.inference_mode():
-        for picture in pictures:
-            pixels = process(picture.image)
-            images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
-            references.append(Reference(picture, pixels, module(images).contiguous().numpy()))
-    return references
-
-
-def source_references(checkpoint: Checkpoint) -> list[Reference]:
-    """`reference_features` of the gates' pictures, the encoder's weights let go of afterwards."""
-    pictures = gate_pictures(checkpoint.config.vision)
-    return reference_features(checkpoint.encoder_state(), checkpoint, pictures)
 
 
 def snr_db(reference: np.ndarray, found: np.ndarray) -> float:

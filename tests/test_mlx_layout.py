@@ -21,7 +21,7 @@ from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import placeholder_id
 from fastvlm_mlx.prompt import CHAT_TEMPLATE
-from model_export import mlx_layout, verify
+from model_export import mlx_layout, pictures, verify
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import ExportOptions
@@ -185,8 +185,8 @@ def test_verify_repeats_the_gates(mlx_bundle, demo_checkpoint):
 
 def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
-    pictures = verify.gate_pictures(checkpoint.config.vision)[:1]
-    references = verify.reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+    seen = pictures.gate_pictures(checkpoint.config.vision)[:1]
+    references = pictures.reference_features(checkpoint.encoder_state(), checkpoint, seen)
     name = "vision_tower.vision_model.network.4.0.token_mixer.reparam_conv.weight"
 
     def swap_channels(arrays):

@@ -27,7 +27,7 @@ import fastvlm_mlx
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.image import load_image
-from model_export import verify
+from model_export import pictures, verify
 from model_export.demo import scenes
 from model_export.demo.model import DemoModel
 from model_export.options import ExportOptions
@@ -102,8 +102,8 @@ def picture(tmp_path_factory):
 @pytest.fixture
 def one_picture(monkeypatch):
     """The gates look at one picture, not at nine."""
-    every = verify.gate_pictures
-    monkeypatch.setattr(verify, "gate_pictures", lambda vision: every(vision)[:1])
+    every = pictures.gate_pictures
+    monkeypatch.setattr(pictures, "gate_pictures", lambda vision: every(vision)[:1])
 
 
 def drive(mlx_vlm, bundle, picture, pixels, folder, *own_shape):

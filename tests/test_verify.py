@@ -11,7 +11,7 @@ import torch
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.vision.package import model_path, read_spec
-from model_export import coreml, fastvithd, qwen2, verify
+from model_export import coreml, fastvithd, pictures, qwen2, verify
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.verify import Gate
@@ -20,8 +20,8 @@ from model_export.verify import Gate
 @pytest.fixture(scope="module")
 def references(demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
-    pictures = verify.gate_pictures(checkpoint.config.vision)[:2]
-    return verify.reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+    seen = pictures.gate_pictures(checkpoint.config.vision)[:2]
+    return pictures.reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
 def swap_channels(state):
