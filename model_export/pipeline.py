@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
@@ -28,7 +30,7 @@ from model_export.pictures import (
     reference_features,
     source_references,
 )
-from model_export.tokenizer import export_tokenizer, extended
+from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
 from model_export.verify import Gate
 
 TOOLS = (
@@ -104,60 +106,63 @@ def _export(
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
     with appearing(destination) as directory:
         _check_space(directory, checkpoint, options)
-        tokenizer.save(directory)
-        if options.layout == "app":
-            layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
-        else:
-            common = layouts.app_config(checkpoint, options, tokenizer.image_token_id)
-            mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, common, directory)
-        # The base's first, so that a fine-tune's own stands where both have one.
-        for source in reversed(checkpoint.directories):
-            for file in source.glob("LICENSE*"):
-                shutil.copyfile(file, directory / file.name)
-        encoder = None
-        if options.layout == "app":
-            encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
-            references = encoder.references
-        else:
-            progress("reference encoder", None)
-            references = source_references(checkpoint)
+        _write_small_files(checkpoint, options, tokenizer, directory)
+        encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
         summary = _export_llm(checkpoint, directory, options, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
-        if encoder is not None:
-            layouts.check_app(bundle, encoder.info)
-        else:
-            mlx_layout.check_mlx(bundle)
+        _check_layout(bundle, encoder)
         progress("check encoder", None)
-        if encoder is not None:
-            gates, features = verify.encoder_gates(
-                bundle.package, encoder.module, references, options
-            )
-        else:
-            gates, features = verify.mlx_encoder_gates(bundle, references, options)
+        gates, features = _check_encoder(bundle, encoder, options)
         progress("check answers", None)
         gates += verify.answer_gates(
-            checkpoint, bundle, tokenizer.tokenizer, references, features, options
+            checkpoint, bundle, tokenizer.tokenizer, encoder.references, features, options
         )
         _judge(gates, options)
         progress("manifest", None)
-        info = None if encoder is None else encoder.info
+        info = encoder.package.info if encoder.package else None
         manifest = _manifest(checkpoint, options, info, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
 
+def _write_small_files(
+    checkpoint: Checkpoint, options: ExportOptions, tokenizer: ExportedTokenizer, directory: Path
+) -> None:
+    tokenizer.save(directory)
+    if options.layout == "app":
+        layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
+    else:
+        common = layouts.app_config(checkpoint, options, tokenizer.image_token_id)
+        mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, common, directory)
+    # The base's first, so that a fine-tune's own stands where both have one.
+    for source in reversed(checkpoint.directories):
+        for file in source.glob("LICENSE*"):
+            shutil.copyfile(file, directory / file.name)
+
+
 @dataclass(frozen=True)
-class _ExportedEncoder:
+class _Package:
+    """The written package, and the folded module it was made from."""
+
     info: PackageInfo
     module: fastvithd.FastViTHD
+
+
+@dataclass(frozen=True)
+class _ExportedEncoder:
+    """What the source's encoder makes of the gates' pictures; an `mlx` bundle has no package."""
+
     references: list[Reference]
+    package: _Package | None
 
 
 def _export_encoder(
     checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
 ) -> _ExportedEncoder:
     progress("reference encoder", None)
+    if options.layout == "mlx":
+        return _ExportedEncoder(source_references(checkpoint), None)
     state = checkpoint.encoder_state()
     pictures = gate_pictures(checkpoint.config.vision)
     references = reference_features(state, checkpoint, pictures)
@@ -174,7 +179,22 @@ def _export_encoder(
         precision=options.encoder_precision,
         metadata=metadata,
     )
-    return _ExportedEncoder(info, module, references)
+    return _ExportedEncoder(references, _Package(info, module))
+
+
+def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
+    if encoder.package is None:
+        mlx_layout.check_mlx(bundle)
+    else:
+        layouts.check_app(bundle, encoder.package.info)
+
+
+def _check_encoder(
+    bundle: Bundle, encoder: _ExportedEncoder, options: ExportOptions
+) -> tuple[list[Gate], list[np.ndarray]]:
+    if encoder.package is None:
+        return verify.mlx_encoder_gates(bundle, encoder.references, options)
+    return verify.encoder_gates(bundle.package, encoder.package.module, encoder.references, options)
 
 
 def _export_llm(
