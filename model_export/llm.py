@@ -20,9 +20,8 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint import Checkpoint, magnitude, to_torch
-from model_export.mlx_layout import is_encoder, specs_for
 from model_export.options import FLOAT16_MAX, ExportOptions
-from model_export.weights import TensorSpec
+from model_export.weights import TensorSpec, bundle_specs, in_encoder
 
 # mlx dtype, safetensors' name, bytes.
 DTYPES: dict[str, tuple[mx.Dtype, str, int]] = {
@@ -131,7 +130,7 @@ def write(
     Raises:
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
-    specs = specs_for(checkpoint, options)
+    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
     shards = list(_shards(specs, options))
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -148,12 +147,12 @@ def write(
                     progress(_write_array(stream, array))
                 mx.clear_cache()
     sizes = [sum(entry.bytes for entry in stored(spec, options)) for spec in specs]
-    encoder = [is_encoder(spec) for spec in specs]
+    encoder = [in_encoder(spec) for spec in specs]
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return Summary(
-        parameters=sum(prod(spec.shape) for spec in specs if not is_encoder(spec)),
+        parameters=sum(prod(spec.shape) for spec in specs if not in_encoder(spec)),
         bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if not of),
         encoder_bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if of),
         unquantized={
@@ -162,7 +161,7 @@ def write(
             if options.quantized
             and len(spec.shape) == 2
             and not is_quantized(spec, options)
-            and not is_encoder(spec)
+            and not in_encoder(spec)
         },
         files=tuple(names),
     )
@@ -170,7 +169,7 @@ def write(
 
 def total_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """What `write` will write, headers left out."""
-    specs = specs_for(checkpoint, options)
+    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
     return sum(entry.bytes for spec in specs for entry in stored(spec, options))
 
 

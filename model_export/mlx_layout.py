@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, MLX_PROJECTOR, Bundle
+from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import (
     IMAGE_TOKEN,
     MODEL_TYPE,
@@ -28,10 +28,7 @@ from model_export import weights
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.tokenizer import ExportedTokenizer
-from model_export.weights import TensorSpec
 
-TORCH_CONV_TO_MLX = (0, 2, 3, 1)
-LAYER_SCALE_TO_MLX = (1, 2, 0)
 HEAD_DIM = 32  # both loaders' MHSA
 CONTEXT_LENGTH = 8192  # tokenizer_model_max_length where the checkpoint has none
 
@@ -51,40 +48,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def specs_for(checkpoint: Checkpoint, options: ExportOptions) -> list[TensorSpec]:
-    """Every tensor that a bundle of the layout holds in its safetensors."""
-    if options.layout == "app":
-        return checkpoint.llm_specs
-    return mlx_specs(checkpoint.config, tied=checkpoint.tied)
-
-
-def mlx_specs(config: FastVLMConfig, *, tied: bool) -> list[TensorSpec]:
-    """Projector, language model and encoder under the layout's names."""
-    names = {app: mlx for mlx, app in MLX_PROJECTOR.items()}
-    specs = []
-    for spec in weights.llm_specs(config, tied=tied):
-        prefix = next((app for app in names if spec.name.startswith(app)), None)
-        name = spec.name if prefix is None else names[prefix] + spec.name.removeprefix(prefix)
-        specs.append(TensorSpec(spec.source, name, spec.shape))
-    return specs + [_encoder_spec(spec) for spec in _encoder_sources(config.vision)]
-
-
-def is_encoder(spec: TensorSpec) -> bool:
-    return spec.name.startswith(ENCODER_PREFIX)
-
-
-def _encoder_sources(vision: VisionConfig) -> list[TensorSpec]:
-    # BatchNorm's counter is torch's own; the head, of no use to FastVLM, is asked for by both.
-    return [s for s in weights.encoder_specs(vision) if not s.name.endswith("num_batches_tracked")]
-
-
-def _encoder_spec(spec: TensorSpec) -> TensorSpec:
-    axes = {4: TORCH_CONV_TO_MLX, 3: LAYER_SCALE_TO_MLX}.get(len(spec.shape))
-    shape = spec.shape if axes is None else tuple(spec.shape[axis] for axis in axes)
-    name = spec.name.replace("patch_embed.", "patch_embed.blocks.")
-    return TensorSpec(spec.source, ENCODER_PREFIX + name, shape, axes)
 
 
 def vision_config(vision: VisionConfig) -> dict[str, Any]:
@@ -265,7 +228,8 @@ def _check_weights(bundle: Bundle) -> None:
         raise _broken(bundle, "config.json", f"quantization is {quantization}")
     shapes = {name: array.shape for name, array in bundle.tensors().items()}
     expected: dict[str, tuple[int, ...]] = {}
-    for spec in mlx_specs(config, tied=config.text.tie_word_embeddings):
+    tied = config.text.tie_word_embeddings
+    for spec in weights.bundle_specs(config, tied=tied, layout="mlx"):
         options = ExportOptions(llm_bits=16)
         if quantization and spec.name.removesuffix("weight") + "scales" in shapes:
             options = ExportOptions(

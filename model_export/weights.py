@@ -12,9 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from fastvlm_mlx.bundle import ENCODER_PREFIX as MLX_ENCODER_PREFIX
+from fastvlm_mlx.bundle import MLX_PROJECTOR
 from fastvlm_mlx.config import FastVLMConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError
 
+TORCH_CONV_TO_MLX = (0, 2, 3, 1)
+LAYER_SCALE_TO_MLX = (1, 2, 0)
 ENCODER_PREFIX = "model.vision_tower.vision_tower.model."
 # Held by Apple's checkpoints and used by no part of FastVLM: the classification head, and
 # BatchNorm's training counter.
@@ -96,6 +100,37 @@ def llm_specs(config: FastVLMConfig, *, tied: bool) -> list[TensorSpec]:
         *_layer_specs(config.text),
         *_rows((NORM,) if tied else (NORM, HEAD), config.text, config.vision),
     ]
+
+
+def bundle_specs(config: FastVLMConfig, *, tied: bool, layout: str) -> list[TensorSpec]:
+    """Every tensor that a bundle of the layout holds in its safetensors, in order.
+
+    In `app` the encoder is the package's; in `mlx` it follows under its own prefix.
+    """
+    specs = llm_specs(config, tied=tied)
+    if layout == "app":
+        return specs
+    names = {app: mlx for mlx, app in MLX_PROJECTOR.items()}
+    renamed = []
+    for spec in specs:
+        prefix = next((app for app in names if spec.name.startswith(app)), None)
+        name = spec.name if prefix is None else names[prefix] + spec.name.removeprefix(prefix)
+        renamed.append(TensorSpec(spec.source, name, spec.shape))
+    # BatchNorm's counter is torch's own; the head, of no use to FastVLM, both loaders ask for.
+    encoder = [s for s in encoder_specs(config.vision) if not s.name.endswith(UNUSED_ENCODER[1])]
+    return renamed + [_mlx_encoder_spec(spec) for spec in encoder]
+
+
+def in_encoder(spec: TensorSpec) -> bool:
+    """Whether the tensor is of an `mlx` bundle's encoder."""
+    return spec.name.startswith(MLX_ENCODER_PREFIX)
+
+
+def _mlx_encoder_spec(spec: TensorSpec) -> TensorSpec:
+    axes = {4: TORCH_CONV_TO_MLX, 3: LAYER_SCALE_TO_MLX}.get(len(spec.shape))
+    shape = spec.shape if axes is None else tuple(spec.shape[axis] for axis in axes)
+    name = spec.name.replace("patch_embed.", "patch_embed.blocks.")
+    return TensorSpec(spec.source, MLX_ENCODER_PREFIX + name, shape, axes)
 
 
 def encoder_specs(vision: VisionConfig) -> list[TensorSpec]:
