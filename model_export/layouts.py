@@ -78,6 +78,25 @@ def app_config(
     return dict(sorted(data.items()))
 
 
+def preprocessor_config(size: int, processor_class: str) -> dict[str, Any]:
+    """`preprocessor_config.json` of either layout: FastVLM's pixels are raw, from 0 to 1."""
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [1.0, 1.0, 1.0],
+        "processor_class": processor_class,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+
+
 def write_app_configs(
     checkpoint: Checkpoint, options: ExportOptions, image_token_id: int, directory: Path
 ) -> None:
@@ -85,21 +104,7 @@ def write_app_configs(
     size = checkpoint.config.vision.image_size
     files: dict[str, dict[str, Any]] = {
         "config.json": app_config(checkpoint, options, image_token_id),
-        "preprocessor_config.json": {
-            "crop_size": {"height": size, "width": size},
-            "do_center_crop": True,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.0, 0.0, 0.0],
-            "image_processor_type": "CLIPImageProcessor",
-            "image_std": [1.0, 1.0, 1.0],
-            "processor_class": "LlavaProcessor",
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "size": {"shortest_edge": size},
-        },
+        "preprocessor_config.json": preprocessor_config(size, "LlavaProcessor"),
         "processor_config.json": {
             "image_token": IMAGE_TOKEN,
             "num_additional_image_tokens": 0,

@@ -26,6 +26,7 @@ from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.prompt import SYSTEM_PROMPT, TURN_END
 from model_export import weights
 from model_export.checkpoint import Checkpoint
+from model_export.layouts import preprocessor_config
 from model_export.options import ExportOptions
 from model_export.tokenizer import ExportedTokenizer
 
@@ -99,25 +100,10 @@ def write_mlx_configs(
         "tokenizer_padding_side": raw.get("tokenizer_padding_side") or "right",
         "vision_config": vision_config(checkpoint.config.vision),
     }
-    preprocessor = {
-        "crop_size": {"height": size, "width": size},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": [1.0, 1.0, 1.0],
-        "processor_class": "FastVLMProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": size},
-    }
     generation = checkpoint.generation_config or {"eos_token_id": config["eos_token_id"]}
     files: dict[str, dict[str, Any]] = {
         "config.json": dict(sorted(config.items())),
-        "preprocessor_config.json": preprocessor,
+        "preprocessor_config.json": preprocessor_config(size, "FastVLMProcessor"),
         "generation_config.json": generation,
         "tokenizer_config.json": tokenizer.config | {"chat_template": CHAT_TEMPLATE},
     }
