@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.quantization import Format
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -134,6 +135,14 @@ class Bundle:
             for name, array in self.tensors().items()
             if not name.startswith(ENCODER_PREFIX)
         }
+
+    def format_of(self, path: str) -> Format | None:
+        """The quantized form of the module that the model calls `path`, if its weights have scales.
+
+        None where config.json has no quantization, or says that this module is left out.
+        """
+        quantization = self.config.quantization
+        return None if quantization is None else quantization.of(stored_name(path, self.layout))
 
     def encoder_arrays(self) -> dict[str, mx.array]:
         """The encoder of an `mlx` bundle, by its own names. Errors as `tensors`."""
@@ -274,6 +283,14 @@ def model_name(stored: str) -> str:
         if stored.startswith(prefix):
             return name + stored.removeprefix(prefix)
     return stored
+
+
+def stored_name(name: str, layout: str) -> str:
+    """What a bundle of `layout` stores the model's `name` under: the inverse of `model_name`."""
+    for prefix, of_model in MLX_PROJECTOR.items():
+        if layout == "mlx" and name.startswith(of_model):
+            return prefix + name.removeprefix(of_model)
+    return name
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:

@@ -91,11 +91,22 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="Where the bundle appears.")],
     llm_bits: Annotated[
-        int, typer.Option(help="Bits of the LLM's weights: 2, 3, 4, 5, 6, 8; 16 leaves them.")
-    ] = 8,
+        int | None,
+        typer.Option(help="Bits of the LLM's weights: 2, 3, 4, 5, 6, 8; 16 leaves them. Else 8."),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
-    ] = 64,
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. Else 64.")
+    ] = None,
+    llm_mode: Annotated[
+        str, typer.Option(help="affine, or mxfp4, mxfp8, nvfp4, which have their own bits.")
+    ] = "affine",
+    embed_bits: Annotated[int | None, typer.Option(help="Of the embedding alone.")] = None,
+    head_bits: Annotated[int | None, typer.Option(help="Of an untied head alone.")] = None,
+    projector_bits: Annotated[int, typer.Option(help="Of the projector.")] = 16,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Bits by layer: a JSON file, or mixed_2_6, _3_4, _3_6, _4_6."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of what is not quantized: float16, bfloat16 or float32.")
     ] = "float16",
@@ -121,14 +132,19 @@ def export(
 ) -> None:
     """Turn a checkpoint into a verified bundle for the app, a Mac and Linux."""
     with _needs_export_extra():
-        from model_export.options import ExportOptions
+        from model_export.options import OWN, ExportOptions
         from model_export.pipeline import export as run
 
     from fastvlm_mlx import report
 
     options = ExportOptions(
-        llm_bits=llm_bits,
-        group_size=group_size,
+        llm_bits=OWN if llm_bits is None else llm_bits,
+        group_size=OWN if group_size is None else group_size,
+        llm_mode=llm_mode,  # type: ignore[arg-type]
+        embed_bits=embed_bits,
+        head_bits=head_bits,
+        projector_bits=projector_bits,
+        recipe=recipe,
         dtype=dtype,  # type: ignore[arg-type]
         encoder_precision=encoder_precision,  # type: ignore[arg-type]
         layout=layout,  # type: ignore[arg-type]

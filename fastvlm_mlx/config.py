@@ -15,12 +15,11 @@ from types import NoneType
 from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.quantization import Quantization
 
 MODEL_TYPE = "llava_qwen2"
 IMAGE_TOKEN = "<image>"
 # What MLX's affine mode has.
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-AFFINE_GROUP_SIZES = (32, 64, 128)
 # llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
@@ -59,7 +58,6 @@ _CONFIG_KINDS: dict[str, tuple[type, ...]] = {
     "image_token_index": (int,),
     "torch_dtype": (str,),
     "dtype": (str,),
-    "quantization": (dict,),
 }
 
 
@@ -270,7 +268,7 @@ class FastVLMConfig:
     image_aspect_ratio: str | None
     image_token_index: int
     dtype: str
-    quantization: dict[str, Any] | None
+    quantization: Quantization | None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> FastVLMConfig:
@@ -305,19 +303,11 @@ class FastVLMConfig:
                     f"config.json: {key} is {data[key]!r}, expected {kinds[0].__name__}: correct it"
                 )
         quantization = data.get("quantization")
-        if quantization is not None and not (
-            quantization.get("bits") in AFFINE_BITS
-            and quantization.get("group_size") in AFFINE_GROUP_SIZES
-        ):
-            raise ConfigError(
-                f"config.json: quantization is {quantization}, expected bits of {AFFINE_BITS} and "
-                f"a group_size of {AFFINE_GROUP_SIZES}"
-            )
         return cls(
             text=TextConfig.from_dict(data),
             vision=vision,
             image_aspect_ratio=data.get("image_aspect_ratio"),
             image_token_index=data.get("image_token_index", REFERENCE_IMAGE_TOKEN_INDEX),
             dtype=data.get("torch_dtype") or data.get("dtype") or "float16",
-            quantization=quantization,
+            quantization=None if quantization is None else Quantization.from_dict(quantization),
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -61,7 +64,9 @@ class Model(nn.Module):
 
         The placeholders are one run of N, so the rows are spliced and not gathered.
         """
-        embeddings = self.language_model.model.embed_tokens(ids)
+        # Some quantized modes dequantize to bfloat16, whatever the model computes in.
+        dtype = self.multi_modal_projector.linear_0.bias.dtype
+        embeddings = self.language_model.model.embed_tokens(ids).astype(dtype)
         if projected is None:
             return embeddings
         start = int(np.argmax(np.asarray(ids) == self.config.image_token_index))
@@ -86,14 +91,13 @@ def load_model(bundle: Bundle) -> Model:
     """
     model = Model(bundle.config)
     weights = bundle.model_tensors()
-    if quantization := bundle.config.quantization:
-        nn.quantize(
-            model,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            mode=quantization.get("mode", "affine"),
-            class_predicate=lambda path, _: f"{path}.scales" in weights,
-        )
+    if bundle.config.quantization is not None:
+
+        def quantized(path: str, _: nn.Module) -> bool | dict[str, Any]:
+            stored = bundle.format_of(path) if f"{path}.scales" in weights else None
+            return False if stored is None else asdict(stored)
+
+        nn.quantize(model, class_predicate=quantized)
     _check_names(bundle, dict(tree_flatten(model.parameters())), weights)
     model.load_weights(list(weights.items()))
     if mx.default_device() == mx.Device(mx.cpu):

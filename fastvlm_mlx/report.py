@@ -120,8 +120,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "layout": bundle.layout,
         "encoder": encoder,
         "llm": {
-            "bits": (bundle.config.quantization or {}).get("bits", sizes["bits_per_weight"]),
-            "group_size": (bundle.config.quantization or {}).get("group_size"),
+            **_formats(bundle, sizes["bits_per_weight"]),
             "dtype": bundle.config.dtype,
             "layers": bundle.config.text.num_hidden_layers,
             "hidden_size": bundle.config.text.hidden_size,
@@ -173,13 +172,13 @@ def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
     """Bytes by part, and bits per weight of the parameters that they stand for."""
     parts: Counter[str] = Counter()
     parameters = 0
-    bits = (bundle.config.quantization or {}).get("bits")
     tensors = bundle.model_tensors()
     for name, array in tensors.items():
         parts[_part(name)] += array.nbytes
         stem, _, kind = name.rpartition(".")
-        if bits and kind == "weight" and f"{stem}.scales" in tensors:
-            parameters += array.size * 32 // bits
+        stored = bundle.format_of(stem) if f"{stem}.scales" in tensors else None
+        if stored is not None and kind == "weight":
+            parameters += array.size * 32 // stored.bits
         elif kind not in ("scales", "biases"):
             parameters += array.size
     total = sum(parts.values())
@@ -189,6 +188,16 @@ def _llm_sizes(bundle: Bundle) -> dict[str, Any]:
         "bits_per_weight": round(8 * total / parameters, 3),
         "bytes_by_part": dict(sorted(parts.items())),
     }
+
+
+def _formats(bundle: Bundle, bits_per_weight: float) -> dict[str, Any]:
+    """One format's bits and group size; of several, which there are."""
+    quantization = bundle.config.quantization
+    if quantization is None:
+        return {"bits": bits_per_weight, "group_size": None}
+    if len(quantization.formats()) == 1 and quantization.default.mode == "affine":
+        return {"bits": quantization.default.bits, "group_size": quantization.default.group_size}
+    return {"formats": ", ".join(sorted(str(stored) for stored in quantization.formats()))}
 
 
 def _part(name: str) -> str:

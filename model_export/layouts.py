@@ -16,9 +16,10 @@ from fastvlm_mlx.bundle import PACKAGE, Bundle, read_json
 from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.vision.package import INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
-from model_export import llm, weights
+from model_export import llm, recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
+from model_export.recipes import Scheme
 
 QWEN2_KEYS = (
     "hidden_size",
@@ -59,9 +60,9 @@ APP_CONFIG: dict[str, type] = {
 
 
 def app_config(
-    checkpoint: Checkpoint, options: ExportOptions, image_token_id: int
+    checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions, image_token_id: int
 ) -> dict[str, Any]:
-    """`config.json` of an `app` bundle."""
+    """`config.json` of an `app` bundle, and what is in both layouts' of the other."""
     config, raw = checkpoint.config, checkpoint.raw_config
     data: dict[str, Any] = {key: raw[key] for key in KEPT_KEYS if key in raw}
     data |= {key: getattr(config.text, key) for key in QWEN2_KEYS}
@@ -73,8 +74,8 @@ def app_config(
         "tie_word_embeddings": checkpoint.tied,
         "torch_dtype": options.dtype,
     }
-    if options.quantized:
-        data["quantization"] = {"group_size": options.group_size, "bits": options.llm_bits}
+    if (quantization := recipes.quantization(chosen, options.layout)) is not None:
+        data["quantization"] = quantization.to_dict()
     return dict(sorted(data.items()))
 
 
@@ -97,13 +98,15 @@ def preprocessor_config(size: int, processor_class: str) -> dict[str, Any]:
     }
 
 
-def write_app_configs(
-    checkpoint: Checkpoint, options: ExportOptions, image_token_id: int, directory: Path
-) -> None:
-    """The JSON files beside the weights: config, preprocessor, processor, generation."""
+def write_app_configs(checkpoint: Checkpoint, config: dict[str, Any], directory: Path) -> None:
+    """The JSON files beside the weights: config, preprocessor, processor, generation.
+
+    Args:
+        config: from `app_config`.
+    """
     size = checkpoint.config.vision.image_size
     files: dict[str, dict[str, Any]] = {
-        "config.json": app_config(checkpoint, options, image_token_id),
+        "config.json": config,
         "preprocessor_config.json": preprocessor_config(size, "LlavaProcessor"),
         "processor_config.json": {
             "image_token": IMAGE_TOKEN,
@@ -157,20 +160,20 @@ def fits_unmodified_app(config: FastVLMConfig) -> bool:
 
 def _check_weights(bundle: Bundle, config: FastVLMConfig) -> None:
     quantization = config.quantization
-    if quantization is not None and set(quantization) != {"group_size", "bits"}:
+    if quantization is not None and (quantization.layers or quantization.default.mode != "affine"):
         raise _broken(
-            bundle, "config.json", f"quantization is {quantization}", "group_size and bits alone"
+            bundle,
+            "config.json",
+            f"quantization is {bundle.raw_config['quantization']}",
+            "group_size and bits alone",
         )
     shapes = {name: array.shape for name, array in bundle.tensors().items()}
     specs = weights.llm_specs(config, tied=config.text.tie_word_embeddings)
-    expected: dict[str, tuple[int, ...]] = {}
-    for spec in specs:
-        # The loader quantizes what has scales.
-        if quantization and spec.name.removesuffix("weight") + "scales" in shapes:
-            entries = llm.affine(spec, quantization["bits"], quantization["group_size"], "float16")
-        else:
-            entries = llm.stored(spec, ExportOptions(llm_bits=16))
-        expected |= {entry.name: entry.shape for entry in entries}
+    # The loader quantizes what has scales.
+    chosen = recipes.scheme_of(bundle)
+    expected = {
+        entry.name: entry.shape for spec in specs for entry in llm.stored(spec, chosen, "float16")
+    }
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
             raise _broken(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.quantization import Format
 from model_export.checkpoint import Checkpoint, magnitude, to_torch
 from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.recipes import PROJECTOR, Scheme, is_matrix, path_of
 from model_export.weights import TensorSpec, bundle_specs, in_encoder
 
 # mlx dtype, safetensors' name, bytes.
@@ -62,40 +64,40 @@ class Summary:
         return 8 * self.bytes / self.parameters
 
 
-def is_quantized(spec: TensorSpec, options: ExportOptions) -> bool:
-    """Linear and embedding weights of the language model; the projector stays at `dtype`."""
-    return (
-        options.quantized
-        and len(spec.shape) == 2
-        and spec.name.startswith("language_model.")
-        and spec.name.endswith(".weight")
-    )
-
-
-def stored(spec: TensorSpec, options: ExportOptions) -> list[Stored]:
-    """The tensors that `spec` becomes: itself, or weight, scales and biases."""
-    _, name, size = DTYPES[options.dtype]
-    if not is_quantized(spec, options):
+def stored(spec: TensorSpec, chosen: Scheme, dtype: str) -> list[Stored]:
+    """The tensors that `spec` becomes: itself at `dtype`, or weight, scales and perhaps biases."""
+    form = format_of(spec, chosen)
+    if form is None:
+        _, name, size = DTYPES[dtype]
         return [Stored(spec.name, name, spec.shape, prod(spec.shape) * size)]
-    return affine(spec, options.llm_bits, options.group_size, options.dtype)
+    return packed(spec, form, dtype)
 
 
-def affine(spec: TensorSpec, bits: int, group_size: int, dtype: str) -> list[Stored]:
-    """A weight in MLX's affine layout: `bits`-wide integers packed into uint32 along the last axis,
-    one scale and one bias for each group of `group_size`."""
-    _, name, size = DTYPES[dtype]
+def format_of(spec: TensorSpec, chosen: Scheme) -> Format | None:
+    return chosen.get(path_of(spec)) if is_matrix(spec) else None
+
+
+def packed(spec: TensorSpec, form: Format, dtype: str) -> list[Stored]:
+    """A weight in MLX's layout: `bits`-wide codes packed into uint32 along the last axis.
+
+    Each group of `group_size` has a scale: affine's, with a bias, of `dtype`; one byte otherwise.
+    """
     rows, columns = spec.shape
-    packed, groups = columns * bits // 32, columns // group_size
+    words, groups = columns * form.bits // 32, columns // form.group_size
     stem = spec.name.removesuffix("weight")
+    affine = form.mode == "affine"
+    _, name, size = DTYPES[dtype] if affine else (None, "U8", 1)
     return [
-        Stored(spec.name, "U32", (rows, packed), rows * packed * 4),
-        Stored(stem + "scales", name, (rows, groups), rows * groups * size),
-        Stored(stem + "biases", name, (rows, groups), rows * groups * size),
+        Stored(spec.name, "U32", (rows, words), rows * words * 4),
+        *(
+            Stored(stem + part, name, (rows, groups), rows * groups * size)
+            for part in (("scales", "biases") if affine else ("scales",))
+        ),
     ]
 
 
-def convert(checkpoint: Checkpoint, spec: TensorSpec, options: ExportOptions) -> list[mx.array]:
-    """The arrays of `stored(spec, options)`, in that order.
+def convert(checkpoint: Checkpoint, spec: TensorSpec, chosen: Scheme, dtype: str) -> list[mx.array]:
+    """The arrays of `stored(spec, chosen, dtype)`, in that order.
 
     Raises:
         CheckpointError: the source holds NaN or infinity.
@@ -103,21 +105,21 @@ def convert(checkpoint: Checkpoint, spec: TensorSpec, options: ExportOptions) ->
     """
     weight = checkpoint.array(spec.source)
     largest = magnitude(spec.source, to_torch(weight))
-    if options.dtype == "float16" and largest > FLOAT16_MAX:
+    if dtype == "float16" and largest > FLOAT16_MAX:
         raise OptionError(
             f"{spec.source} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use --dtype "
             "bfloat16"
         )
     if spec.axes is not None:
         weight = weight.transpose(spec.axes)
-    cast = weight.astype(DTYPES[options.dtype][0])
-    if not is_quantized(spec, options):
-        return [cast]
-    return list(mx.quantize(cast, group_size=options.group_size, bits=options.llm_bits))
+    cast = weight.astype(DTYPES[dtype][0])
+    form = format_of(spec, chosen)
+    return [cast] if form is None else list(mx.quantize(cast, **asdict(form)))
 
 
 def write(
     checkpoint: Checkpoint,
+    chosen: Scheme,
     options: ExportOptions,
     directory: Path,
     progress: Callable[[int], None],
@@ -125,28 +127,29 @@ def write(
     """Write the projector, the language model and an `mlx` bundle's encoder into `directory`.
 
     Args:
+        chosen: each matrix's format, from `recipes.scheme`.
         progress: called with the bytes just written.
 
     Raises:
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
-    shards = list(_shards(specs, options))
+    shards = list(_shards(specs, chosen, options.dtype))
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
-        plan = [entry for spec in shard for entry in stored(spec, options)]
+        plan = [entry for spec in shard for entry in stored(spec, chosen, options.dtype)]
         weight_map |= {entry.name: name for entry in plan}
         with (directory / name).open("wb") as stream:
             stream.write(header(plan))
             for spec in shard:
-                for array in convert(checkpoint, spec, options):
+                for array in convert(checkpoint, spec, chosen, options.dtype):
                     progress(_write_array(stream, array))
                 mx.clear_cache()
-    sizes = [sum(entry.bytes for entry in stored(spec, options)) for spec in specs]
+    sizes = [sum(entry.bytes for entry in stored(spec, chosen, options.dtype)) for spec in specs]
     encoder = [in_encoder(spec) for spec in specs]
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
@@ -155,22 +158,28 @@ def write(
         parameters=sum(prod(spec.shape) for spec in specs if not in_encoder(spec)),
         bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if not of),
         encoder_bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if of),
-        unquantized={
-            spec.name: "projector: few weights, read by every image token"
-            for spec in specs
-            if options.quantized
-            and len(spec.shape) == 2
-            and not is_quantized(spec, options)
-            and not in_encoder(spec)
-        },
+        unquantized=_unquantized(specs, chosen),
         files=tuple(names),
     )
 
 
-def total_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
+def total_bytes(checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions) -> int:
     """What `write` will write, headers left out."""
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
-    return sum(entry.bytes for spec in specs for entry in stored(spec, options))
+    return sum(entry.bytes for spec in specs for entry in stored(spec, chosen, options.dtype))
+
+
+def _unquantized(specs: list[TensorSpec], chosen: Scheme) -> dict[str, str]:
+    """Matrices that stay as they are where others are quantized, and why."""
+    if not any(chosen.values()):
+        return {}
+    return {
+        spec.name: "projector: few weights, read by every image token"
+        if path_of(spec).startswith(PROJECTOR)
+        else "asked for"
+        for spec in specs
+        if is_matrix(spec) and chosen[path_of(spec)] is None
+    }
 
 
 def header(plan: list[Stored]) -> bytes:
@@ -189,11 +198,11 @@ def header(plan: list[Stored]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shards(specs: list[TensorSpec], options: ExportOptions) -> Iterator[list[TensorSpec]]:
+def _shards(specs: list[TensorSpec], chosen: Scheme, dtype: str) -> Iterator[list[TensorSpec]]:
     shard: list[TensorSpec] = []
     size = 0
     for spec in specs:
-        wanted = sum(entry.bytes for entry in stored(spec, options))
+        wanted = sum(entry.bytes for entry in stored(spec, chosen, dtype))
         if shard and size + wanted > SHARD_BYTES:
             yield shard
             shard, size = [], 0

@@ -24,7 +24,7 @@ from fastvlm_mlx.config import (
 )
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.prompt import SYSTEM_PROMPT, TURN_END
-from model_export import weights
+from model_export import recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.layouts import preprocessor_config
 from model_export.options import ExportOptions
@@ -205,23 +205,13 @@ def check_mlx(bundle: Bundle) -> None:
 def _check_weights(bundle: Bundle) -> None:
     from model_export import llm
 
-    config, quantization = bundle.config, bundle.config.quantization
-    # mlx-vlm writes the mode; affine is what both take where there is none.
-    if quantization is not None and (
-        quantization.keys() - {"group_size", "bits", "mode"}
-        or quantization.get("mode", "affine") != "affine"
-    ):
-        raise _broken(bundle, "config.json", f"quantization is {quantization}")
+    config = bundle.config
     shapes = {name: array.shape for name, array in bundle.tensors().items()}
-    expected: dict[str, tuple[int, ...]] = {}
-    tied = config.text.tie_word_embeddings
-    for spec in weights.bundle_specs(config, tied=tied, layout="mlx"):
-        options = ExportOptions(llm_bits=16)
-        if quantization and spec.name.removesuffix("weight") + "scales" in shapes:
-            options = ExportOptions(
-                llm_bits=quantization["bits"], group_size=quantization["group_size"]
-            )
-        expected |= {entry.name: entry.shape for entry in llm.stored(spec, options)}
+    chosen = recipes.scheme_of(bundle)
+    specs = weights.bundle_specs(config, tied=config.text.tie_word_embeddings, layout="mlx")
+    expected = {
+        entry.name: entry.shape for spec in specs for entry in llm.stored(spec, chosen, "float16")
+    }
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
             found = list(shapes[name]) if name in shapes else "missing"

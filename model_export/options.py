@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fastvlm_mlx.config import AFFINE_BITS, AFFINE_GROUP_SIZES, FastVLMConfig
 from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.quantization import MODES, Format
 
-BITS = (*AFFINE_BITS, 16)
-GROUP_SIZES = AFFINE_GROUP_SIZES
+BITS = (*MODES["affine"][0], 16)
+GROUP_SIZES = MODES["affine"][1]
+OWN = -1  # the mode's own number
+DEFAULT_FORMAT = Format(bits=8, group_size=64)
 DTYPES = ("float16", "bfloat16", "float32")
 PRECISIONS = ("fp16", "fp32")
 LAYOUTS = ("app", "mlx")
@@ -23,19 +25,31 @@ FLOAT16_MAX = 65_504
 # same token, counted where the source gives its choice at least twice the probability of its
 # second: nearer ties may fall either way.
 ENCODER_SNR_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 20.0}
-LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 8: 0.05, 16: 0.01}
-LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 8: 0.95, 16: 0.99}
+LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.1, 8: 0.05, 16: 0.01}
+LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 7: 0.95, 8: 0.95, 16: 0.99}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`llm_bits` 16 means not quantized: the weights are cast to `dtype` and left at that.
+    """16 bits mean not quantized: the weights are cast to `dtype` and left at that.
 
-    `image_size`, in pixels, is the encoder's input in place of the checkpoint's own.
+    Attributes:
+        llm_bits, group_size: of the language model's matrices; unless given the mode's own, for
+            affine 8 bits in groups of 64.
+        llm_mode: affine, or a mode that has its own bits and group size.
+        embed_bits, head_bits: of the embedding and of an untied head in place of `llm_bits`.
+        projector_bits: of the projector's two matrices.
+        recipe: a file, or the name of a stock recipe, that says which layer gets which bits.
+        image_size: the encoder's input in pixels in place of the checkpoint's own.
     """
 
-    llm_bits: int = 8
-    group_size: int = 64
+    llm_bits: int = OWN
+    group_size: int = OWN
+    llm_mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = "affine"
+    embed_bits: int | None = None
+    head_bits: int | None = None
+    projector_bits: int = 16
+    recipe: str | None = None
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     encoder_precision: Literal["fp16", "fp32"] = "fp16"
     layout: Literal["app", "mlx"] = "app"
@@ -47,19 +61,18 @@ class ExportOptions:
     min_agreement: float | None = None
 
     def __post_init__(self) -> None:
+        self._resolve_format()
         for name, allowed in (
-            ("llm_bits", BITS),
-            ("group_size", GROUP_SIZES),
+            ("embed_bits", BITS),
+            ("head_bits", BITS),
+            ("projector_bits", BITS),
             ("dtype", DTYPES),
             ("encoder_precision", PRECISIONS),
             ("layout", LAYOUTS),
         ):
             value = getattr(self, name)
-            if value not in allowed:
-                raise OptionError(
-                    f"--{name.replace('_', '-')} is {value}: expected one of "
-                    f"{', '.join(map(str, allowed))}"
-                )
+            if value not in allowed and not (value is None and name in ("embed_bits", "head_bits")):
+                raise _unknown(name, value, allowed)
         if self.layout == "mlx" and self.encoder_precision != "fp16":
             raise OptionError(
                 f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and an "
@@ -78,9 +91,37 @@ class ExportOptions:
         if self.min_agreement is not None and self.min_agreement > 1:
             raise OptionError(f"--min-agreement is {self.min_agreement}: expected a share up to 1")
 
+    def _resolve_format(self) -> None:
+        """Put the mode's own numbers where none were given, and check those that were."""
+        if self.llm_mode not in MODES:
+            raise _unknown("llm_mode", self.llm_mode, tuple(MODES))
+        bits, groups = MODES[self.llm_mode]
+        affine = self.llm_mode == "affine"
+        own = DEFAULT_FORMAT if affine else Format(bits[0], groups[0], self.llm_mode)
+        for name, default, allowed in (
+            ("llm_bits", own.bits, (*bits, 16) if affine else bits),
+            ("group_size", own.group_size, groups),
+        ):
+            value = getattr(self, name)
+            if value not in (OWN, *allowed):
+                raise _unknown(name, value, allowed, "" if affine else f" with {self.llm_mode}")
+            object.__setattr__(self, name, default if value == OWN else value)
+
     @property
-    def quantized(self) -> bool:
-        return self.llm_bits != 16
+    def format(self) -> Format | None:
+        """The language model's, where nothing else is said of a part of it."""
+        if self.llm_bits == 16:
+            return None
+        return Format(self.llm_bits, self.group_size, self.llm_mode)
+
+    @property
+    def affine_group_size(self) -> int:
+        """Of the parts that are affine whatever the mode is."""
+        return self.group_size if self.llm_mode == "affine" else DEFAULT_FORMAT.group_size
+
+    def part_format(self, bits: int) -> Format | None:
+        """Of a part with bits of its own."""
+        return None if bits == 16 else Format(bits, self.affine_group_size)
 
     @property
     def encoder_format(self) -> str:
@@ -93,51 +134,33 @@ class ExportOptions:
         floor = self.min_snr_db
         return ENCODER_SNR_DB[self.encoder_format] if floor is None else floor
 
-    @property
-    def kl_ceiling_nats(self) -> float:
+    def kl_ceiling_nats(self, bits: int) -> float:
+        """Of a language model whose layers have `bits` in the mean."""
         ceiling = self.max_kl_nats
-        return LLM_KL_NATS[self.llm_bits] if ceiling is None else ceiling
+        return LLM_KL_NATS[bits] if ceiling is None else ceiling
 
-    @property
-    def agreement_floor(self) -> float:
+    def agreement_floor(self, bits: int) -> float:
+        """As `kl_ceiling_nats`."""
         floor = self.min_agreement
-        return LLM_AGREEMENT[self.llm_bits] if floor is None else floor
+        return LLM_AGREEMENT[bits] if floor is None else floor
 
-    def check_widths(self, config: FastVLMConfig) -> None:
-        """Every width that gets quantized must be a multiple of the group size.
-
-        Raises:
-            OptionError: naming the width, and the group sizes that divide it.
-        """
-        if not self.quantized:
-            return
-        text = config.text
-        widths = {
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-        }
-        for name, width in widths.items():
-            if width % self.group_size:
-                fitting = [str(g) for g in GROUP_SIZES if all(w % g == 0 for w in widths.values())]
-                advice = (
-                    f"use --group-size {' or '.join(fitting)}"
-                    if fitting
-                    else "no group size divides it, use --llm-bits 16"
-                )
-                raise OptionError(
-                    f"{name} {width} is no multiple of the group size {self.group_size}: {advice}"
-                )
-
-    def resolved(self) -> dict[str, Any]:
-        """The options as the manifest records them, floors included."""
+    def resolved(self, bits: int) -> dict[str, Any]:
+        """The options as the manifest records them, the gates' limits included."""
         data = asdict(self)
         data |= {
             "encoder_precision": self.encoder_format,
             "min_snr_db": self.snr_floor_db,
-            "max_kl_nats": self.kl_ceiling_nats,
-            "min_agreement": self.agreement_floor,
+            "max_kl_nats": self.kl_ceiling_nats(bits),
+            "min_agreement": self.agreement_floor(bits),
         }
-        if not self.quantized:
+        if self.format is None:
             data["group_size"] = None
         del data["overwrite"]
         return data
+
+
+def _unknown(name: str, value: Any, allowed: tuple[Any, ...], context: str = "") -> OptionError:
+    return OptionError(
+        f"--{name.replace('_', '-')} is {value}{context}: expected one of "
+        f"{', '.join(map(str, allowed))}"
+    )

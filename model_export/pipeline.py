@@ -20,7 +20,7 @@ import numpy as np
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import coreml, fastvithd, layouts, llm, mlx_layout, verify
+from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, verify
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
@@ -30,6 +30,7 @@ from model_export.pictures import (
     reference_features,
     source_references,
 )
+from model_export.recipes import Scheme
 from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
 from model_export.verify import Gate
 
@@ -99,16 +100,16 @@ def _export(
     options: ExportOptions,
     progress: Progress,
 ) -> ExportResult:
-    options.check_widths(checkpoint.config)
     _check_overlap(destination, checkpoint)
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
+    chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
     with appearing(destination) as directory:
-        _check_space(directory, checkpoint, options)
-        _write_small_files(checkpoint, options, tokenizer, directory)
+        _check_space(directory, checkpoint, chosen, options)
+        _write_small_files(checkpoint, chosen, options, tokenizer, directory)
         encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
-        summary = _export_llm(checkpoint, directory, options, progress)
+        summary = _export_llm(checkpoint, chosen, directory, options, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         _check_layout(bundle, encoder)
@@ -121,20 +122,24 @@ def _export(
         _judge(gates, options)
         progress("manifest", None)
         info = encoder.package.info if encoder.package else None
-        manifest = _manifest(checkpoint, options, info, summary, gates, directory)
+        manifest = _manifest(checkpoint, chosen, options, info, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
 
 def _write_small_files(
-    checkpoint: Checkpoint, options: ExportOptions, tokenizer: ExportedTokenizer, directory: Path
+    checkpoint: Checkpoint,
+    chosen: Scheme,
+    options: ExportOptions,
+    tokenizer: ExportedTokenizer,
+    directory: Path,
 ) -> None:
     tokenizer.save(directory)
+    config = layouts.app_config(checkpoint, chosen, options, tokenizer.image_token_id)
     if options.layout == "app":
-        layouts.write_app_configs(checkpoint, options, tokenizer.image_token_id, directory)
+        layouts.write_app_configs(checkpoint, config, directory)
     else:
-        common = layouts.app_config(checkpoint, options, tokenizer.image_token_id)
-        mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, common, directory)
+        mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, config, directory)
     # The base's first, so that a fine-tune's own stands where both have one.
     for source in reversed(checkpoint.directories):
         for file in source.glob("LICENSE*"):
@@ -198,9 +203,13 @@ def _check_encoder(
 
 
 def _export_llm(
-    checkpoint: Checkpoint, directory: Path, options: ExportOptions, progress: Progress
+    checkpoint: Checkpoint,
+    chosen: Scheme,
+    directory: Path,
+    options: ExportOptions,
+    progress: Progress,
 ) -> llm.Summary:
-    total = llm.total_bytes(checkpoint, options)
+    total = llm.total_bytes(checkpoint, chosen, options)
     written = 0
 
     def advance(count: int) -> None:
@@ -209,7 +218,7 @@ def _export_llm(
         progress("language model", written / total)
 
     progress("language model", 0.0)
-    return llm.write(checkpoint, options, directory, advance)
+    return llm.write(checkpoint, chosen, options, directory, advance)
 
 
 def _judge(gates: list[Gate], options: ExportOptions) -> None:
@@ -224,6 +233,7 @@ def _judge(gates: list[Gate], options: ExportOptions) -> None:
 
 def _manifest(
     checkpoint: Checkpoint,
+    chosen: Scheme,
     options: ExportOptions,
     info: PackageInfo | None,
     summary: llm.Summary,
@@ -235,7 +245,7 @@ def _manifest(
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
         "source": checkpoint.source(),
-        "options": options.resolved(),
+        "options": options.resolved(recipes.layer_bits(chosen, checkpoint.llm_specs)),
         "encoder": {
             "precision": options.encoder_format,
             "image_size": vision.image_size,
@@ -245,8 +255,9 @@ def _manifest(
         }
         | ({} if info is None else _package_facts(info)),
         "llm": {
-            "bits": options.llm_bits,
-            "group_size": options.group_size if options.quantized else None,
+            "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
+            "group_size": options.group_size if options.format else None,
+            "formats": {path: form and form.to_dict() for path, form in chosen.items()},
             "dtype": options.dtype,
             "parameters": summary.parameters,
             "bytes": summary.bytes,
@@ -288,11 +299,13 @@ def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
+def _check_space(
+    directory: Path, checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
+) -> None:
     encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
-    needed = llm.total_bytes(checkpoint, options) + encoder + PACKAGE_OVERHEAD_BYTES
+    needed = llm.total_bytes(checkpoint, chosen, options) + encoder + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DestinationError(

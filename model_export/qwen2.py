@@ -23,32 +23,47 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Rot
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.prompt import encode_prompt
+from fastvlm_mlx.quantization import Format
 from model_export.checkpoint import Checkpoint, to_torch
 from model_export.weights import EMBEDDING, HEAD, LAYER, NORM
 
 ROWS = 16_384
+# The sixteen numbers of E2M1, OCP Microscaling Formats 1.0, 5.3.3.
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_E2M1 = torch.cat([_E2M1, -_E2M1])
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as stored: as it is, or MLX's affine form (uint32 words, scales, biases)."""
+    """A weight as stored: as it is, or MLX's quantized form (bytes of codes, scales, biases)."""
 
     weight: Tensor
     scales: Tensor | None = None
     biases: Tensor | None = None
-    bits: int = 16
+    form: Format | None = None
 
     def __len__(self) -> int:
         return self.weight.shape[0]
 
     def float(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """float32, whole or the chosen rows."""
-        if self.scales is None or self.biases is None:
+        if self.form is None or self.scales is None:
             return self.weight[rows].float()
-        scales, biases = self.scales[rows].float(), self.biases[rows].float()
-        codes = unpack(self.weight[rows], self.bits)
-        grouped = codes.view(*scales.shape, -1).float()
-        return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(codes.shape)
+        if self.form.mode == "mxfp8":
+            codes = self.weight[rows].view(torch.float8_e4m3fn).float()
+        else:
+            codes = unpack(self.weight[rows], self.form.bits)
+            codes = codes.float() if self.form.mode == "affine" else _E2M1[codes.int()]
+        scales = self.scales[rows]
+        # One byte each: exponents (OCP MX's E8M0), or for nvfp4 float8 (E4M3).
+        if self.form.mode in ("mxfp4", "mxfp8"):
+            scales = torch.exp2(scales.float() - 127)
+        elif self.form.mode == "nvfp4":
+            scales = scales.view(torch.float8_e4m3fn)
+        grouped = codes.view(*scales.shape, -1).mul_(scales.float()[..., None])
+        if self.biases is not None:
+            grouped.add_(self.biases[rows].float()[..., None])
+        return grouped.view(codes.shape)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -86,16 +101,17 @@ class SourceWeights:
 class BundleWeights:
     def __init__(self, bundle: Bundle):
         self._bundle = bundle
-        self._bits = (bundle.config.quantization or {}).get("bits", 16)
         self._names = frozenset(bundle.model_tensors())
 
     def matrix(self, name: str) -> Matrix:
         stem = name.removesuffix("weight")
-        if stem + "scales" not in self._names:
+        form = self._bundle.format_of(stem[:-1])
+        if form is None or stem + "scales" not in self._names:
             return Matrix(to_torch(self._load(name)))
         words = to_torch(self._load(name).view(mx.uint8))
-        scales, biases = (to_torch(self._load(stem + part)) for part in ("scales", "biases"))
-        return Matrix(words, scales, biases, self._bits)
+        scales = to_torch(self._load(stem + "scales"))
+        biases = to_torch(self._load(stem + "biases")) if form.mode == "affine" else None
+        return Matrix(words, scales, biases, form)
 
     def _load(self, name: str) -> mx.array:
         return self._bundle.model_tensors()[name]

@@ -41,6 +41,7 @@ from model_export.pictures import (
     gate_pictures,
     reference_features,
 )
+from model_export.recipes import layer_bits, scheme_of
 from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import extended
 
@@ -216,12 +217,13 @@ def answer_gates(
         agreed.append(top.indices[:, 0] == got.argmax(1))
         largest = float(np.maximum(largest, q.largest))
     kl = float(torch.cat(divergence).mean())
-    gates = [Gate("KL divergence", kl, "nats", options.kl_ceiling_nats, False)]
+    bits = layer_bits(scheme_of(bundle), checkpoint.llm_specs)
+    gates = [Gate("KL divergence", kl, "nats", options.kl_ceiling_nats(bits), False)]
     sure = torch.cat(decided)
     # Random weights decide nothing; a share of no places would be a figure that can't fail.
     if bool(sure.any()):
         share = float(torch.cat(agreed)[sure].float().mean())
-        gates.append(Gate("greedy agreement", share, "", options.agreement_floor, True))
+        gates.append(Gate("greedy agreement", share, "", options.agreement_floor(bits), True))
     if options.dtype == "float16":
         gates.append(Gate("LLM largest magnitude", largest, "", FLOAT16_MAX, False))
     return gates
@@ -335,11 +337,8 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
             # What it says follows from the type.
             known.pop("encoder_precision", None)
         return ExportOptions(**known)
-    quantization = bundle.config.quantization or {}
     exact = bundle.layout == "app" and describe(bundle.package).precision == "fp32"
     return ExportOptions(
-        llm_bits=quantization.get("bits", 16),
-        group_size=quantization.get("group_size", 64),
         dtype=bundle.config.dtype,  # type: ignore[arg-type]
         encoder_precision="fp32" if exact else "fp16",
         layout=bundle.layout,  # type: ignore[arg-type]

@@ -171,7 +171,7 @@ class TestAppRules:
             ("config.json", {"quantization": {"group_size": 64, "bits": 8}}, "expected"),
             (
                 "config.json",
-                {"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}},
+                {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}},
                 "group_size and bits alone",
             ),
             ("preprocessor_config.json", {"processor_class": "X"}, "processor_class is 'X'"),

@@ -1,5 +1,8 @@
 """Casting, quantizing and streaming: the file that is written is what mlx-lm would compute."""
 
+from dataclasses import asdict
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,12 +12,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.quantization import MODES, Format
 from model_export import llm
 from model_export.checkpoint import Checkpoint, to_torch
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
 from model_export.qwen2 import Matrix
+from model_export.recipes import scheme
 
 QUANTIZED = [bits for bits in BITS if bits != 16]
+
+
+def write(checkpoint: Checkpoint, options: ExportOptions, directory: Path) -> llm.Summary:
+    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    return llm.write(checkpoint, chosen, options, directory, lambda count: None)
 
 
 @pytest.mark.parametrize("bits", QUANTIZED)
@@ -22,12 +32,13 @@ QUANTIZED = [bits for bits in BITS if bits != 16]
 def test_what_is_written_is_what_mlx_quantizes(demo_checkpoint, tmp_path, bits, group_size):
     checkpoint = Checkpoint(demo_checkpoint)
     options = ExportOptions(llm_bits=bits, group_size=group_size)
-    summary = llm.write(checkpoint, options, tmp_path, lambda count: None)
+    summary = write(checkpoint, options, tmp_path)
+    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
     written = mx.load(str(tmp_path / "model.safetensors"))
     assert sum(array.nbytes for array in written.values()) == summary.bytes
     for spec in checkpoint.llm_specs:
         source = checkpoint.array(spec.source).astype(mx.float16)
-        if not llm.is_quantized(spec, options):
+        if llm.format_of(spec, chosen) is None:
             assert mx.array_equal(written[spec.name], source).item()
             continue
         stem = spec.name.removesuffix("weight")
@@ -42,7 +53,7 @@ def test_what_is_written_is_what_mlx_quantizes(demo_checkpoint, tmp_path, bits, 
 def test_unquantized_weights_are_the_source_s(demo_checkpoint, tmp_path, dtype):
     checkpoint = Checkpoint(demo_checkpoint)
     options = ExportOptions(llm_bits=16, dtype=dtype)
-    summary = llm.write(checkpoint, options, tmp_path, lambda count: None)
+    summary = write(checkpoint, options, tmp_path)
     assert summary.unquantized == {}
     assert summary.bits_per_weight == (32 if dtype == "float32" else 16)
     with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as stream:
@@ -54,7 +65,7 @@ def test_unquantized_weights_are_the_source_s(demo_checkpoint, tmp_path, dtype):
 
 def test_the_projector_stays_in_16_bits_and_the_summary_says_so(demo_checkpoint, tmp_path):
     checkpoint = Checkpoint(demo_checkpoint)
-    summary = llm.write(checkpoint, ExportOptions(llm_bits=4), tmp_path, lambda count: None)
+    summary = write(checkpoint, ExportOptions(llm_bits=4), tmp_path)
     assert set(summary.unquantized) == {
         "multi_modal_projector.linear_0.weight",
         "multi_modal_projector.linear_2.weight",
@@ -75,10 +86,24 @@ def test_our_unpacking_is_mlx_s(rows, groups, bits, group_size, seed):
     weight = np.random.default_rng(seed).standard_normal((rows, groups * group_size))
     parts = mx.quantize(mx.array(weight.astype(np.float32)), group_size=group_size, bits=bits)
     words, scales, biases = parts
-    matrix = Matrix(to_torch(words.view(mx.uint8)), to_torch(scales), to_torch(biases), bits)
+    form = Format(bits, group_size)
+    matrix = Matrix(to_torch(words.view(mx.uint8)), to_torch(scales), to_torch(biases), form)
     expected = np.array(mx.dequantize(*parts, group_size=group_size, bits=bits))
     np.testing.assert_allclose(matrix.float().numpy(), expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(matrix.float(slice(0, 1)), matrix.float()[:1])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "affine"])
+def test_our_unpacking_of_float_formats_is_mlx_s(mode):
+    form = Format(MODES[mode][0][0], MODES[mode][1][0], mode)
+    scale = 2.0 ** np.arange(-12, 12, 0.75)[:, None]
+    weight = np.random.default_rng(1).standard_normal((32, 128)) * scale
+    parts = mx.quantize(mx.array(weight.astype(np.float32)), **asdict(form))
+    words, scales = parts
+    matrix = Matrix(to_torch(words.view(mx.uint8)), to_torch(scales), None, form)
+    expected = np.array(mx.dequantize(*parts, **asdict(form)).astype(mx.float32))
+    # MLX rounds what it dequantizes to bfloat16.
+    np.testing.assert_allclose(matrix.float().numpy(), expected, rtol=2**-8)
 
 
 def test_shards_are_complete_and_indexed(demo_checkpoint, tmp_path, monkeypatch):
@@ -86,7 +111,7 @@ def test_shards_are_complete_and_indexed(demo_checkpoint, tmp_path, monkeypatch)
 
     monkeypatch.setattr(llm, "SHARD_BYTES", 300_000)
     checkpoint = Checkpoint(demo_checkpoint)
-    summary = llm.write(checkpoint, ExportOptions(llm_bits=8), tmp_path, lambda count: None)
+    summary = write(checkpoint, ExportOptions(llm_bits=8), tmp_path)
     assert len(summary.files) > 2
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     found = {name: file for file in summary.files for name in mx.load(str(tmp_path / file))}
@@ -98,8 +123,9 @@ def test_progress_adds_up(demo_checkpoint, tmp_path):
     checkpoint = Checkpoint(demo_checkpoint)
     options = ExportOptions(llm_bits=5)
     counts: list[int] = []
-    llm.write(checkpoint, options, tmp_path, counts.append)
-    assert sum(counts) == llm.total_bytes(checkpoint, options)
+    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    llm.write(checkpoint, chosen, options, tmp_path, counts.append)
+    assert sum(counts) == llm.total_bytes(checkpoint, chosen, options)
 
 
 def test_a_weight_beyond_float16_is_named(edit_checkpoint, tmp_path):
@@ -110,8 +136,8 @@ def test_a_weight_beyond_float16_is_named(edit_checkpoint, tmp_path):
     with pytest.raises(
         OptionError, match=r"layers\.1\.mlp\.up_proj\.weight reaches 1e\+06.*bfloat"
     ):
-        llm.write(checkpoint, ExportOptions(), tmp_path, lambda count: None)
-    llm.write(checkpoint, ExportOptions(dtype="bfloat16"), tmp_path, lambda count: None)
+        write(checkpoint, ExportOptions(), tmp_path)
+    write(checkpoint, ExportOptions(dtype="bfloat16"), tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -121,18 +147,4 @@ def test_a_weight_that_is_no_number_is_named(edit_checkpoint, tmp_path, value):
 
     checkpoint = Checkpoint(edit_checkpoint(tensors=spoil))
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj\.weight holds NaN"):
-        llm.write(checkpoint, ExportOptions(dtype="float32"), tmp_path, lambda count: None)
-
-
-def test_a_width_that_the_group_size_does_not_divide_is_refused(edit_checkpoint):
-    checkpoint = Checkpoint(edit_checkpoint())
-    widths = {checkpoint.config.text.hidden_size, checkpoint.config.text.intermediate_size}
-    assert all(width % 128 == 0 for width in widths)
-    from dataclasses import replace
-
-    odd = replace(checkpoint.config, text=replace(checkpoint.config.text, intermediate_size=96))
-    with pytest.raises(
-        OptionError, match=r"intermediate_size 96.*group size 64: use --group-size 32"
-    ):
-        ExportOptions(group_size=64).check_widths(odd)
-    ExportOptions(llm_bits=16).check_widths(odd)
+        write(checkpoint, ExportOptions(dtype="float32"), tmp_path)

@@ -8,6 +8,7 @@ import torch
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.quantization import Format, Quantization
 from fastvlm_mlx.vision.fastvithd import FastViTHD
 from model_export import reference
 from model_export.checkpoint import Checkpoint
@@ -82,7 +83,7 @@ def test_a_quantized_matrix_is_dequantized():
         zip([f"{name}.{p}" for p in ("weight", "scales", "biases")], packed, strict=True)
     )
     pixels = np.random.default_rng(1).random((1, 3, 128, 128)).astype(np.float32)
-    found = FastViTHD(arrays, SMALL, {"group_size": 32, "bits": 8})(pixels)
+    found = FastViTHD(arrays, SMALL, Quantization(Format(8, 32)))(pixels)
     expected = in_torch(state, SMALL, pixels)
     assert 0 < np.abs(found - expected).max() / np.abs(expected).max() < 0.02
 

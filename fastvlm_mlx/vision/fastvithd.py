@@ -9,15 +9,15 @@ which Metal has a kernel for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.quantization import Quantization
 
 # Both of the source's norms (mci.py: LayerNormChannel, nn.BatchNorm2d).
 EPS = 1e-5
@@ -34,9 +34,9 @@ class Weights:
     A matrix that was quantized, as mlx-vlm's own conversions do, is dequantized.
     """
 
-    def __init__(self, arrays: Mapping[str, mx.array], quantization: dict[str, Any] | None):
+    def __init__(self, arrays: Mapping[str, mx.array], quantization: Quantization | None):
         self._arrays = arrays
-        self._quantization = quantization or {}
+        self._quantization = quantization
         self._left = set(arrays) - {UNUSED}
 
     def __call__(self, name: str, *shape: int) -> mx.array:
@@ -50,15 +50,11 @@ class Weights:
                 "export the checkpoint again"
             )
         array = self._arrays[name]
-        if parts[1] in self._arrays:
-            settings = {"group_size": 64, "bits": 4} | self._quantization
-            settings |= self._quantization.get(f"vision_tower.vision_model.{stem[:-1]}", {})
-            array = mx.dequantize(
-                array,
-                self._arrays[parts[1]],
-                self._arrays.get(parts[2]),
-                **{key: settings[key] for key in ("group_size", "bits", "mode") if key in settings},
-            )
+        path = f"vision_tower.vision_model.{stem[:-1]}"
+        stored = self._quantization.of(path) if self._quantization else None
+        if stored is not None and parts[1] in self._arrays:
+            scales, biases = self._arrays[parts[1]], self._arrays.get(parts[2])
+            array = mx.dequantize(array, scales, biases, **asdict(stored))
         if array.shape != shape:
             raise EncoderError(
                 f"the encoder's {name} has shape {list(array.shape)} where vision_config implies "
@@ -155,7 +151,7 @@ class FastViTHD:
         self,
         arrays: Mapping[str, mx.array],
         config: VisionConfig,
-        quantization: dict[str, Any] | None = None,
+        quantization: Quantization | None = None,
         observe: Observe | None = None,
     ):
         """Fold and evaluate the weights.
