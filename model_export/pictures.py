@@ -54,26 +54,27 @@ def gate_pictures(vision: VisionConfig) -> list[GatePicture]:
     questions are about them.
     """
     size = vision.image_size
-    photographs = _photographs()
-    count = min(MAX_SCENES, GATE_PIXELS // size**2 - len(photographs))
-    if count < 1 and photographs:
-        return [replace(photographs[0], questions=PHOTOGRAPH_QUESTIONS)]
+    photograph = [p for p in photographs() if p.name == "china.jpg"]
+    count = min(MAX_SCENES, GATE_PIXELS // size**2 - len(photograph))
+    if count < 1 and photograph:
+        return [replace(photograph[0], questions=PHOTOGRAPH_QUESTIONS)]
     pictures = []
     for seed in range(max(1, count)):
         scene = scenes.generate(seed, held_out=True)
         questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
         pictures.append(GatePicture(f"scene {seed}", scene.draw(size), questions))
-    return pictures + photographs
+    return pictures + photograph
 
 
-def _photographs() -> list[GatePicture]:
-    """china.jpg from scikit-learn's wheel: CC BY 2.0, 640×427. None where that is not installed."""
+def photographs() -> list[GatePicture]:
+    """china.jpg and flower.jpg from scikit-learn's wheel, CC BY 2.0, 640×427; none without it."""
     spec = find_spec("sklearn")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = Path(folder) / "datasets" / "images" / "china.jpg"
-        if file.is_file():
-            return [GatePicture(file.name, load_image(file))]
-    return []
+    files = [
+        Path(folder) / "datasets" / "images" / name
+        for folder in ((spec.submodule_search_locations or ()) if spec else ())
+        for name in ("china.jpg", "flower.jpg")
+    ]
+    return [GatePicture(file.name, load_image(file)) for file in files if file.is_file()]
 
 
 def reference_features(

@@ -1,0 +1,185 @@
+"""Pictures and questions that quantization is measured and calibrated on.
+
+The user's own, a directory of pictures or JSON lines of image, prompt and answer; else generated
+scenes for a small encoder, a photograph for a large one. None of them is among the gates'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.errors import ImageError, OptionError
+from fastvlm_mlx.image import load_image
+from model_export.demo import scenes
+from model_export.pictures import GATE_PIXELS, GatePicture, photographs
+
+T = TypeVar("T")
+
+# Asked about a picture that comes without questions. The beginning of an answer is given: what is
+# looked at is the next token's distribution after each of its tokens, not whether it is right.
+OPENINGS = (
+    ("Describe the image.", "The image shows a"),
+    ("What is the main subject of this picture?", "The main subject of this picture is a"),
+    ("What colours stand out?", "The colours that stand out are"),
+    ("Is there any text in the image? If so, what does it say?", "The text in the image"),
+)
+FLOWER_QUESTIONS = (
+    ("Describe the image.", "A pink and yellow dahlia in full bloom in front of dark leaves."),
+    ("What kind of flower is this?", "This is a dahlia."),
+    ("What colour is the background?", "The background is dark green."),
+)
+# Seeds from here on: the gates' scenes are the first.
+FIRST_SEED = 1_000
+SCENES = 48
+# Of a larger collection, as many are read, evenly over it.
+MAX_PICTURES = 32
+# Longer than any message needs; the rest is counted.
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Pictures with questions and answers.
+
+    Attributes:
+        skipped: what could not be read, one sentence each.
+        digest: SHA-256 of all that is in it.
+    """
+
+    pictures: tuple[GatePicture, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        hashed = hashlib.sha256()
+        for picture in self.pictures:
+            hashed.update(repr((picture.image.size, picture.questions)).encode())
+            hashed.update(picture.image.tobytes())
+        return hashed.hexdigest()
+
+    def spread(self, count: int) -> tuple[GatePicture, ...]:
+        """At most `count` of the pictures, evenly over all of them."""
+        return tuple(_spread(self.pictures, count))
+
+    def note(self) -> str | None:
+        """What was skipped, in one line."""
+        if not self.skipped:
+            return None
+        more = f" and {len(self.skipped) - LISTED} more" if len(self.skipped) > LISTED else ""
+        listed = "; ".join(self.skipped[:LISTED])
+        return f"calibration: {len(self.skipped)} skipped ({listed}{more})"
+
+
+def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:
+    """Read the user's calibration data, or make what there is without any.
+
+    Args:
+        path: a directory of pictures, below it too, or a JSONL file whose lines have `image`
+            (relative to the file), `prompt` and `answer`.
+
+    Raises:
+        OptionError: there is nothing at `path`, or nothing in it that can be used.
+    """
+    if path is None:
+        return Calibration(tuple(_own(vision)), ())
+    path = Path(path).expanduser()
+    if path.is_dir():
+        pictures, skipped = _directory(path, 2 * vision.image_size)
+    elif path.is_file():
+        pictures, skipped = _lines(path, 2 * vision.image_size)
+    else:
+        raise OptionError(
+            f"--calibration {path} does not exist: expected a directory of pictures, or a JSONL "
+            "file of image, prompt and answer"
+        )
+    found = Calibration(tuple(pictures), tuple(skipped))
+    if not pictures:
+        raise OptionError(
+            f"--calibration {path} holds no picture that can be used"
+            + (f" ({found.note()})" if skipped else "")
+            + ": expected pictures, or JSON lines of image, prompt and answer"
+        )
+    return found
+
+
+def _own(vision: VisionConfig) -> Iterable[GatePicture]:
+    photos = [p for p in photographs() if p.name == "flower.jpg"]
+    if vision.image_size**2 > GATE_PIXELS // 2 and photos:
+        return [GatePicture(photos[0].name, photos[0].image, FLOWER_QUESTIONS)]
+    return [_scene(seed, vision.image_size) for seed in range(FIRST_SEED, FIRST_SEED + SCENES)]
+
+
+def _scene(seed: int, size: int) -> GatePicture:
+    scene = scenes.generate(seed, held_out=False)
+    questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
+    return GatePicture(f"scene {seed}", scene.draw(size), questions)
+
+
+def _directory(directory: Path, size: int) -> tuple[list[GatePicture], list[str]]:
+    Image.init()
+    files = [f for f in directory.rglob("*") if f.suffix.lower() in Image.EXTENSION and f.is_file()]
+    asked = {file.relative_to(directory).as_posix(): OPENINGS for file in sorted(files)}
+    return _read(directory, asked, size)
+
+
+def _lines(file: Path, size: int) -> tuple[list[GatePicture], list[str]]:
+    """Lines about the same picture make one picture with several questions."""
+    questions: dict[str, list[tuple[str, str]]] = {}
+    skipped = []
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            skipped.append(f"line {number} is not JSON")
+            continue
+        fields = ("image", "prompt", "answer")
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(key), str) and entry[key].strip() for key in fields
+        ):
+            skipped.append(f"line {number} has not image, prompt and answer as text")
+            continue
+        questions.setdefault(entry["image"], []).append((entry["prompt"], entry["answer"]))
+    asked = {name: tuple(pairs) for name, pairs in questions.items()}
+    pictures, unreadable = _read(file.parent, asked, size)
+    return pictures, skipped + unreadable
+
+
+def _read(
+    directory: Path, asked: Mapping[str, tuple[tuple[str, str], ...]], size: int
+) -> tuple[list[GatePicture], list[str]]:
+    """Pictures by name, none larger than `size` pixels a side: the encoder reads no more."""
+    pictures, skipped = [], []
+    for name in _spread(list(asked), MAX_PICTURES):
+        try:
+            image = load_image(directory / name)
+        except ImageError as error:
+            skipped.append(str(error))
+            continue
+        image.thumbnail((size, size))
+        pictures.append(GatePicture(name, image, asked[name]))
+    return pictures, skipped
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    taken = min(count, len(items))
+    return [items[i * len(items) // taken] for i in range(taken)]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"--calibration {file} can't be read as text ({error}): expected a directory of "
+            "pictures, or a JSONL file of image, prompt and answer"
+        ) from error
