@@ -107,6 +107,13 @@ def export(
         str | None,
         typer.Option(help="Bits by layer: a JSON file, or mixed_2_6, _3_4, _3_6, _4_6."),
     ] = None,
+    llm_bpw: Annotated[
+        float | None, typer.Option(help="Bits per weight: finds which layers need how many.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="What that is measured on: a directory of pictures, or a JSONL file."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of what is not quantized: float16, bfloat16 or float32.")
     ] = "float16",
@@ -145,6 +152,8 @@ def export(
         head_bits=head_bits,
         projector_bits=projector_bits,
         recipe=recipe,
+        llm_bpw=llm_bpw,
+        calibration=calibration,
         dtype=dtype,  # type: ignore[arg-type]
         encoder_precision=encoder_precision,  # type: ignore[arg-type]
         layout=layout,  # type: ignore[arg-type]

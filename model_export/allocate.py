@@ -42,10 +42,11 @@ def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         (np.ones(len(choices)), (owners, np.arange(len(choices)))),
         shape=(len(parts), len(choices)),
     )
-    # The solver's tolerances are absolute: losses up to one, sizes in the largest whole unit.
+    # The solver's tolerances are absolute, its gap's 1e-6: losses up to a million, sizes in the
+    # largest whole unit.
     unit = int(np.gcd.reduce([choice.bytes for choice in choices]))
     solved = milp(
-        losses / (losses.max(initial=0.0) or 1.0),
+        losses / (losses.max(initial=0.0) or 1.0) * 1e6,
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(sizes[None] / unit, -np.inf, budget // unit),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, Literal
 
 from fastvlm_mlx.errors import OptionError
@@ -40,6 +41,9 @@ class ExportOptions:
         embed_bits, head_bits: of the embedding and of an untied head in place of `llm_bits`.
         projector_bits: of the projector's two matrices.
         recipe: a file, or the name of a stock recipe, that says which layer gets which bits.
+        llm_bpw: bits per weight, scales and what is not quantized included, for which the best
+            assignment of bits is searched.
+        calibration: pictures or JSON lines that it is measured on.
         image_size: the encoder's input in pixels in place of the checkpoint's own.
     """
 
@@ -50,6 +54,8 @@ class ExportOptions:
     head_bits: int | None = None
     projector_bits: int = 16
     recipe: str | None = None
+    llm_bpw: float | None = None
+    calibration: str | None = None
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     encoder_precision: Literal["fp16", "fp32"] = "fp16"
     layout: Literal["app", "mlx"] = "app"
@@ -73,6 +79,7 @@ class ExportOptions:
             value = getattr(self, name)
             if value not in allowed and not (value is None and name in ("embed_bits", "head_bits")):
                 raise _unknown(name, value, allowed)
+        self._check_search()
         if self.layout == "mlx" and self.encoder_precision != "fp16":
             raise OptionError(
                 f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and an "
@@ -90,6 +97,30 @@ class ExportOptions:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}: expected zero or more")
         if self.min_agreement is not None and self.min_agreement > 1:
             raise OptionError(f"--min-agreement is {self.min_agreement}: expected a share up to 1")
+
+    def _check_search(self) -> None:
+        """A search decides every matrix's bits; calibration data is for it alone."""
+        if self.llm_bpw is None:
+            if self.calibration is not None:
+                raise OptionError(
+                    "--calibration is given and nothing is measured on it: add --llm-bpw"
+                )
+            return
+        if not 0 < self.llm_bpw < inf:
+            raise OptionError(f"--llm-bpw is {self.llm_bpw}: expected bits per weight above zero")
+        given = {
+            "--recipe": self.recipe is not None,
+            "--embed-bits": self.embed_bits is not None,
+            "--head-bits": self.head_bits is not None,
+            "--projector-bits": self.projector_bits != 16,
+            "--llm-mode": self.llm_mode != "affine",
+        }
+        if any(given.values()):
+            name = next(option for option, is_given in given.items() if is_given)
+            raise OptionError(
+                f"--llm-bpw is given with {name}, and a search decides every matrix's bits: leave "
+                "one of them out"
+            )
 
     def _resolve_format(self) -> None:
         """Put the mode's own numbers where none were given, and check those that were."""

@@ -20,7 +20,7 @@ import numpy as np
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, verify
+from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, search, verify
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
@@ -104,7 +104,10 @@ def _export(
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
-    chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+    found = _search(checkpoint, tokenizer, options, progress)
+    chosen = (
+        found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+    )
     with appearing(destination) as directory:
         _check_space(directory, checkpoint, chosen, options)
         _write_small_files(checkpoint, chosen, options, tokenizer, directory)
@@ -123,8 +126,21 @@ def _export(
         progress("manifest", None)
         info = encoder.package.info if encoder.package else None
         manifest = _manifest(checkpoint, chosen, options, info, summary, gates, directory)
+        if found is not None:
+            manifest["llm"]["search"] = found.to_dict()
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
+
+
+def _search(
+    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, options: ExportOptions, progress: Progress
+) -> search.Found | None:
+    if options.llm_bpw is None:
+        return None
+    placeholder = tokenizer.image_token_id
+    return search.search(
+        checkpoint, tokenizer.tokenizer, placeholder, options, options.llm_bpw, progress
+    )
 
 
 def _write_small_files(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import mlx.core as mx
@@ -136,6 +137,11 @@ class Dialogue:
     scored: Tensor
     image: slice
 
+    @property
+    def mask(self) -> Tensor:
+        """What is added to the attention's scores: float32 [1, 1, L, L]."""
+        return torch.zeros(self.visible.shape).masked_fill(~self.visible, -inf)[None, None]
+
     @classmethod
     def build(
         cls,
@@ -197,13 +203,9 @@ class Outcome:
 @torch.inference_mode()
 def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:
     """Both sides through the whole model in step, each layer's weights read once per side."""
-    settings = _settings(config)
-    rotary = Qwen2RotaryEmbedding(settings)
-    with torch.device("meta"):
-        layer = Qwen2DecoderLayer(settings, 0)
+    rotary, layer = rotary_embedding(config), decoder_layer(config)
     hidden = [_embed(side, dialogue) for side in sides]
     largest = [float(h.abs().max()) for h in hidden]
-    mask = torch.zeros(dialogue.visible.shape).masked_fill(~dialogue.visible, float("-inf"))
     cos_sin = rotary(hidden[0], dialogue.positions[None])
     for index in range(config.num_hidden_layers):
         for i, side in enumerate(sides):
@@ -212,14 +214,22 @@ def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[O
                 for name, _ in LAYER
             }
             layer.load_state_dict(state, strict=True, assign=True)
-            hidden[i] = layer(
-                hidden[i], attention_mask=mask[None, None], position_embeddings=cos_sin
-            )
+            hidden[i] = layer(hidden[i], attention_mask=dialogue.mask, position_embeddings=cos_sin)
             largest[i] = float(np.maximum(largest[i], float(hidden[i].abs().max())))
     return [
         Outcome(_log_probabilities(side, h[0, dialogue.scored], config), peak)
         for side, h, peak in zip(sides, hidden, largest, strict=True)
     ]
+
+
+def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
+    """transformers' layer, without weights: one layer's after the other's are put into it."""
+    with torch.device("meta"):
+        return Qwen2DecoderLayer(_settings(config), 0)
+
+
+def rotary_embedding(config: TextConfig) -> Qwen2RotaryEmbedding:
+    return Qwen2RotaryEmbedding(_settings(config))
 
 
 def _settings(config: TextConfig) -> Qwen2Config:

@@ -28,7 +28,8 @@ def test_no_assignment_that_fits_loses_less(parts: list[list[Choice]], share: fl
         for combination in product(*parts)
         if sum(c.bytes for c in combination) <= budget
     )
-    assert sum(c.loss for c in chosen) <= best + 1e-6 * max(1.0, best)
+    largest = max(c.loss for part in parts for c in part)
+    assert sum(c.loss for c in chosen) <= best + 1e-9 * largest
 
 
 def test_the_least_size_is_said() -> None:
