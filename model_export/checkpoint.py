@@ -20,7 +20,7 @@ from fastvlm_mlx.errors import CheckpointError
 from model_export import weights
 from model_export.lora import is_tied
 from model_export.sources import Source, open_source
-from model_export.tensors import ExtendedRows, SourceTensor, magnitude, read_json, to_torch
+from model_export.tensors import ALL, ExtendedRows, SourceTensor, magnitude, read_json, to_torch
 
 if TYPE_CHECKING:
     import torch
@@ -112,13 +112,13 @@ class Checkpoint:
     def llm_specs(self) -> list[weights.TensorSpec]:
         return weights.llm_specs(self.config, tied=self.tied)
 
-    def array(self, source: str) -> mx.array:
-        """The tensor under its source name.
+    def array(self, source: str, rows: slice = ALL) -> mx.array:
+        """The tensor under its source name, or consecutive rows of it.
 
         Raises:
             CheckpointError: the file can't be read any more.
         """
-        return self.tensors[source].read()
+        return self.tensors[source].read(rows)
 
     def tensor(self, source: str) -> torch.Tensor:
         """The tensor under its source name, float32.

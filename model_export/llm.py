@@ -1,8 +1,8 @@
 """Cast and quantize the language model and the projector, tensor by tensor, into safetensors.
 
 Every destination's name, dtype and shape is known before a weight is read, so the header is
-written first and each tensor goes to the file as soon as it is computed: what is resident is one
-tensor, its quantized form, and nothing of the rest.
+written first and each tensor goes to the file as soon as it is computed, a block of rows at a time:
+what is resident is two blocks, the scales and biases of one tensor, and nothing of the rest.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastvlm_mlx.quantization import Format
 from model_export.checkpoint import Checkpoint, magnitude, to_torch
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.recipes import PROJECTOR, Scheme, is_matrix, path_of
+from model_export.tensors import ALL, row_blocks
 from model_export.weights import TensorSpec, bundle_specs, in_encoder
 
 # mlx dtype, safetensors' name, bytes.
@@ -96,25 +97,49 @@ def packed(spec: TensorSpec, form: Format, dtype: str) -> list[Stored]:
     ]
 
 
-def convert(checkpoint: Checkpoint, spec: TensorSpec, chosen: Scheme, dtype: str) -> list[mx.array]:
-    """The arrays of `stored(spec, chosen, dtype)`, in that order.
+def convert(
+    checkpoint: Checkpoint, spec: TensorSpec, chosen: Scheme, dtype: str
+) -> Iterator[mx.array]:
+    """The arrays of `stored(spec, chosen, dtype)`, in that order, the first by blocks of rows.
 
     Raises:
         CheckpointError: the source holds NaN or infinity.
         OptionError: a weight does not fit float16.
     """
-    weight = checkpoint.array(spec.source)
-    largest = magnitude(spec.source, to_torch(weight))
-    if dtype == "float16" and largest > FLOAT16_MAX:
-        raise OptionError(
-            f"{spec.source} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use --dtype "
-            "bfloat16"
-        )
-    if spec.axes is not None:
-        weight = weight.transpose(spec.axes)
-    cast = weight.astype(DTYPES[dtype][0])
     form = format_of(spec, chosen)
-    return [cast] if form is None else list(mx.quantize(cast, **asdict(form)))
+    ahead: mx.array | None = None
+    rest: list[list[mx.array]] = []
+    for rows in [ALL] if spec.axes is not None else row_blocks(spec.shape):
+        weight = checkpoint.array(spec.source, rows)
+        largest = magnitude(spec.source, to_torch(weight))
+        if dtype == "float16" and largest > FLOAT16_MAX:
+            raise OptionError(
+                f"{spec.source} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use "
+                "--dtype bfloat16"
+            )
+        if spec.axes is not None:
+            weight = weight.transpose(spec.axes)
+        first, *others = _block(weight, form, DTYPES[dtype][0])
+        # Computed while the block before is written and the next one is read.
+        mx.async_eval(first, *others)
+        if ahead is not None:
+            yield ahead
+        ahead = first
+        rest.append(others)
+    if ahead is not None:
+        yield ahead
+    for later in zip(*rest, strict=True):
+        yield from later
+
+
+def _block(weight: mx.array, form: Format | None, dtype: mx.Dtype) -> list[mx.array]:
+    if form is None:
+        return [weight.astype(dtype)]
+    # float32 holds what any source does, and on a CPU is the type that MLX quantizes fastest. It
+    # takes half precision to float32 first and rounds affine's scales and biases last, as here.
+    words, *others = mx.quantize(weight.astype(mx.float32), **asdict(form))
+    affine = form.mode == "affine"
+    return [words, *(array.astype(dtype) if affine else array for array in others)]
 
 
 def write(

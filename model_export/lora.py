@@ -16,7 +16,15 @@ from typing import Any
 import mlx.core as mx
 
 from fastvlm_mlx.errors import CheckpointError
-from model_export.tensors import SourceTensor, from_torch, read_json, read_tensors, to_torch
+from model_export.tensors import (
+    ALL,
+    SourceTensor,
+    from_torch,
+    read_json,
+    read_tensors,
+    row_blocks,
+    to_torch,
+)
 from model_export.weights import EMBEDDING, HEAD
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,13 +79,14 @@ class MergedTensor:
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((*self.base.files, *self.a.files, *self.b.files)))
 
-    def read(self) -> mx.array:
+    def read(self, rows: slice = ALL) -> mx.array:
         import torch
 
-        a, b = (to_torch(x.read()).float().flatten(1) for x in (self.a, self.b))
-        left, right = (a.T, b.T) if self.embedding else (b, a)
+        read = (self.a.read(), self.b.read(ALL if self.embedding else rows))
+        a, b = (to_torch(array).float().flatten(1) for array in read)
+        left, right = (a.T[rows], b.T) if self.embedding else (b, a)
         # A copy, so that the sum can be taken in place: no third matrix of this size.
-        weight = to_torch(self.base.read()).to(torch.float32, copy=True)
+        weight = to_torch(self.base.read(rows)).to(torch.float32, copy=True)
         weight.flatten(1).addmm_(left, right, alpha=self.scale)
         return from_torch(weight)
 
@@ -215,7 +224,10 @@ def is_tied(tensors: Mapping[str, SourceTensor]) -> bool:
     head, embedding = tensors[HEAD[0]], tensors[EMBEDDING[0]]
     if head.shape != embedding.shape:
         return False
-    return bool(mx.array_equal(head.read(), embedding.read()).item())
+    return all(
+        mx.array_equal(head.read(rows), embedding.read(rows)).item()
+        for rows in row_blocks(head.shape)
+    )
 
 
 def _tied_apart(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -24,12 +25,7 @@ from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, s
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.options import ExportOptions
-from model_export.pictures import (
-    Reference,
-    gate_pictures,
-    reference_features,
-    source_references,
-)
+from model_export.pictures import Reference, source_references
 from model_export.recipes import Scheme
 from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
 from model_export.verify import Gate
@@ -117,15 +113,16 @@ def _export(
         progress("check layout", None)
         _check_layout(bundle, encoder)
         progress("check encoder", None)
-        gates, features = _check_encoder(bundle, encoder, options)
+        gates, features = _check_encoder(checkpoint, bundle, encoder, options)
         progress("check answers", None)
         gates += verify.answer_gates(
             checkpoint, bundle, tokenizer.tokenizer, encoder.references, features, options
         )
         _judge(gates, options)
         progress("manifest", None)
-        info = encoder.package.info if encoder.package else None
-        manifest = _manifest(checkpoint, chosen, options, info, summary, gates, directory)
+        manifest = _manifest(
+            checkpoint, chosen, options, encoder.package, summary, gates, directory
+        )
         if found is not None:
             manifest["llm"]["search"] = found.to_dict()
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -163,19 +160,11 @@ def _write_small_files(
 
 
 @dataclass(frozen=True)
-class _Package:
-    """The written package, and the folded module it was made from."""
-
-    info: PackageInfo
-    module: fastvithd.FastViTHD
-
-
-@dataclass(frozen=True)
 class _ExportedEncoder:
     """What the source's encoder makes of the gates' pictures; an `mlx` bundle has no package."""
 
     references: list[Reference]
-    package: _Package | None
+    package: PackageInfo | None
 
 
 def _export_encoder(
@@ -184,38 +173,39 @@ def _export_encoder(
     progress("reference encoder", None)
     if options.layout == "mlx":
         return _ExportedEncoder(source_references(checkpoint), None)
-    state = checkpoint.encoder_state()
-    pictures = gate_pictures(checkpoint.config.vision)
-    references = reference_features(state, checkpoint, pictures)
-    module = fastvithd.fold(state, checkpoint.config.vision)
-    del state
+    references = source_references(checkpoint)
     progress("Core ML encoder", None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
     info = coreml.export_encoder(
-        module,
+        _folded(checkpoint),
         checkpoint.config.vision,
         package,
         precision=options.encoder_precision,
         metadata=metadata,
     )
-    return _ExportedEncoder(references, _Package(info, module))
+    return _ExportedEncoder(references, info)
+
+
+def _folded(checkpoint: Checkpoint) -> fastvithd.FastViTHD:
+    return fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
 
 
 def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
     if encoder.package is None:
         mlx_layout.check_mlx(bundle)
     else:
-        layouts.check_app(bundle, encoder.package.info)
+        layouts.check_app(bundle, encoder.package)
 
 
 def _check_encoder(
-    bundle: Bundle, encoder: _ExportedEncoder, options: ExportOptions
+    checkpoint: Checkpoint, bundle: Bundle, encoder: _ExportedEncoder, options: ExportOptions
 ) -> tuple[list[Gate], list[np.ndarray]]:
     if encoder.package is None:
         return verify.mlx_encoder_gates(bundle, encoder.references, options)
-    return verify.encoder_gates(bundle.package, encoder.package.module, encoder.references, options)
+    folded = partial(_folded, checkpoint)
+    return verify.encoder_gates(bundle.package, folded, encoder.references, options)
 
 
 def _export_llm(

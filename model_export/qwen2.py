@@ -1,14 +1,15 @@
 """Qwen2 in torch, a layer at a time: what the LLM's gate runs on both sides.
 
 The layers are transformers', in float32, so neither side is MLX and the source's side is not
-ours. One layer's weights are resident at a time; a bundle's packed integers are unpacked here,
-by MLX's documented layout and not by its kernels.
+ours. One matrix is resident at a time, of the embedding and the head a block of rows; a bundle's
+packed integers are unpacked here, by MLX's documented layout and not by its kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Protocol
 
@@ -17,18 +18,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.bundle import Bundle, model_name
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.prompt import encode_prompt
 from fastvlm_mlx.quantization import Format
 from model_export.checkpoint import Checkpoint, to_torch
-from model_export.weights import EMBEDDING, HEAD, LAYER, NORM
+from model_export.tensors import ALL, SourceTensor, row_blocks, safe_tensors
+from model_export.weights import EMBEDDING, HEAD, NORM
 
-ROWS = 16_384
 # The sixteen numbers of E2M1, OCP Microscaling Formats 1.0, 5.3.3.
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _E2M1 = torch.cat([_E2M1, -_E2M1])
@@ -36,35 +37,46 @@ _E2M1 = torch.cat([_E2M1, -_E2M1])
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as stored: as it is, or MLX's quantized form (bytes of codes, scales, biases)."""
+    """A weight as stored: as it is, or MLX's quantized form (words of codes, scales, biases)."""
 
-    weight: Tensor
-    scales: Tensor | None = None
-    biases: Tensor | None = None
+    weight: SourceTensor
+    scales: SourceTensor | None = None
+    biases: SourceTensor | None = None
     form: Format | None = None
 
-    def __len__(self) -> int:
-        return self.weight.shape[0]
-
-    def float(self, rows: slice | Tensor = slice(None)) -> Tensor:
+    def float(self, rows: slice = ALL) -> Tensor:
         """float32, whole or the chosen rows."""
+        weight = self.weight.read(rows)
         if self.form is None or self.scales is None:
-            return self.weight[rows].float()
-        if self.form.mode == "mxfp8":
-            codes = self.weight[rows].view(torch.float8_e4m3fn).float()
-        else:
-            codes = unpack(self.weight[rows], self.form.bits)
-            codes = codes.float() if self.form.mode == "affine" else _E2M1[codes.int()]
-        scales = self.scales[rows]
-        # One byte each: exponents (OCP MX's E8M0), or for nvfp4 float8 (E4M3).
-        if self.form.mode in ("mxfp4", "mxfp8"):
-            scales = torch.exp2(scales.float() - 127)
-        elif self.form.mode == "nvfp4":
-            scales = scales.view(torch.float8_e4m3fn)
-        grouped = codes.view(*scales.shape, -1).mul_(scales.float()[..., None])
-        if self.biases is not None:
-            grouped.add_(self.biases[rows].float()[..., None])
-        return grouped.view(codes.shape)
+            return to_torch(weight).float()
+        biases = None if self.biases is None else self.biases.read(rows)
+        return dequantize(self.form, weight, self.scales.read(rows), biases)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """float32, all of it, some rows at a time."""
+        return (self.float(rows) for rows in row_blocks(self.weight.shape))
+
+
+def dequantize(
+    form: Format, words: mx.array, scales: mx.array, biases: mx.array | None = None
+) -> Tensor:
+    """What `mx.quantize` made, float32."""
+    packed = to_torch(words.view(mx.uint8))
+    if form.mode == "mxfp8":
+        codes = packed.view(torch.float8_e4m3fn).float()
+    else:
+        codes = unpack(packed, form.bits)
+        codes = codes.float() if form.mode == "affine" else _E2M1[codes.int()]
+    factors = to_torch(scales)
+    # One byte each: exponents (OCP MX's E8M0), or for nvfp4 float8 (E4M3).
+    if form.mode in ("mxfp4", "mxfp8"):
+        factors = torch.exp2(factors.float() - 127)
+    elif form.mode == "nvfp4":
+        factors = factors.view(torch.float8_e4m3fn)
+    grouped = codes.view(*factors.shape, -1).mul_(factors.float()[..., None])
+    if biases is not None:
+        grouped.add_(to_torch(biases).float()[..., None])
+    return grouped.view(codes.shape)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -96,26 +108,25 @@ class SourceWeights:
         self._sources = {spec.name: spec.source for spec in checkpoint.llm_specs}
 
     def matrix(self, name: str) -> Matrix:
-        return Matrix(to_torch(self._checkpoint.array(self._sources[name])))
+        return Matrix(self._checkpoint.tensors[self._sources[name]])
 
 
 class BundleWeights:
     def __init__(self, bundle: Bundle):
         self._bundle = bundle
-        self._names = frozenset(bundle.model_tensors())
+        self._tensors = {
+            model_name(name): tensor
+            for file in bundle.weight_files
+            for name, tensor in safe_tensors(file).items()
+        }
 
     def matrix(self, name: str) -> Matrix:
-        stem = name.removesuffix("weight")
+        weight, stem = self._tensors[name], name.removesuffix("weight")
         form = self._bundle.format_of(stem[:-1])
-        if form is None or stem + "scales" not in self._names:
-            return Matrix(to_torch(self._load(name)))
-        words = to_torch(self._load(name).view(mx.uint8))
-        scales = to_torch(self._load(stem + "scales"))
-        biases = to_torch(self._load(stem + "biases")) if form.mode == "affine" else None
-        return Matrix(words, scales, biases, form)
-
-    def _load(self, name: str) -> mx.array:
-        return self._bundle.model_tensors()[name]
+        if form is None or stem + "scales" not in self._tensors:
+            return Matrix(weight)
+        biases = self._tensors[stem + "biases"] if form.mode == "affine" else None
+        return Matrix(weight, self._tensors[stem + "scales"], biases, form)
 
 
 @dataclass(frozen=True)
@@ -203,17 +214,13 @@ class Outcome:
 @torch.inference_mode()
 def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:
     """Both sides through the whole model in step, each layer's weights read once per side."""
-    rotary, layer = rotary_embedding(config), decoder_layer(config)
+    rotary = rotary_embedding(config)
     hidden = [_embed(side, dialogue) for side in sides]
     largest = [float(h.abs().max()) for h in hidden]
     cos_sin = rotary(hidden[0], dialogue.positions[None])
     for index in range(config.num_hidden_layers):
         for i, side in enumerate(sides):
-            state = {
-                name: side.weights.matrix(f"language_model.model.layers.{index}.{name}").float()
-                for name, _ in LAYER
-            }
-            layer.load_state_dict(state, strict=True, assign=True)
+            layer = _layer(config, side.weights, f"language_model.model.layers.{index}.")
             hidden[i] = layer(hidden[i], attention_mask=dialogue.mask, position_embeddings=cos_sin)
             largest[i] = float(np.maximum(largest[i], float(hidden[i].abs().max())))
     return [
@@ -230,6 +237,26 @@ def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
 
 def rotary_embedding(config: TextConfig) -> Qwen2RotaryEmbedding:
     return Qwen2RotaryEmbedding(_settings(config))
+
+
+def _layer(config: TextConfig, weights: Weights, prefix: str) -> Qwen2DecoderLayer:
+    """A layer each of whose modules reads its weights when it runs, and lets go of them then."""
+    layer = decoder_layer(config)
+
+    def read(name: str, module: nn.Module, arguments: object) -> None:
+        state = {
+            key: weights.matrix(f"{prefix}{name}.{key}").float() for key in module.state_dict()
+        }
+        module.load_state_dict(state, strict=True, assign=True)
+
+    def let_go(module: nn.Module, arguments: object, result: object) -> None:
+        module.to("meta")
+
+    for name, module in layer.named_modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(partial(read, name))
+            module.register_forward_hook(let_go)
+    return layer
 
 
 def _settings(config: TextConfig) -> Qwen2Config:
@@ -249,9 +276,15 @@ def _settings(config: TextConfig) -> Qwen2Config:
 
 
 def _embed(side: Side, dialogue: Dialogue) -> Tensor:
-    embedded = side.weights.matrix(EMBEDDING[1]).float(dialogue.ids)
+    embedded = look_up(side.weights.matrix(EMBEDDING[1]), dialogue.ids)
     embedded[dialogue.image] = project(side)
     return embedded[None]
+
+
+def look_up(matrix: Matrix, ids: Tensor) -> Tensor:
+    """Rows of an embedding by ids [L], float32: those alone are read."""
+    wanted, places = ids.unique(return_inverse=True)
+    return torch.cat([matrix.float(slice(i, i + 1)) for i in wanted.tolist()])[places]
 
 
 def project(side: Side) -> Tensor:
@@ -271,5 +304,4 @@ def _log_probabilities(side: Side, hidden: Tensor, config: TextConfig) -> Tensor
     norm = side.weights.matrix(NORM[1]).float()
     hidden = F.rms_norm(hidden, (config.hidden_size,), norm, config.rms_norm_eps)
     head = side.weights.matrix((EMBEDDING if config.tie_word_embeddings else HEAD)[1])
-    logits = [hidden @ head.float(slice(i, i + ROWS)).T for i in range(0, len(head), ROWS)]
-    return torch.cat(logits, 1).log_softmax(1)
+    return torch.cat([hidden @ rows.T for rows in head.blocks()], 1).log_softmax(1)

@@ -12,7 +12,7 @@ proportional to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import mlx.core as mx
@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.quantization import Format
-from model_export.checkpoint import Checkpoint, to_torch
+from model_export.checkpoint import Checkpoint
 from model_export.pictures import Reference
 from model_export.qwen2 import (
-    ROWS,
     Dialogue,
     Matrix,
     Side,
     SourceWeights,
     decoder_layer,
+    dequantize,
+    look_up,
     project,
     rotary_embedding,
 )
@@ -133,10 +134,7 @@ class _Study:
 
 def rounded(weight: Tensor, form: Format) -> Tensor:
     """A float32 weight as MLX's quantization keeps it."""
-    parts = mx.quantize(mx.array(weight.numpy()), **asdict(form))
-    words, scales = to_torch(parts[0].view(mx.uint8)), to_torch(parts[1])
-    biases = to_torch(parts[2]) if form.mode == "affine" else None
-    return Matrix(words, scales, biases, form).float()
+    return dequantize(form, *mx.quantize(mx.array(weight.numpy()), **asdict(form)))
 
 
 def _start(
@@ -152,7 +150,7 @@ def _start(
     dialogue = Dialogue.build(tokenizer, reference.picture.questions, image_token_id, tokens)
     features = torch.from_numpy(reference.features)
     embedding = weights.matrix(EMBEDDING + ".weight")
-    source = embedding.float(dialogue.ids)
+    source = look_up(embedding, dialogue.ids)
     projected = project(Side(weights, features))
     source[dialogue.image] = projected
     rotation = rotary_embedding(checkpoint.config.text)(source[None], dialogue.positions[None])
@@ -161,7 +159,7 @@ def _start(
         hidden = source.clone()
         hidden[dialogue.image] = image
         sample.add(path, hidden[None])
-    hidden = rounded(embedding.float(dialogue.ids), study.measured)
+    hidden = rounded(look_up(embedding, dialogue.ids), study.measured)
     hidden[dialogue.image] = projected
     sample.add(EMBEDDING, hidden[None])
     return sample
@@ -256,9 +254,9 @@ def _divergences(
         _rounded_rows(EMBEDDING, weights.matrix(EMBEDDING + ".weight"), [None], study)
     total: dict[str, float] = dict.fromkeys(study.errors, 0.0)
     for sample, final in zip(samples, finals, strict=True):
-        source = _logits(final[:1], head).log_softmax(-1)
+        source = _logits(final[:1], head.blocks()).log_softmax(-1)
         for paths, rows in zip(_batches(sample.paths), final[1:].split(BATCH), strict=True):
-            for name, found in zip(paths, _kl(source, _logits(rows, head)), strict=True):
+            for name, found in zip(paths, _kl(source, _logits(rows, head.blocks())), strict=True):
                 # A head that is the embedding is rounded in both places.
                 total[name] += found if name != path else 0.0
         row = final[1 + sample.paths.index(path)] if tied else final[0]
@@ -278,15 +276,14 @@ def _kl(source: Tensor, logits: Tensor) -> list[float]:
     return [max(0.0, value) for value in found.sum((1, 2), dtype=torch.float64).tolist()]
 
 
-def _logits(hidden: Tensor, head: Matrix) -> Tensor:
-    """[R, P, D] → [R, P, V], the head widened a block of rows at a time."""
-    blocks = range(0, len(head), ROWS)
-    return torch.cat([hidden @ head.float(slice(i, i + ROWS)).T for i in blocks], -1)
+def _logits(hidden: Tensor, head: Iterable[Tensor]) -> Tensor:
+    """[R, P, D] → [R, P, V], the head by blocks of rows."""
+    return torch.cat([hidden @ rows.float().T for rows in head], -1)
 
 
 def _rounded_rows(
     path: str, matrix: Matrix, inputs: Sequence[Tensor | None], study: _Study
-) -> Matrix:
+) -> list[Tensor]:
     """A large matrix in the measured format, by blocks of rows; notes every format's error energy.
 
     Args:
@@ -294,8 +291,7 @@ def _rounded_rows(
     """
     noted = study.errors.setdefault(path, dict.fromkeys(study.formats, 0.0))
     kept = []
-    for start in range(0, len(matrix), ROWS):
-        weight = matrix.float(slice(start, start + ROWS))
+    for weight in matrix.blocks():
         for form in study.formats:
             found = rounded(weight, form)
             for x in inputs:
@@ -303,4 +299,4 @@ def _rounded_rows(
                 noted[form] += float(error.square().sum(dtype=torch.float64))
             if form == study.measured:
                 kept.append(found.half())
-    return Matrix(torch.cat(kept))
+    return kept

@@ -1,13 +1,13 @@
-"""Tensors as files hold them: headers first, values one tensor at a time and kept by nobody."""
+"""Tensors as files hold them: headers first; values whole or by rows, and kept by nobody."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,8 +20,21 @@ from fastvlm_mlx.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-# I64 is BatchNorm's counter's.
+# safetensors' names: what numpy reads them as (it has no bfloat16), and MLX's type. I64 is
+# BatchNorm's counter's; a bundle has U32 for packed codes and U8 for the scales of float formats.
+FORMATS: dict[str, tuple[str, mx.Dtype]] = {
+    "F32": ("<f4", mx.float32),
+    "F16": ("<f2", mx.float16),
+    "BF16": ("<u2", mx.bfloat16),
+    "I64": ("<i8", mx.int64),
+    "U32": ("<u4", mx.uint32),
+    "U8": ("u1", mx.uint8),
+}
 DTYPES = ("F32", "F16", "BF16", "I64")
+ALL = slice(None)
+# Small enough for what is computed from a block to stay in the processor's cache and in memory that
+# the allocator has at hand: on a CPU whole matrices of 100 MB take twice as long.
+BLOCK_ELEMENTS = 2**22
 MAPPED_BYTES = 100_000_000
 # Files of full weights, by preference; an adapter's and a projector's have names of their own.
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -39,29 +52,39 @@ class SourceTensor(Protocol):
     @property
     def files(self) -> tuple[Path, ...]: ...
 
-    def read(self) -> mx.array:
-        """Raises CheckpointError if a file can't be read any more."""
+    def read(self, rows: slice = ALL) -> mx.array:
+        """Those rows (entries of the first axis), consecutive; of a scalar the scalar.
+
+        Raises CheckpointError if a file can't be read any more.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class SafeTensor:
-    """In a safetensors file."""
+    """In a safetensors file, its first byte at `offset`."""
 
     file: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.file,)
 
-    def read(self) -> mx.array:
+    def read(self, rows: slice = ALL) -> mx.array:
+        kind, dtype = FORMATS[self.dtype]
+        row = prod(self.shape[1:])
+        start, stop, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        offset = self.offset + start * row * np.dtype(kind).itemsize
         try:
-            # A new lazy map each time: an array that was evaluated stays in its map, and memory.
-            return mx.load(str(self.file))[self.key]  # type: ignore[call-overload,return-value]
-        except RuntimeError as error:
+            data = np.fromfile(self.file, kind, (stop - start) * row, offset=offset)
+            # A file that became shorter gives fewer numbers.
+            return mx.array(data.reshape(shape)).view(dtype)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.file} can't be read: {error}") from error
 
 
@@ -77,13 +100,13 @@ class PickledFile:
         self._map: dict[str, torch.Tensor] | None = None
         self._read_bytes = 0
 
-    def tensor(self, key: str) -> torch.Tensor:
+    def tensor(self, key: str, rows: slice) -> torch.Tensor:
         """Raises CheckpointError: as for the header, if the file changed meanwhile."""
         if self._map is None or self._read_bytes > MAPPED_BYTES:
             self._map, self._read_bytes = unpickle(self.path), 0
         if key not in self._map:
             raise CheckpointError(f"{self.path} changed while it was read: run the export again")
-        tensor = self._map[key]
+        tensor = self._map[key][rows] if self._map[key].dim() else self._map[key]
         self._read_bytes += tensor.nbytes
         return tensor
 
@@ -101,8 +124,8 @@ class PickledTensor:
     def files(self) -> tuple[Path, ...]:
         return (self.file.path,)
 
-    def read(self) -> mx.array:
-        return from_torch(self.file.tensor(self.key))
+    def read(self, rows: slice = ALL) -> mx.array:
+        return from_torch(self.file.tensor(self.key, rows))
 
 
 @dataclass(frozen=True)
@@ -125,10 +148,21 @@ class ExtendedRows:
     def files(self) -> tuple[Path, ...]:
         return self.source.files
 
-    def read(self) -> mx.array:
-        matrix = self.source.read()
-        row = matrix[self.copied : self.copied + 1]
-        return mx.concatenate([matrix, mx.repeat(row, self.rows - matrix.shape[0], axis=0)])
+    def read(self, rows: slice = ALL) -> mx.array:
+        start, stop, _ = rows.indices(self.rows)
+        held = self.source.shape[0]
+        matrix = self.source.read(slice(min(start, held), min(stop, held)))
+        if stop <= held:
+            return matrix
+        row = self.source.read(slice(self.copied, self.copied + 1))
+        return mx.concatenate([matrix, mx.repeat(row, stop - max(start, held), axis=0)])
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of a tensor of this shape, `BLOCK_ELEMENTS` or one row at a time."""
+    rows = max(1, BLOCK_ELEMENTS // prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
 
 
 def to_torch(array: mx.array) -> torch.Tensor:
@@ -219,8 +253,14 @@ def read_tensors(files: list[Path]) -> dict[str, SourceTensor]:
     """
     tensors: dict[str, SourceTensor] = {}
     for file in files:
-        header = _safe_header(file) if file.suffix == ".safetensors" else _pickled_header(file)
+        header: Mapping[str, SourceTensor]
+        header = safe_tensors(file) if file.suffix == ".safetensors" else _pickled_header(file)
         for key, tensor in header.items():
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{key} is stored as {tensor.dtype}: expected F32, F16 or BF16, an unquantized "
+                    "PyTorch checkpoint and not a bundle"
+                )
             if key in tensors:
                 raise CheckpointError(
                     f"{key} is in both {tensors[key].files[0].name} and {file.name}: expected it "
@@ -267,21 +307,28 @@ def _index_names(index: Path) -> set[str]:
     return set(weight_map.values())
 
 
-def _safe_header(file: Path) -> dict[str, SafeTensor]:
+def safe_tensors(file: Path) -> dict[str, SafeTensor]:
+    """A safetensors file's tensors, of whatever type.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
     try:
-        with safe_open(str(file), framework="numpy") as stream:
-            entries = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118
-            tensors = {
-                key: SafeTensor(file, key, entry.get_dtype(), tuple(entry.get_shape()))
-                for key, entry in entries.items()
-            }
+        # Checks the header and that it accounts for every byte; where these lie it does not say.
+        with safe_open(str(file), framework="numpy"), file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            entries = json.loads(stream.read(length))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is not a whole safetensors file ({error}): download it again"
         ) from error
-    for key, tensor in tensors.items():
-        _check_dtype(key, tensor.dtype)
-    return tensors
+    return {
+        key: SafeTensor(
+            file, key, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for key, entry in entries.items()
+        if key != "__metadata__"
+    }
 
 
 def _pickled_header(file: Path) -> dict[str, PickledTensor]:
@@ -290,17 +337,8 @@ def _pickled_header(file: Path) -> dict[str, PickledTensor]:
     stored = PickledFile(file)
     for key, tensor in unpickle(file).items():
         dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-        _check_dtype(key, dtype)
         tensors[key] = PickledTensor(stored, key, dtype, tuple(tensor.shape))
     return tensors
-
-
-def _check_dtype(key: str, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise CheckpointError(
-            f"{key} is stored as {dtype}: expected F32, F16 or BF16, an unquantized PyTorch "
-            "checkpoint and not a bundle"
-        )
 
 
 @cache

@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import inf, isfinite, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,14 +90,15 @@ def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
 
 def encoder_gates(
     package: Path,
-    module: FastViTHD,
+    folded: Callable[[], FastViTHD],
     references: Sequence[Reference],
     options: ExportOptions,
 ) -> tuple[list[Gate], list[np.ndarray]]:
     """SNR of the package as written to disk, and its largest magnitude.
 
     Args:
-        module: the folded module that the package was made from. Its weights are rounded in place.
+        folded: makes the module that the package was made from, once the package's own weights are
+            no longer in memory.
 
     Returns:
         The gates, and the features of every picture.
@@ -107,9 +109,9 @@ def encoder_gates(
     # numpy's minimum and maximum carry NaN; Python's lose it.
     worst = np.min([snr_db(r.features, f) for r, f in zip(references, features, strict=True)])
     floor = options.snr_floor_db
-    conversion = snr_db(
-        _rounded_features(module, options, references[-1].pixels), encoder(references[-1].pixels)
-    )
+    exact = encoder(references[-1].pixels)
+    del encoder
+    conversion = snr_db(_rounded_features(folded(), options, references[-1].pixels), exact)
     gates = [
         Gate("encoder SNR", float(worst), "dB", floor, True),
         Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True),
@@ -278,9 +280,8 @@ def verify(
     references = reference_features(state, checkpoint, pictures)
     progress("check encoder", None)
     if bundle.layout == "app":
-        module = fastvithd.fold(state, checkpoint.config.vision)
-        gates, features = encoder_gates(bundle.package, module, references, options)
-        del module
+        fold = partial(fastvithd.fold, state, checkpoint.config.vision)
+        gates, features = encoder_gates(bundle.package, fold, references, options)
     else:
         gates, features = mlx_encoder_gates(bundle, references, options)
     del state

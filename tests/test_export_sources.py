@@ -136,7 +136,7 @@ def test_every_kind_of_source_exports_to_the_same_bundle(source, expected, tmp_p
         # Made from these alone; converting the same ones again would tell nothing new.
         states.append(checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
-        return pipeline._ExportedEncoder([], pipeline._Package(describe(package), None))
+        return pipeline._ExportedEncoder([], describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
     monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))

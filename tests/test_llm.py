@@ -1,6 +1,6 @@
 """Casting, quantizing and streaming: the file that is written is what mlx-lm would compute."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 from fastvlm_mlx.errors import CheckpointError, OptionError
 from fastvlm_mlx.quantization import MODES, Format
-from model_export import llm
-from model_export.checkpoint import Checkpoint, to_torch
+from model_export import llm, tensors
+from model_export.checkpoint import Checkpoint
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
 from model_export.qwen2 import Matrix
 from model_export.recipes import scheme
+from model_export.tensors import ALL
 
 QUANTIZED = [bits for bits in BITS if bits != 16]
 
@@ -29,7 +30,11 @@ def write(checkpoint: Checkpoint, options: ExportOptions, directory: Path) -> ll
 
 @pytest.mark.parametrize("bits", QUANTIZED)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_what_is_written_is_what_mlx_quantizes(demo_checkpoint, tmp_path, bits, group_size):
+def test_what_is_written_is_what_mlx_quantizes(
+    demo_checkpoint, tmp_path, bits, group_size, monkeypatch
+):
+    # Five rows or fewer, so that no matrix is one block and the last one is not full.
+    monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 700)
     checkpoint = Checkpoint(demo_checkpoint)
     options = ExportOptions(llm_bits=bits, group_size=group_size)
     summary = write(checkpoint, options, tmp_path)
@@ -37,16 +42,29 @@ def test_what_is_written_is_what_mlx_quantizes(demo_checkpoint, tmp_path, bits, 
     written = mx.load(str(tmp_path / "model.safetensors"))
     assert sum(array.nbytes for array in written.values()) == summary.bytes
     for spec in checkpoint.llm_specs:
-        source = checkpoint.array(spec.source).astype(mx.float16)
+        source = checkpoint.array(spec.source)
         if llm.format_of(spec, chosen) is None:
-            assert mx.array_equal(written[spec.name], source).item()
+            assert mx.array_equal(written[spec.name], source.astype(mx.float16)).item()
             continue
         stem = spec.name.removesuffix("weight")
         parts = [written[stem + part] for part in ("weight", "scales", "biases")]
-        for found, expected in zip(
-            parts, mx.quantize(source, group_size=group_size, bits=bits), strict=True
-        ):
-            assert mx.array_equal(found, expected).item()
+        whole = mx.quantize(source.astype(mx.float32), group_size=group_size, bits=bits)
+        for found, expected in zip(parts, whole, strict=True):
+            assert mx.array_equal(found, expected.astype(found.dtype)).item()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Format(bits, 64) for bits in QUANTIZED]
+    + [Format(bits[0], groups[0], mode) for mode, (bits, groups) in MODES.items()],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_quantizing_in_float32_is_mlx_s_quantizing_in_half_precision(form, dtype):
+    weight = mx.random.normal((64, 256), key=mx.random.key(form.bits)).astype(dtype)
+    wide = mx.quantize(weight.astype(mx.float32), **asdict(form))
+    for found, expected in zip(wide, mx.quantize(weight, **asdict(form)), strict=True):
+        assert mx.array_equal(found.astype(expected.dtype), expected).item()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -74,6 +92,18 @@ def test_the_projector_stays_in_16_bits_and_the_summary_says_so(demo_checkpoint,
     assert not [name for name in written if name.endswith("scales") and "projector" in name]
 
 
+@dataclass(frozen=True)
+class InMemory:
+    array: mx.array
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    def read(self, rows=ALL):
+        return self.array[rows]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9),
@@ -85,12 +115,11 @@ def test_the_projector_stays_in_16_bits_and_the_summary_says_so(demo_checkpoint,
 def test_our_unpacking_is_mlx_s(rows, groups, bits, group_size, seed):
     weight = np.random.default_rng(seed).standard_normal((rows, groups * group_size))
     parts = mx.quantize(mx.array(weight.astype(np.float32)), group_size=group_size, bits=bits)
-    words, scales, biases = parts
-    form = Format(bits, group_size)
-    matrix = Matrix(to_torch(words.view(mx.uint8)), to_torch(scales), to_torch(biases), form)
+    matrix = Matrix(*map(InMemory, parts), Format(bits, group_size))
     expected = np.array(mx.dequantize(*parts, group_size=group_size, bits=bits))
     np.testing.assert_allclose(matrix.float().numpy(), expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(matrix.float(slice(0, 1)), matrix.float()[:1])
+    np.testing.assert_array_equal(torch.cat(list(matrix.blocks())), matrix.float())
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "affine"])
@@ -99,8 +128,8 @@ def test_our_unpacking_of_float_formats_is_mlx_s(mode):
     scale = 2.0 ** np.arange(-12, 12, 0.75)[:, None]
     weight = np.random.default_rng(1).standard_normal((32, 128)) * scale
     parts = mx.quantize(mx.array(weight.astype(np.float32)), **asdict(form))
-    words, scales = parts
-    matrix = Matrix(to_torch(words.view(mx.uint8)), to_torch(scales), None, form)
+    words, scales = map(InMemory, parts)
+    matrix = Matrix(words, scales, None, form)
     expected = np.array(mx.dequantize(*parts, **asdict(form)).astype(mx.float32))
     # MLX rounds what it dequantizes to bfloat16.
     np.testing.assert_allclose(matrix.float().numpy(), expected, rtol=2**-8)

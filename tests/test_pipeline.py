@@ -39,7 +39,7 @@ def quick(monkeypatch, demo_bundle):
 
     def encoder(checkpoint, package, options, progress):
         shutil.copytree(demo_bundle / package.name, package)
-        return pipeline._ExportedEncoder([], pipeline._Package(describe(package), None))
+        return pipeline._ExportedEncoder([], describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
     monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))

@@ -48,6 +48,19 @@ def losses(checkpoint, tokenizer, references):
     )
 
 
+class _Held:
+    """A matrix in memory."""
+
+    def __init__(self, weight):
+        self._weight = weight
+
+    def float(self, rows=slice(None)):
+        return self._weight[rows]
+
+    def blocks(self):
+        return iter([self._weight])
+
+
 class _OneRounded(qwen2.SourceWeights):
     """The source, one matrix of it in a format."""
 
@@ -59,7 +72,7 @@ class _OneRounded(qwen2.SourceWeights):
         found = super().matrix(name)
         if name != f"{self._path}.weight":
             return found
-        return qwen2.Matrix(sensitivity.rounded(found.float(), self._form))
+        return _Held(sensitivity.rounded(found.float(), self._form))
 
 
 def _divergence(checkpoint, tokenizer, references, path, form):

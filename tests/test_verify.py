@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ def references(demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     seen = pictures.gate_pictures(checkpoint.config.vision)[:2]
     return pictures.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+
+
+def folded(checkpoint):
+    return partial(fastvithd.fold, checkpoint.encoder_state(), checkpoint.config.vision)
 
 
 def swap_channels(state):
@@ -62,16 +67,14 @@ def test_a_damaged_package_fails_the_encoder_gate(
     )
     if damage == "an op":
         replace_an_op(package)
-    right = fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
-    gates, _ = verify.encoder_gates(package, right, references, ExportOptions())
+    gates, _ = verify.encoder_gates(package, folded(checkpoint), references, ExportOptions())
     assert "encoder conversion SNR" in [gate.name for gate in gates if not gate.passed]
 
 
 def test_the_untouched_package_passes(demo_checkpoint, demo_bundle, references):
     checkpoint = Checkpoint(demo_checkpoint)
-    module = fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
     package = demo_bundle / "fastvithd.mlpackage"
-    gates, features = verify.encoder_gates(package, module, references, ExportOptions())
+    gates, features = verify.encoder_gates(package, folded(checkpoint), references, ExportOptions())
     assert all(gate.passed for gate in gates)
     assert gates[0].value < 120, "rounded to fp16, it can't be exact"
     assert features[0].shape == references[0].features.shape
