@@ -326,22 +326,14 @@ def install(
 @app.command()
 def push(
     bundle: Out,
-    repository: Annotated[
-        str, typer.Argument(metavar="REPO", help="Where on the Hugging Face hub: owner/name.")
-    ],
-    private: Annotated[
-        bool, typer.Option("--private", help="If it is created, only its owner sees it.")
-    ] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="A branch, created if missing.")
-    ] = None,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="On the hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Of a repository created.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, created if missing.")] = None,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     allow_failed_gates: Annotated[
         bool, typer.Option("--allow-failed-gates", help="Push a bundle that fails its check.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the model card and upload nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card alone.")] = False,
 ) -> None:
     """Upload a bundle to the Hugging Face hub, with a model card made from its manifest."""
     from fastvlm_mlx import report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from fastvlm_mlx.bundle import MANIFEST
 from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.quantization import Format
 from fastvlm_mlx.report import gate_cells, shown_bytes
 
 APPLE_LICENSE = "apple-amlr"
@@ -64,7 +66,7 @@ def model_card(manifest: Mapping[str, Any], repository: str, revision: str | Non
 
 def _metadata(manifest: Mapping[str, Any]) -> ModelCardData:
     source, mlx = manifest["source"], manifest["layout"] == "mlx"
-    quantized = manifest["llm"]["bits"] < 16
+    quantized = any(manifest["llm"]["formats"].values())
     bases = [base for link in _chain(source) if (base := _hub_id(link["name"]))]
     tags = ["fastvlm", "fastvithd", "mlx"] + ([] if mlx else ["coreml"])
     data: dict[str, Any] = {
@@ -150,11 +152,13 @@ def _facts(manifest: Mapping[str, Any]) -> str:
     ]
     if "deployment_target" in encoder:
         rows.append(("runs from", encoder["deployment_target"]))
-    quantized = llm["group_size"] is not None
-    form = f"{llm['bits']} bits, groups of {llm['group_size']}" if quantized else llm["dtype"]
+    forms = Counter(str(Format(**form)) for form in llm["formats"].values() if form)
+    form = ", ".join(f"{name} ({n} matrices)" for name, n in forms.most_common())
+    if len(forms) < 2:
+        form = next(iter(forms), llm["dtype"])
     sizes = f"{llm['parameters']:,} parameters, {shown_bytes(llm['bytes'])}"
     rows.append(("language model", f"{form}: {llm['bits_per_weight']:g} bits per weight, {sizes}"))
-    if quantized:
+    if forms:
         rows.append(("not quantized", f"{llm['dtype']}{_left(llm['left_unquantized'])}"))
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     return _table(["", ""], [*rows, ("all files", shown_bytes(total))])

@@ -236,7 +236,7 @@ class TestCard:
         }
         assert "| source | `fastvlm-demo`, Apple's layout |" in text
         assert "FastViTHD in fp16: 256×256 pixels → 16 tokens of 512 channels; 2.6 MB" in text
-        assert "4 bits, groups of 64: 5.826 bits per weight, 731,520 parameters" in text
+        assert "4 bits in groups of 64: 5.826 bits per weight, 731,520 parameters" in text
         assert "(`multi_modal_projector.linear_0.weight`, `multi_modal" in text
         assert re.search(r"\| KL divergence \| \S+ nats \| ≤ 0.5 nats \| passed \|", text)
         assert "coremltools 9" in text
@@ -291,11 +291,20 @@ class TestCard:
             "someone/finetune",
             "quantized",
         )
-        llm = manifest["llm"] | {"bits": 16, "group_size": None, "left_unquantized": {}}
+        plain = dict.fromkeys(manifest["llm"]["formats"])
+        llm = manifest["llm"] | {"bits": 16, "formats": plain, "left_unquantized": {}}
         data, text = card(source=manifest["source"] | {"name": name}, llm=llm)
         assert "base_model_relation" not in data
         assert "16-bit" not in data["tags"]
         assert "| language model | float16: " in text
+
+    def test_several_formats(self, card, manifest):
+        formats = dict(manifest["llm"]["formats"])
+        first, *_ = (path for path, form in formats.items() if form)
+        formats[first] = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
+        count = sum(map(bool, formats.values())) - 1
+        _, text = card(llm=manifest["llm"] | {"formats": formats})
+        assert f"| 4 bits in groups of 64 ({count} matrices), mxfp4 in groups of 32 (1 ma" in text
 
     def test_what_loads_it_is_shown(self, card, manifest):
         _, text = card(fits_unmodified_app=True)
