@@ -11,7 +11,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
@@ -77,6 +77,14 @@ class Bundle:
             return str(self.manifest["layout"])
         names = self.tensors(required=False)
         return "mlx" if any(name.startswith(ENCODER_PREFIX) for name in names) else "app"
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Its files by relative name: the manifest and what it lists; without one, every file."""
+        if self.manifest is not None:
+            return sorted([*self.manifest["files"], MANIFEST])
+        found = (file for file in self.path.rglob("*") if file.is_file())
+        return sorted(file.relative_to(self.path).as_posix() for file in found)
 
     @cached_property
     def package(self) -> Path:
@@ -306,3 +314,8 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries
     ):
         raise BundleError(f"{file} is not a whole manifest: export the checkpoint again")
+    for name in manifest["files"]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BundleError(
+                f"{file} lists {name}, which is not inside the bundle: export the checkpoint again"
+            )

@@ -60,7 +60,7 @@ def main() -> None:
         _fail(f"the output can't be written ({error.strerror}): make room where it goes", 2)
     except SystemExit as leaving:
         if leaving.code == 130:
-            print("interrupted: nothing was left behind", file=sys.stderr)
+            print("interrupted: nothing half done was left behind", file=sys.stderr)
         raise
 
 
@@ -330,6 +330,39 @@ def install(
         f"{installation.model}\nNext: open FastVLM.xcodeproj beside it in Xcode, choose your team "
         "under Signing & Capabilities, a device, and run"
     )
+
+
+@app.command()
+def push(
+    bundle: Out,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="On the hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Of a repository created.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, created if missing.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    allow_failed_gates: Annotated[
+        bool, typer.Option("--allow-failed-gates", help="Push a bundle that fails its check.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card alone.")] = False,
+) -> None:
+    """Upload a bundle to the Hugging Face hub, with a model card made from its manifest."""
+    from fastvlm_mlx import report
+    from model_export.push import plan
+    from model_export.push import push as run
+
+    with report.stages() as progress:
+        upload = plan(
+            bundle,
+            repository,
+            revision=revision,
+            allow_failed_gates=allow_failed_gates,
+            progress=progress,
+        )
+        url = "" if dry_run else run(upload, private=private, message=message, progress=progress)
+    if dry_run:
+        print(upload.card, end="")
+    else:
+        count = len(upload.files)
+        print(f"{count} files, {report.shown_bytes(upload.bytes)}, and a model card: {url}")
 
 
 @app.command()

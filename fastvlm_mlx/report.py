@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _stderr = Console(stderr=True)
 _stdout = Console()
 
+# In these huggingface_hub may draw bars of its own, with bytes and speed: none of ours meanwhile.
+HUB_STAGES = ("checkpoint", "upload")
+
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, float | None], None]]:
@@ -31,21 +34,38 @@ def stages() -> Iterator[Callable[[str, float | None], None]]:
         yield _lines()
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr) as progress:
-        current: tuple[str, Any] = ("", None)
+    progress = Progress(*columns, console=_stderr)
+    current: tuple[str, Any] = ("", None)
 
-        def show(stage: str, done: float | None) -> None:
-            nonlocal current
-            if stage != current[0]:
-                if current[1] is not None:
-                    progress.update(current[1], total=1, completed=1)
-                current = (stage, progress.add_task(stage, total=None if done is None else 1))
-            if done is not None:
-                progress.update(current[1], completed=done)
+    def show(stage: str, done: float | None) -> None:
+        nonlocal current
+        if stage != current[0]:
+            finish()
+            task = None
+            if stage in HUB_STAGES:
+                pause()
+            else:
+                progress.start()
+                task = progress.add_task(stage, total=None if done is None else 1)
+            current = (stage, task)
+        if done is not None and current[1] is not None:
+            progress.update(current[1], completed=done)
 
-        yield show
+    def finish() -> None:
         if current[1] is not None:
             progress.update(current[1], total=1, completed=1)
+
+    def pause() -> None:
+        progress.stop()
+        # What is above has been printed for good.
+        for task in progress.task_ids:
+            progress.remove_task(task)
+
+    try:
+        yield show
+        finish()
+    finally:
+        progress.stop()
 
 
 def _lines() -> Callable[[str, float | None], None]:
@@ -261,10 +281,19 @@ def print_bundle(facts: dict[str, Any]) -> None:
 def print_gates(gates: list[dict[str, Any]]) -> None:
     table = Table("gate", "measured", "limit", "", box=None, pad_edge=False)
     for gate in gates:
-        value = f"{float(gate['value']):.4g} {gate['unit']}"
-        limit = f"{'≥' if gate['at_least'] else '≤'} {gate['limit']:g} {gate['unit']}"
-        table.add_row(gate["name"], value, limit, "passed" if gate["passed"] else "FAILED")
+        table.add_row(*gate_cells(gate))
     _stdout.print(table)
+
+
+def gate_cells(gate: dict[str, Any]) -> tuple[str, str, str, str]:
+    """A gate of a manifest as it is shown: name, figure, limit, whether it passed."""
+    value = f"{float(gate['value']):.4g} {gate['unit']}"
+    limit = f"{'≥' if gate['at_least'] else '≤'} {gate['limit']:g} {gate['unit']}"
+    return gate["name"], value, limit, "passed" if gate["passed"] else "FAILED"
+
+
+def shown_bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _shown(key: str, value: Any) -> str:
@@ -273,5 +302,5 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith("bytes"):
-        return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
+        return shown_bytes(value)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -51,13 +51,12 @@ def plan(bundle_path: Path, app: Path) -> Installation:
             "export a checkpoint of the released encoder at 1024×1024"
         )
     model = _model_directory(app)
-    files = sorted(p for p in bundle.path.rglob("*") if p.is_file())
     present = sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
     return Installation(
         bundle.path,
         model,
-        tuple(p.relative_to(bundle.path).as_posix() for p in files),
-        sum(p.stat().st_size for p in files),
+        tuple(bundle.files),
+        sum((bundle.path / name).stat().st_size for name in bundle.files),
         tuple(p.relative_to(model).as_posix() for p in present),
     )
 

@@ -271,7 +271,7 @@ def verify(
         progress("check encoder", None)
         exact = options.encoder_format == "fp32"
         return bundle, [] if exact else [_overflow(bundle, options)]
-    progress("check source", None)
+    progress("checkpoint", None)
     tokenizer = bundle.tokenizer()
     checkpoint = _source(bundle, tokenizer, checkpoint_path, base, revision)
     pictures = gate_pictures(checkpoint.config.vision)

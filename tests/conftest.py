@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
 
 # Read when torch is first imported, here and in the processes that tests start. On the demo's tiny
 # layers a second thread gains nothing, and on a busy machine costs ten times the work.
@@ -77,3 +79,30 @@ def edit_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return edit
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A hub that holds nothing yet."""
+    server = HubServer()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def with_hub(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python, its arguments given, where the hub is that one; not logged in."""
+
+    def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        cache = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+        cache |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_ENDPOINT": hub.url}
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, **cache, **environment},
+        )
+
+    return run

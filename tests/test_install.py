@@ -30,6 +30,14 @@ def listing(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
+def test_what_lies_beside_the_bundle_s_files_stays_out_of_the_app(bundle_copy, app, any_size):
+    files = listing(bundle_copy)
+    (bundle_copy / ".cache").mkdir()
+    (bundle_copy / ".cache" / "download.metadata").write_text("the hub's")
+    (bundle_copy / "README.md").write_text("the hub's")
+    assert list(installer.plan(bundle_copy, app).files) == files
+
+
 @pytest.mark.parametrize("given", [".", "..", "FastVLM"])
 def test_the_bundle_takes_the_model_s_place(demo_bundle, app, any_size, given):
     plan = installer.plan(demo_bundle, app / given)
