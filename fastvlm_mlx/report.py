@@ -106,8 +106,12 @@ def inspect(path: Path) -> dict[str, Any]:
     path = path.expanduser()
     if not path.exists():
         raise BundleError(f"{path} does not exist: expected a bundle's or a checkpoint's directory")
-    of_a_bundle = [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]
-    return inspect_bundle(path) if of_a_bundle or _in_mlx(path) else inspect_checkpoint(path)
+    return inspect_bundle(path) if is_bundle(path) else inspect_checkpoint(path)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a directory is a bundle of either layout, with a manifest or without."""
+    return bool([*path.glob("*.mlpackage"), *path.glob(MANIFEST)]) or _in_mlx(path)
 
 
 def _in_mlx(path: Path) -> bool:
