@@ -1,0 +1,128 @@
+"""`fastvlm compare` and `fastvlm sweep`: the verbs, and what they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from model_export.compare import Row
+
+Questions = Annotated[
+    str | None,
+    typer.Option(help="A directory of pictures, or JSON lines of image, prompt and answer."),
+]
+Count = Annotated[int, typer.Option(help="How many of the scenes' questions, at least.")]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw size against loss into this file (.png, .svg, .pdf).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def compare(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="A B [C…]", help="Bundles, checkpoints or hub ids.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What all are held to; else a checkpoint among them, or the largest."),
+    ] = None,
+    questions: Questions = None,
+    count: Count = 200,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Hold bundles and checkpoints to one of them: sizes, losses, answers changed."""
+    from fastvlm_mlx import report
+    from fastvlm_mlx.cli import _needs_export_extra, _print_json
+
+    with _needs_export_extra():
+        from model_export import chart
+        from model_export.compare import compare as run
+        from model_export.sweep import RESULTS
+
+    if plot is not None:
+        chart.check(plot)
+    # What a sweep leaves beside its bundles, which `sweep/*` names too.
+    models = [path for path in paths if Path(path).name != RESULTS]
+    with report.stages() as progress:
+        rows = run(models, reference, questions, count, progress)
+    if plot is not None:
+        chart.draw(rows, plot)
+    if as_json:
+        _print_json({"rows": [row.to_dict() for row in rows]})
+    else:
+        print_rows(rows)
+
+
+def sweep(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's directory, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Where the bundles and sweep.json are kept.")],
+    layout: Annotated[str, typer.Option(help="As for export.")] = "app",
+    choices: Annotated[
+        Path | None, typer.Option(help='A JSON file: {"name": {"llm_bits": 4}, …}; else our own.')
+    ] = None,
+    questions: Questions = None,
+    count: Count = 200,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint in many ways and compare them all; run again, it goes on."""
+    from fastvlm_mlx import report
+    from fastvlm_mlx.cli import _needs_export_extra, _print_json
+
+    with _needs_export_extra():
+        from model_export import chart
+        from model_export.sweep import read_choices
+        from model_export.sweep import sweep as run
+
+    if plot is not None:
+        chart.check(plot)
+    wanted = read_choices(choices, layout)
+    with report.stages() as progress:
+        rows, refused = run(checkpoint, out, wanted, layout, questions, count, progress)
+    if plot is not None:
+        chart.draw(rows, plot)
+    if as_json:
+        _print_json({"rows": [row.to_dict() for row in rows], "refused": refused})
+        return
+    print_rows(rows)
+    for name, reason in refused.items():
+        report.note(f"{name}: {reason}")
+
+
+def print_rows(rows: list[Row]) -> None:
+    """A row for each model; • stands before what no other is both smaller and nearer than."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    right = ("encoder", "LLM", "bpw", "SNR", "LLM KL", "KL", "top-1", "changed")
+    table = Table(
+        Column("", no_wrap=True),
+        Column("", no_wrap=True),
+        *(Column(name, justify="right", no_wrap=True) for name in right),
+        box=None,
+        pad_edge=False,
+    )
+    for row in rows:
+        table.add_row("•" if row.best else "", row.name, *_cells(row))
+    Console(soft_wrap=True).print(table, soft_wrap=True)
+
+
+def _cells(row: Row) -> list[str]:
+    from fastvlm_mlx.report import shown_bytes
+
+    sizes = [shown_bytes(row.bytes["encoder"]), shown_bytes(row.bytes["llm"])]
+    sizes.append(f"{row.bits_per_weight:.2f}")
+    if row.reference:
+        return [*sizes, "reference", "", "", "", f"of {row.questions}"]
+    losses: list[Any] = [row.llm_kl_nats, row.kl_nats]
+    return [
+        *sizes,
+        f"{row.snr_db:.1f} dB" if row.snr_db is not None else "equal",
+        *(f"{loss:.1e}" for loss in losses),
+        f"{row.agreement:.2%}",
+        str(row.changed),
+    ]
