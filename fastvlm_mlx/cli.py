@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fastvlm_mlx import __version__
+from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
 
 app = typer.Typer(
@@ -303,6 +304,9 @@ def inspect(
         _print_json(facts)
     else:
         report.print_bundle(facts)
+
+
+app.command()(plan)
 
 
 @app.command()

@@ -106,14 +106,16 @@ def inspect(path: Path) -> dict[str, Any]:
     path = path.expanduser()
     if not path.exists():
         raise BundleError(f"{path} does not exist: expected a bundle's or a checkpoint's directory")
-    of_a_bundle = [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]
-    return inspect_bundle(path) if of_a_bundle or _in_mlx(path) else inspect_checkpoint(path)
+    return inspect_bundle(path) if is_bundle(path) else inspect_checkpoint(path)
 
 
-def _in_mlx(path: Path) -> bool:
-    """Whether the weights are an `mlx` bundle's, such as mlx-vlm's conversions without manifest."""
+def is_bundle(path: Path) -> bool:
+    """Whether a directory is a bundle, ours, Apple's, or mlx-vlm's, which has neither package nor
+    manifest."""
     import mlx.core as mx
 
+    if [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]:
+        return True
     for file in sorted(path.glob("*.safetensors")):
         try:
             names: Any = mx.load(str(file))
