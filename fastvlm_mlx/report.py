@@ -110,14 +110,12 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a directory is a bundle of either layout, with a manifest or without."""
-    return bool([*path.glob("*.mlpackage"), *path.glob(MANIFEST)]) or _in_mlx(path)
-
-
-def _in_mlx(path: Path) -> bool:
-    """Whether the weights are an `mlx` bundle's, such as mlx-vlm's conversions without manifest."""
+    """Whether a directory is a bundle, ours, Apple's, or mlx-vlm's, which has neither package nor
+    manifest."""
     import mlx.core as mx
 
+    if [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]:
+        return True
     for file in sorted(path.glob("*.safetensors")):
         try:
             names: Any = mx.load(str(file))
