@@ -208,8 +208,9 @@ def load(
 
     Nothing is computed: weights are read when they are first used, and the encoder is made at the
     first picture, or when `encoder` is first asked for. That a package is whole, declares an
-    encoder and is the one that config.json describes is found here; an operation in it that can't
-    be evaluated, or a weight of the `mlx` layout's that is missing, when it is made.
+    encoder and is the one that config.json describes is found here; what Core ML refuses, an
+    operation that can't be evaluated, or a missing weight of an `mlx` bundle's encoder is found
+    when it is made.
 
     Args:
         compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
