@@ -172,6 +172,7 @@ def export(
         _print_json({"bundle": str(out), **result.manifest})
     else:
         report.print_bundle(report.inspect_bundle(out))
+    report.note_padding(out)
 
 
 @app.command()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ from fastvlm_mlx.generate import (
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.model import Model, load_model
 from fastvlm_mlx.prompt import encode_prompt
-from fastvlm_mlx.vision import VisionEncoder, load_encoder
+from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
+from fastvlm_mlx.vision.mlprogram import encoder_shape
+from fastvlm_mlx.vision.package import describe
 
 Picture = Image.Image | str | Path | bytes
 
@@ -50,29 +55,57 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class FastVLM:
-    """A loaded bundle. Made by `fastvlm_mlx.load`."""
+    """A loaded bundle. Made by `fastvlm_mlx.load`.
+
+    Attributes:
+        num_tokens: N, tokens of a picture.
+    """
 
     bundle: Bundle
     config: FastVLMConfig
-    encoder: VisionEncoder
+    num_tokens: int
     model: Model
     tokenizer: Tokenizer
     image_processor: ImageProcessor
     eos_token_ids: frozenset[int]
-    load_s: float
+    compute_units: str
+    _loading_s: list[float] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def encoder(self) -> VisionEncoder:
+        """Made when it is first asked for, by the first picture if by nobody before.
+
+        Raises:
+            EncoderError: it is incomplete, or can't be evaluated here.
+        """
+        with self._loading():
+            return load_bundle_encoder(self.bundle, self.compute_units)
+
+    @property
+    def load_s(self) -> float:
+        """Seconds of loading so far: `load`, and what it put off until it was needed."""
+        return sum(self._loading_s)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._loading_s.append(time.perf_counter() - started)
 
     def encode(self, image: Picture) -> ImageFeatures:
         """Look at a picture once; ask about the result as often as wanted.
 
         Raises:
             ImageError: not a picture, or one that is too large.
+            EncoderError: the encoder is incomplete, or can't be evaluated here.
         """
         if not isinstance(image, Image.Image):
             image = load_image(image)
+        encoder = self.encoder
         clock = [time.perf_counter()]
         pixels = self.image_processor(image)
         clock.append(time.perf_counter())
-        features = self.encoder(pixels)
+        features = encoder(pixels)
         clock.append(time.perf_counter())
         projected = self.model.project(mx.array(features))
         mx.eval(projected)
@@ -102,9 +135,9 @@ class FastVLM:
         options = replace(options or SamplingOptions(), **sampling)
         check_room(self.config.text, self._encode_prompt(prompt, image is not None))
         if image is None:
-            return self._stream(None, prompt, options, Timings(load_s=self.load_s))
+            return self._stream(None, prompt, options, Timings())
         if isinstance(image, ImageFeatures):
-            return self._stream(image, prompt, options, Timings(load_s=self.load_s))
+            return self._stream(image, prompt, options, Timings())
         features = self.encode(image)
         return self._stream(features, prompt, options, features.timings)
 
@@ -128,7 +161,7 @@ class FastVLM:
         spent = features.timings
         for prompt in prompts:
             yield self._stream(features, prompt, options, spent)
-            spent = Timings(load_s=self.load_s)
+            spent = Timings()
 
     def _stream(
         self,
@@ -138,6 +171,8 @@ class FastVLM:
         spent: Timings,
     ) -> Generation:
         def pieces() -> Iterator[str | GenerationResult]:
+            with self._loading():
+                import_module("mlx_lm.generate")
             started = time.perf_counter()
             yield from generate(
                 self.model,
@@ -147,7 +182,7 @@ class FastVLM:
                 projected=None if features is None else features.projected,
                 options=options,
                 eos_token_ids=self.eos_token_ids,
-                spent=spent,
+                spent=replace(spent, load_s=self.load_s),
                 started=started,
             )
 
@@ -158,7 +193,7 @@ class FastVLM:
             self.tokenizer,
             prompt,
             image_token_id=self.config.image_token_index,
-            num_image_tokens=self.encoder.num_tokens if with_image else 0,
+            num_image_tokens=self.num_tokens if with_image else 0,
         )
 
 
@@ -171,6 +206,12 @@ def load(
 ) -> FastVLM:
     """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
+    Nothing is computed: weights are read when they are first used, and the encoder is made at the
+    first picture, or when `encoder` is first asked for. That a package is whole, declares an
+    encoder and is the one that config.json describes is found here; what Core ML refuses, an
+    operation that can't be evaluated, or a missing weight of an `mlx` bundle's encoder is found
+    when it is made.
+
     Args:
         compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
@@ -178,10 +219,12 @@ def load(
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
-        EncoderError: its encoder can't be evaluated here.
+        EncoderError: its package is damaged, or no encoder's.
+        OptionError: compute units that are unknown, or that nothing here has.
     """
     started = time.perf_counter()
     bundle = Bundle.open(path)
+    _check_compute_units(bundle, compute_units)
     # First, what needs no reading of weights to be missing.
     _ = bundle.package if bundle.layout == "app" else bundle.weight_files
     if check_hashes:
@@ -189,23 +232,19 @@ def load(
     tokenizer = bundle.tokenizer()
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
     bundle = replace(bundle, config=config)
-    encoder = load_bundle_encoder(bundle, compute_units)
-    if encoder.hidden_size != config.vision.hidden_size:
-        raise BundleError(
-            f"{bundle.package} makes {encoder.hidden_size} channels where config.json says "
-            f"{config.vision.hidden_size}: they belong to different models, export again"
-        )
+    image_size, num_tokens = _encoder_sizes(bundle)
     model = load_model(bundle)
     aspect_ratio = "crop" if crop else config.image_aspect_ratio
     return FastVLM(
         bundle=bundle,
         config=config,
-        encoder=encoder,
+        num_tokens=num_tokens,
         model=model,
         tokenizer=tokenizer,
-        image_processor=image_processor(bundle, encoder.image_size, aspect_ratio),
+        image_processor=image_processor(bundle, image_size, aspect_ratio),
         eos_token_ids=bundle.eos_token_ids | {_id(tokenizer, "<|im_end|>", bundle)},
-        load_s=time.perf_counter() - started,
+        compute_units=compute_units,
+        _loading_s=[time.perf_counter() - started],
     )
 
 
@@ -240,16 +279,41 @@ def load_bundle_encoder(bundle: Bundle, compute_units: str = "all") -> VisionEnc
         OptionError: compute units for an encoder that Core ML does not run.
         EncoderError: it is incomplete, or can't be evaluated here.
     """
+    _check_compute_units(bundle, compute_units)
     if bundle.layout == "app":
         return load_encoder(bundle.package, compute_units)
-    if compute_units != "all":
+    from fastvlm_mlx.vision.fastvithd import FastViTHD
+
+    return FastViTHD(bundle.encoder_arrays(), bundle.config.vision, bundle.config.quantization)
+
+
+def _encoder_sizes(bundle: Bundle) -> tuple[int, int]:
+    """S and N of the bundle's encoder, as its package declares them, or config.json.
+
+    Raises:
+        EncoderError: the package is damaged, or no encoder's.
+        BundleError: it is not the encoder that config.json describes.
+    """
+    vision = bundle.config.vision
+    if bundle.layout == "mlx":
+        return vision.image_size, vision.num_tokens
+    image_size, num_tokens, channels = encoder_shape(describe(bundle.package))
+    if channels != vision.hidden_size:
+        raise BundleError(
+            f"{bundle.package} makes {channels} channels where config.json says "
+            f"{vision.hidden_size}: they belong to different models, export again"
+        )
+    return image_size, num_tokens
+
+
+def _check_compute_units(bundle: Bundle, compute_units: str) -> None:
+    if bundle.layout == "app":
+        check_compute_units(compute_units)
+    elif compute_units != "all":
         raise OptionError(
             f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
             "of layout mlx and runs in MLX, leave the option out"
         )
-    from fastvlm_mlx.vision.fastvithd import FastViTHD
-
-    return FastViTHD(bundle.encoder_arrays(), bundle.config.vision, bundle.config.quantization)
 
 
 def _id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:

@@ -15,14 +15,15 @@ from math import isfinite
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.errors import OptionError, PromptError
+from fastvlm_mlx.imports import part
 from fastvlm_mlx.model import Model
+
+sampling = part("mlx_lm.sample_utils")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class SamplingOptions:
 @dataclass(frozen=True)
 class Timings:
     """Seconds, each stage by itself. `ttft_s` runs from the picture in memory and the prompt to
-    the first token; the stages of the picture are zero where its features were reused."""
+    the first token; the stages of the picture are zero where its features were reused. `load_s`
+    is all that loading has taken so far, what was put off to the first use included."""
 
     load_s: float = 0.0
     preprocess_s: float = 0.0
@@ -152,6 +154,8 @@ def generate(
     Raises:
         PromptError: the prompt does not fit the context.
     """
+    from mlx_lm.generate import generate_step
+
     room = check_room(model.config.text, ids)
     options.check_vocabulary(model.config.text.vocab_size)
     if options.seed is not None:
@@ -163,8 +167,12 @@ def generate(
         input_embeddings=model.embed_inputs(prompt_ids, projected),
         # One step more than wanted is computed in any case; the limit is kept below.
         max_tokens=min(options.max_tokens, room),
-        sampler=make_sampler(options.temperature, options.top_p, options.min_p, 1, options.top_k),
-        logits_processors=make_logits_processors(repetition_penalty=options.repetition_penalty),
+        sampler=sampling.make_sampler(
+            options.temperature, options.top_p, options.min_p, 1, options.top_k
+        ),
+        logits_processors=sampling.make_logits_processors(
+            repetition_penalty=options.repetition_penalty
+        ),
     )
     tokens: list[int] = []
     text = _Text(tokenizer, options.stop)

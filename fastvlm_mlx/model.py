@@ -9,11 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen2
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.imports import part
+
+qwen2 = part("mlx_lm.models.qwen2")
 
 
 class MultiModalProjector(nn.Module):

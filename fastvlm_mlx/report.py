@@ -85,6 +85,17 @@ def note(text: str) -> None:
     _stderr.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def note_padding(path: Path) -> None:
+    """Say so if mlx-vlm, which pads every picture, will answer otherwise than the checkpoint."""
+    bundle = Bundle.open(path)
+    found = bundle.config.image_aspect_ratio
+    if bundle.layout == "mlx" and found != "pad":
+        note(
+            f"image_aspect_ratio is {found!r} and mlx-vlm pads every picture: its answers about "
+            "pictures that are not square will differ from the checkpoint's and from fastvlm's"
+        )
+
+
 def timing_line(result: GenerationResult) -> str:
     """One line: counts, seconds of each stage, speed, memory."""
     t = result.timings
@@ -105,7 +116,10 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     path = path.expanduser()
     if not path.exists():
-        raise BundleError(f"{path} does not exist: expected a bundle's or a checkpoint's directory")
+        raise BundleError(
+            f"{path} does not exist: expected a bundle's or a checkpoint's directory; a hub id is "
+            "for `fastvlm export`"
+        )
     return inspect_bundle(path) if is_bundle(path) else inspect_checkpoint(path)
 
 

@@ -13,7 +13,8 @@ import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -155,7 +156,7 @@ def _convert(
     precision: Precision,
     metadata: EncoderMetadata,
 ) -> None:
-    with quiet_coremltools():
+    with quiet_coremltools(), _temporary_files_in(package.parent):
         import coremltools as ct
 
         shape = (1, 3, config.image_size, config.image_size)
@@ -180,12 +181,28 @@ def _convert(
             if "filesystem error" not in str(error) and "FileWriter" not in str(error):
                 raise
             raise DestinationError(
-                f"the encoder can't be written ({one_line(error)}): expected room for it in "
-                f"{package.parent} and in {tempfile.gettempdir()}, make some"
+                f"the encoder can't be written ({one_line(error)}): expected room for it twice in "
+                f"{package.parent}, make some"
             ) from error
         spec = model.get_spec()
     _write_metadata(spec, config, precision, metadata)
     _normalize(spec, package)
+
+
+@contextmanager
+def _temporary_files_in(directory: Path) -> Iterator[None]:
+    """Keep Python's temporary files, of every thread, below `directory`, and remove them.
+
+    coremltools writes the weights to one first. A process that is killed leaves it, and where the
+    bundle is being made the next export finds it.
+    """
+    earlier = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix=".temporary-", dir=directory) as scratch:
+        tempfile.tempdir = scratch
+        try:
+            yield
+        finally:
+            tempfile.tempdir = earlier
 
 
 def _write_metadata(

@@ -311,7 +311,9 @@ def _check_space(
     encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
-    needed = llm.total_bytes(checkpoint, chosen, options) + encoder + PACKAGE_OVERHEAD_BYTES
+    # coremltools writes the encoder's weights twice, before there is a language model.
+    after = max(llm.total_bytes(checkpoint, chosen, options), encoder)
+    needed = encoder + after + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DestinationError(

@@ -80,6 +80,12 @@ def open_source(
 def _whole(path: Path, hub_id: str | None) -> Source:
     file = path / "config.json"
     if not file.is_file():
+        inside = sorted(child.name for child in path.iterdir() if _is_checkpoint(child))
+        if inside:
+            raise CheckpointError(
+                f"{path} holds no config.json but the directories of {len(inside)} checkpoints "
+                f"({', '.join(inside)}): give the one that is meant"
+            )
         raise CheckpointError(
             f"{path} holds no config.json: expected a FastVLM checkpoint directory ({MODEL_TYPE} "
             f"or {TRANSFORMERS_MODEL_TYPE}), or an adapter's"
@@ -100,6 +106,10 @@ def _whole(path: Path, hub_id: str | None) -> Source:
         # A name that is in no table stays, to be named by the check of all names.
         tensors[weights.from_transformers(name, vision) or name] = tensor
     return Source("transformers' layout", (path,), config, tensors, hub_id)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", lora.ADAPTER_CONFIG))
 
 
 def _adapter(path: Path, hub_id: str | None, given: str | Path | None) -> Source:

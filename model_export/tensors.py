@@ -302,7 +302,8 @@ def _index_names(index: Path) -> set[str]:
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
             raise CheckpointError(
-                f"{index} points to {name!r}: expected files of its own directory"
+                f"{index} points to {name!r}: expected files of its own directory, download "
+                "the checkpoint again"
             )
     return set(weight_map.values())
 
@@ -386,7 +387,7 @@ def unpickle(file: Path) -> dict[str, torch.Tensor]:
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
         if not isinstance(key, str) or not plain or value.device.type != "cpu":
             raise CheckpointError(
-                f"{file} holds {key!r}, a {type(value).__name__}, expected named tensors alone: "
-                "save the model's state_dict again"
+                f"{file} holds {key!r} of type {type(value).__name__}, expected named tensors "
+                "alone: save the model's state_dict again"
             )
     return data

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastvlm_mlx import cli
+from fastvlm_mlx import cli, report
 from model_export.demo import scenes
 
 
@@ -215,6 +215,35 @@ class TestInspect:
         status, _, err = fastvlm("inspect", tmp_path)
         assert status == 2
         assert "config.json" in sentence(err)
+
+    def test_a_hub_id(self, fastvlm):
+        status, _, err = fastvlm("inspect", "apple/FastVLM-0.5B")
+        assert status == 2
+        assert "apple/FastVLM-0.5B does not exist: expected a bundle's or" in sentence(err)
+        assert "a hub id is for `fastvlm export`" in sentence(err)
+
+
+class TestPadding:
+    """mlx-vlm pads every picture, whatever the checkpoint asks for."""
+
+    @pytest.mark.parametrize("ratio", ["pad", "square"])
+    def test_an_mlx_export_says_when_answers_will_differ(
+        self, fastvlm, edit_checkpoint, tmp_path, ratio
+    ):
+        path = edit_checkpoint(config=lambda config: config.update(image_aspect_ratio=ratio))
+        status, _, err = fastvlm(
+            "export", path, tmp_path / "out", "--layout", "mlx", "--allow-failed-gates", "--json"
+        )
+        assert status == 0
+        said = "image_aspect_ratio is 'square' and mlx-vlm pads every picture" in err
+        assert said == (ratio == "square")
+
+    def test_nothing_of_the_app_layout(self, demo_bundle, bundle_copy, capsys):
+        config = json.loads((bundle_copy / "config.json").read_text())
+        (bundle_copy / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": None}))
+        for bundle in (demo_bundle, bundle_copy):
+            report.note_padding(bundle)
+        assert capsys.readouterr().err == ""
 
 
 class TestVerify:

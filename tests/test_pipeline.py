@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -230,11 +231,13 @@ def test_a_failed_gate_leaves_nothing_unless_asked_to(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, number):
-    out = tmp_path / "out"
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "fastvlm_mlx", "export", str(demo_checkpoint), str(out)],
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
         # Where the tests run in the background, SIGINT is ignored and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -246,11 +249,16 @@ def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, 
     _, rest = process.communicate(timeout=120)
     assert not out.exists()
     if number == signal.SIGKILL:
+        # The next run clears what this one could not.
+        with suppress(KeyboardInterrupt), appearing(out):
+            raise KeyboardInterrupt
+        assert list(tmp_path.iterdir()) == [temporary]
+        assert list(temporary.iterdir()) == []
         return
     assert process.returncode == 128 + number
     assert "Traceback" not in rest
     assert ("interrupted" in rest) == (number == signal.SIGINT)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [temporary]
 
 
 def raiser(error):

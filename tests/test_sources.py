@@ -95,8 +95,8 @@ class TestPickled:
         [
             ([1, 2], "holds a list, expected named tensors"),
             ({}, "holds a dict, expected named tensors"),
-            ({"step": 3}, "holds 'step', a int, expected named tensors alone"),
-            ({"state_dict": {"a": torch.ones(2)}}, "holds 'state_dict', a dict"),
+            ({"step": 3}, "holds 'step' of type int, expected named tensors alone"),
+            ({"state_dict": {"a": torch.ones(2)}}, "holds 'state_dict' of type dict"),
             ({"a": torch.eye(2).to_sparse()}, "expected named tensors alone"),
             ({"a": torch.ones(2, dtype=torch.int8)}, "a is stored as int8: expected F32"),
         ],
@@ -188,6 +188,7 @@ class TestTwoInOneDirectory:
             {"weight_map": {"x": "../model.safetensors"}},
             {"weight_map": {"x": "/etc/passwd"}},
             {"weight_map": {"x": ".."}},
+            {"weight_map": {"x": "below/model.safetensors"}},
             {"weight_map": {"x": 3}},
             {"weight_map": []},
             {},
@@ -297,6 +298,15 @@ class TestIdentified:
         path = edit_checkpoint(config=lambda c: c.update(model_type="llava_llama"))
         with pytest.raises(CheckpointError, match=r"'llava_llama'.* or in transformers' \('fast"):
             Checkpoint(path)
+
+    def test_the_directory_above_several_names_them(self, edit_checkpoint, tmp_path):
+        for step in (200, 100):
+            edit_checkpoint(name=f"training/checkpoint-{step}")
+        with pytest.raises(
+            CheckpointError,
+            match=r"directories of 2 checkpoints \(checkpoint-100, checkpoint-200\): give the one",
+        ):
+            Checkpoint(tmp_path / "training")
 
     def test_a_base_for_a_whole_checkpoint(self, demo_checkpoint):
         with pytest.raises(OptionError, match="not an adapter but a checkpoint of its own"):

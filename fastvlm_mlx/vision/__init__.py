@@ -41,19 +41,24 @@ def load_encoder(package: Path, compute_units: str = "all") -> VisionEncoder:
         OptionError: unknown compute units, or any but "all" where there is no Core ML.
         EncoderError: the package is missing, damaged, or refused by Core ML.
     """
-    if compute_units not in COMPUTE_UNITS:
-        raise OptionError(
-            f"compute units {compute_units!r} are unknown: choose one of {', '.join(COMPUTE_UNITS)}"
-        )
+    check_compute_units(compute_units)
     if sys.platform == "darwin":
         from fastvlm_mlx.vision.coreml import CoreMLEncoder
 
         return CoreMLEncoder(package, compute_units)
-    if compute_units != "all":
+    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+
+    return MLProgramEncoder(package)
+
+
+def check_compute_units(compute_units: str) -> None:
+    """Raises OptionError: unknown compute units, or any but "all" where there is no Core ML."""
+    if compute_units not in COMPUTE_UNITS:
+        raise OptionError(
+            f"compute units {compute_units!r} are unknown: choose one of {', '.join(COMPUTE_UNITS)}"
+        )
+    if sys.platform != "darwin" and compute_units != "all":
         raise OptionError(
             f"compute units {compute_units!r} were asked for, which exist on macOS only: leave the "
             "option out here"
         )
-    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
-
-    return MLProgramEncoder(package)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.imports import part
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "image_features"
@@ -145,9 +146,9 @@ def read_spec(package: Path) -> Any:
         EncoderError: the package is missing, damaged, or holds no ML Program.
     """
     path = model_path(package)
-    with quiet_coremltools():
-        from coremltools import proto
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    proto = part("coremltools.proto")
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
     spec = proto.Model_pb2.Model()
     try:
         spec.ParseFromString(path.read_bytes())
@@ -298,9 +299,8 @@ def _weight_format(maker: Any, makers: dict[str, Any]) -> str:
 
 def _type_name(tensor_type: Any) -> str:
     """`int8`, `float16` …"""
-    from coremltools import proto
-
-    known = proto.MIL_pb2.DataType.DESCRIPTOR.values_by_number.get(tensor_type.dataType)
+    types = part("coremltools.proto").MIL_pb2.DataType.DESCRIPTOR
+    known = types.values_by_number.get(tensor_type.dataType)
     return known.name.lower() if known else f"type {tensor_type.dataType}"
 
 
