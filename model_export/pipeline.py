@@ -20,9 +20,11 @@ import numpy as np
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, verify
+from model_export import compress, coreml, fastvithd, layouts, llm, mlx_layout, recipes, verify
+from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
+from model_export.mixed import mixed
 from model_export.options import ExportOptions
 from model_export.pictures import (
     Reference,
@@ -31,6 +33,7 @@ from model_export.pictures import (
     source_references,
 )
 from model_export.recipes import Scheme
+from model_export.sensitivity import calibration_pixels
 from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
 from model_export.verify import Gate
 
@@ -47,6 +50,8 @@ TOOLS = (
 )
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
+# Room for the biases and the few weights that stay fp16 in a compressed encoder.
+UNCOMPRESSED_SHARE = 1.05
 
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]
@@ -148,7 +153,7 @@ def _write_small_files(
 
 @dataclass(frozen=True)
 class _Package:
-    """The written package, and the folded module it was made from."""
+    """The written package, and the folded module of the weights it was made from."""
 
     info: PackageInfo
     module: fastvithd.FastViTHD
@@ -172,7 +177,7 @@ def _export_encoder(
     pictures = gate_pictures(checkpoint.config.vision)
     references = reference_features(state, checkpoint, pictures)
     module = fastvithd.fold(state, checkpoint.config.vision)
-    del state
+    compression = _compression(checkpoint, module, options, progress)
     progress("Core ML encoder", None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
@@ -181,10 +186,37 @@ def _export_encoder(
         module,
         checkpoint.config.vision,
         package,
-        precision=options.encoder_precision,
+        precision="fp32" if options.encoder_precision == "fp32" else "fp16",
         metadata=metadata,
+        compression=compression,
+        target=options.target,
     )
+    if options.encoder_precision == "mixed":
+        del module
+        module = fastvithd.fold(state, checkpoint.config.vision)
     return _ExportedEncoder(references, _Package(info, module))
+
+
+def _compression(
+    checkpoint: Checkpoint,
+    module: fastvithd.FastViTHD,
+    options: ExportOptions,
+    progress: Progress,
+) -> compress.Compression:
+    """How the encoder's weights are stored. A mixed choice writes what it rounds into `module`."""
+
+    def advance(done: float) -> None:
+        progress("compress encoder", done)
+
+    if not options.compressed:
+        return coreml.NOT_COMPRESSED
+    advance(0.0)
+    if options.encoder_precision != "mixed":
+        return compress.uniform(module, options.encoder_precision, advance)
+    config = checkpoint.config
+    pictures = [p.image for p in load_calibration(None, config.vision).pictures]
+    pixels = calibration_pixels(pictures, config.vision, config.image_aspect_ratio)
+    return mixed(module, pixels, options.encoder_bits, advance)
 
 
 def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
@@ -274,12 +306,13 @@ def _manifest(
 
 
 def _package_facts(info: PackageInfo) -> dict[str, Any]:
+    formats = info.metadata.get("weight_formats")
     return {
         "precision": info.precision,
         "deployment_target": info.deployment_target,
         "bytes": info.bytes,
         "ops": info.ops,
-    }
+    } | ({"weight_formats": json.loads(formats)} if formats else {})
 
 
 def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
@@ -302,7 +335,8 @@ def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
 def _check_space(
     directory: Path, checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
 ) -> None:
-    encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
+    bits = 32 if options.encoder_precision == "fp32" else options.encoder_bits
+    encoder = int(checkpoint.encoder_parameters * bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
     needed = llm.total_bytes(checkpoint, chosen, options) + encoder + PACKAGE_OVERHEAD_BYTES
