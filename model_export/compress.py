@@ -27,6 +27,9 @@ PALETTE_BITS = {"palette4": 4, "palette6": 6, "palette8": 8}
 # What coremltools' passes append to the name of a constant that they replace.
 _SUFFIXES = ("", "_palettized", "_quantized")
 _ROUNDS = 200
+_QUANTILES = 4096
+_WORTHWHILE = 1e-3
+_TINY = np.finfo(np.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class Histogram:
             EncoderError: a weight is not a finite fp16 number.
         """
         codes = weight.detach().half().numpy().view(np.uint16).ravel()
+        # What nothing depends on still gets a palette.
+        if importance is not None and not importance.any():
+            importance = None
         weights = None if importance is None else importance.numpy().ravel()
         counts = np.bincount(codes, weights, minlength=2**16).astype(np.float64)
         present = np.flatnonzero(counts > 0)
@@ -117,28 +123,74 @@ class Histogram:
         values, counts = self.values, self.counts
         if len(values) <= size:
             return np.pad(values, (0, size - len(values)), "edge").astype(np.float16), 0.0
-        total = np.concatenate([[0.0], np.cumsum(counts)])
-        moment = np.concatenate([[0.0], np.cumsum(counts * values)])
-        palette = _companded(values, counts, size)
-        for _ in range(_ROUNDS):
-            edges = np.searchsorted(values, (palette[1:] + palette[:-1]) / 2)
-            edges = np.concatenate([[0], edges, [len(values)]])
-            inside = np.diff(total[edges])
-            centres = np.diff(moment[edges]) / np.where(inside > 0, inside, 1)
-            better = np.where(inside > 0, centres, palette)
-            settled = np.array_equal(better, palette)
-            palette = better
-            if settled:
+        cells = _Cells.over(values, counts)
+        palette, error = cells.settled(_companded(values, counts, size))
+        for _ in range(size):
+            # Lloyd's steps never move a level past a gap: take one away here, put one in there.
+            moved, smaller = cells.settled(cells.exchanged(palette))
+            if smaller > (1 - _WORTHWHILE) * error:
                 break
+            palette, error = moved, smaller
         palette = np.sort(palette.astype(np.float16))
         nearest = palette[_indices(palette, values)].astype(np.float64)
         return palette, float((counts * (values - nearest) ** 2).sum())
 
 
+@dataclass(frozen=True)
+class _Cells:
+    """Sums over any range of a histogram's values: of counts, of values and of their squares."""
+
+    values: np.ndarray
+    sums: np.ndarray
+
+    @staticmethod
+    def over(values: np.ndarray, counts: np.ndarray) -> _Cells:
+        moments = np.cumsum(counts * np.stack([np.ones_like(values), values, values**2]), axis=1)
+        return _Cells(values, np.pad(moments, ((0, 0), (1, 0))))
+
+    def around(self, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Count, mean and squared error of what is nearest to each level, which ascend."""
+        edges = np.searchsorted(self.values, (palette[1:] + palette[:-1]) / 2)
+        ends = np.concatenate([[0], edges, [len(self.values)]])
+        count, total, squares = np.diff(self.sums[:, ends], axis=1)
+        mean = np.where(count > 0, total / np.where(count > 0, count, 1), palette)
+        # Of next to nothing, a difference of sums may be all rounding.
+        low = self.values[np.minimum(ends[:-1], len(self.values) - 1)]
+        high = self.values[np.maximum(ends[1:] - 1, 0)]
+        mean = np.where(ends[1:] > ends[:-1], np.clip(mean, low, np.maximum(low, high)), palette)
+        return count, mean, np.maximum(squares - total * mean, 0)
+
+    def settled(self, palette: np.ndarray) -> tuple[np.ndarray, float]:
+        """Lloyd's algorithm from `palette`, and the error that it ends with."""
+        for _ in range(_ROUNDS):
+            _, better, errors = self.around(palette)
+            if np.array_equal(better, palette):
+                break
+            palette = better
+        return palette, float(errors.sum())
+
+    def exchanged(self, palette: np.ndarray) -> np.ndarray:
+        """The two neighbours that lose least by it as one level; the worst level as two."""
+        count, mean, errors = self.around(palette)
+        both = count[1:] + count[:-1]
+        lost = count[1:] * count[:-1] / np.where(both > 0, both, 1) * np.diff(mean) ** 2
+        worst = int(errors.argmax())
+        lost[max(0, worst - 1) : worst + 1] = np.inf
+        gone = int(lost.argmin())
+        joined = np.average(mean[gone : gone + 2], weights=count[gone : gone + 2] + _TINY)
+        spread = np.sqrt(errors[worst] / max(count[worst], _TINY))
+        rest = np.delete(mean, [gone, gone + 1, worst])
+        levels = [*rest, joined, mean[worst] - spread, mean[worst] + spread]
+        return np.sort(np.clip(levels, self.values[0], self.values[-1]))
+
+
 def _companded(values: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
     """Levels as dense as the density's cube root: Panter and Dite's optimum for many of them."""
-    density, edges = np.histogram(values, bins=1024, weights=counts)
-    cumulative = np.concatenate([[0.0], np.cumsum(np.cbrt(density))])
+    mass = np.cumsum(counts)
+    shares = np.linspace(0, mass[-1], _QUANTILES)
+    edges = values[np.minimum(np.searchsorted(mass, shares), len(values) - 1)]
+    # Between quantiles of equal mass the density is one over the width.
+    cumulative = np.concatenate([[0.0], np.cumsum(np.diff(edges) ** (2 / 3))])
     return np.interp((np.arange(size) + 0.5) / size * cumulative[-1], cumulative, edges)
 
 
