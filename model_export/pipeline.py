@@ -21,9 +21,22 @@ import numpy as np
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, search, verify
+from model_export import (
+    compress,
+    coreml,
+    fastvithd,
+    layouts,
+    llm,
+    mlx_layout,
+    recipes,
+    search,
+    verify,
+)
+from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
+from model_export.encoder_sensitivity import calibration_pixels
+from model_export.mixed import mixed
 from model_export.options import ExportOptions
 from model_export.pictures import Reference, source_references
 from model_export.recipes import Scheme
@@ -43,6 +56,8 @@ TOOLS = (
 )
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
+# Room for the biases and the few weights that stay fp16 in a compressed encoder.
+UNCOMPRESSED_SHARE = 1.05
 
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]
@@ -171,25 +186,51 @@ def _export_encoder(
     checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
 ) -> _ExportedEncoder:
     progress("reference encoder", None)
-    if options.layout == "mlx":
-        return _ExportedEncoder(source_references(checkpoint), None)
     references = source_references(checkpoint)
+    if options.layout == "mlx":
+        return _ExportedEncoder(references, None)
+    module = _folded(checkpoint)
+    compression = _compression(checkpoint, module, options, progress)
     progress("Core ML encoder", None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
     info = coreml.export_encoder(
-        _folded(checkpoint),
+        module,
         checkpoint.config.vision,
         package,
-        precision=options.encoder_precision,
+        precision="fp32" if options.encoder_precision == "fp32" else "fp16",
         metadata=metadata,
+        compression=compression,
+        target=options.target,
     )
     return _ExportedEncoder(references, info)
 
 
 def _folded(checkpoint: Checkpoint) -> fastvithd.FastViTHD:
     return fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
+
+
+def _compression(
+    checkpoint: Checkpoint,
+    module: fastvithd.FastViTHD,
+    options: ExportOptions,
+    progress: Progress,
+) -> compress.Compression:
+    """How the encoder's weights are stored. A mixed choice writes what it rounds into `module`."""
+
+    def advance(done: float) -> None:
+        progress("compress encoder", done)
+
+    if not options.compressed:
+        return coreml.NOT_COMPRESSED
+    advance(0.0)
+    if options.encoder_precision != "mixed":
+        return compress.uniform(module, options.encoder_precision, advance)
+    config = checkpoint.config
+    pictures = [p.image for p in load_calibration(options.calibration, config.vision).pictures]
+    pixels = calibration_pixels(pictures, config.vision, config.image_aspect_ratio)
+    return mixed(module, pixels, options.encoder_bits, advance)
 
 
 def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
@@ -280,12 +321,13 @@ def _manifest(
 
 
 def _package_facts(info: PackageInfo) -> dict[str, Any]:
+    formats = info.metadata.get("weight_formats")
     return {
         "precision": info.precision,
         "deployment_target": info.deployment_target,
         "bytes": info.bytes,
         "ops": info.ops,
-    }
+    } | ({"weight_formats": json.loads(formats)} if formats else {})
 
 
 def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
@@ -308,7 +350,7 @@ def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
 def _check_space(
     directory: Path, checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
 ) -> None:
-    encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
+    encoder = int(checkpoint.encoder_parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
     # coremltools writes the encoder's weights twice, before there is a language model.
