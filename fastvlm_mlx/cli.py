@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastvlm_mlx import __version__
+from fastvlm_mlx.cli_common import (
+    Base,
+    Json,
+    MaxKl,
+    MinAgreement,
+    MinSnr,
+    Out,
+    Revision,
+    needs_export_extra,
+    print_json,
+)
 from fastvlm_mlx.cli_compare import compare, sweep
+from fastvlm_mlx.cli_export import export
 from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
 
@@ -26,18 +35,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="FastVLM: any checkpoint in, one verified bundle out, the same answers everywhere.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Out = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")]
-Base = Annotated[
-    str | None, typer.Option(help="What an adapter adapts, if not the base that it names.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-MinSnr = Annotated[
-    float | None, typer.Option(help="Floor of the encoder's signal-to-noise ratio, dB.")
-]
-MaxKl = Annotated[float | None, typer.Option(help="Ceiling of the KL divergence, nats.")]
-MinAgreement = Annotated[float | None, typer.Option(help="Floor of the greedy agreement, 0 to 1.")]
 
 
 def main() -> None:
@@ -86,103 +83,7 @@ def _root(
     pass
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint's directory, an adapter's, or a hub id.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Where the bundle appears.")],
-    llm_bits: Annotated[
-        int | None,
-        typer.Option(help="Bits of the LLM's weights: 2, 3, 4, 5, 6, 8; 16 leaves them. Else 8."),
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. Else 64.")
-    ] = None,
-    llm_mode: Annotated[
-        str, typer.Option(help="affine, or mxfp4, mxfp8, nvfp4, which have their own bits.")
-    ] = "affine",
-    embed_bits: Annotated[int | None, typer.Option(help="Of the embedding alone.")] = None,
-    head_bits: Annotated[int | None, typer.Option(help="Of an untied head alone.")] = None,
-    projector_bits: Annotated[int, typer.Option(help="Of the projector.")] = 16,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Bits by layer: a JSON file, or mixed_2_6, _3_4, _3_6, _4_6."),
-    ] = None,
-    llm_bpw: Annotated[
-        float | None, typer.Option(help="Bits per weight: finds which layers need how many.")
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="What that is measured on: a directory of pictures, or a JSONL file."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Type of what is not quantized: float16, bfloat16 or float32.")
-    ] = "float16",
-    encoder_precision: Annotated[
-        str,
-        typer.Option(help="Core ML encoder: fp16, fp32, int8, palette6, palette4 or mixed."),
-    ] = "fp16",
-    encoder_bpw: Annotated[
-        float | None, typer.Option(help="Bits per weight of a mixed encoder; 6 unless given.")
-    ] = None,
-    deployment_target: Annotated[
-        str | None,
-        typer.Option(help="First iOS that loads the encoder: iOS15 to iOS18; else the lowest."),
-    ] = None,
-    layout: Annotated[
-        str, typer.Option(help="Who loads it: app (Core ML encoder), or mlx (mlx-vlm, Swift).")
-    ] = "app",
-    image_size: Annotated[
-        int | None, typer.Option(help="Input size in pixels, a multiple of 64; else its own.")
-    ] = None,
-    base: Base = None,
-    revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    allow_failed_gates: Annotated[
-        bool, typer.Option("--allow-failed-gates", help="Keep a bundle that fails its check.")
-    ] = False,
-    min_snr_db: MinSnr = None,
-    max_kl_nats: MaxKl = None,
-    min_agreement: MinAgreement = None,
-    as_json: Json = False,
-) -> None:
-    """Turn a checkpoint into a verified bundle for the app, a Mac and Linux."""
-    with _needs_export_extra():
-        from model_export.options import OWN, ExportOptions
-        from model_export.pipeline import export as run
-
-    from fastvlm_mlx import report
-
-    options = ExportOptions(
-        llm_bits=OWN if llm_bits is None else llm_bits,
-        group_size=OWN if group_size is None else group_size,
-        llm_mode=llm_mode,  # type: ignore[arg-type]
-        embed_bits=embed_bits,
-        head_bits=head_bits,
-        projector_bits=projector_bits,
-        recipe=recipe,
-        llm_bpw=llm_bpw,
-        calibration=calibration,
-        dtype=dtype,  # type: ignore[arg-type]
-        encoder_precision=encoder_precision,  # type: ignore[arg-type]
-        encoder_bpw=encoder_bpw,
-        deployment_target=deployment_target,  # type: ignore[arg-type]
-        layout=layout,  # type: ignore[arg-type]
-        overwrite=overwrite,
-        allow_failed_gates=allow_failed_gates,
-        image_size=image_size,
-        min_snr_db=min_snr_db,
-        max_kl_nats=max_kl_nats,
-        min_agreement=min_agreement,
-    )
-    with report.stages() as progress:
-        result = run(checkpoint, out, options, progress, base=base, revision=revision)
-    if as_json:
-        _print_json({"bundle": str(out), **result.manifest})
-    else:
-        report.print_bundle(report.inspect_bundle(out))
-    report.note_padding(out)
+app.command()(export)
 
 
 @app.command()
@@ -248,7 +149,7 @@ def generate(
             print(flush=True)
             print(report.timing_line(generation.result), file=sys.stderr)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "model": str(bundle),
                 "image": image,
@@ -272,7 +173,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Repeat a bundle's checks: files, layout, and with its checkpoint the numeric gates."""
-    with _needs_export_extra():
+    with needs_export_extra():
         from model_export.verify import verify as run
 
     from fastvlm_mlx import report
@@ -288,7 +189,7 @@ def verify(
         _, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
     failed = [gate for gate in gates if not gate.passed]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "bundle": str(bundle),
                 "gates": [gate.to_dict() for gate in gates],
@@ -313,7 +214,7 @@ def inspect(
 
     facts = report.inspect(path)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         report.print_bundle(facts)
 
@@ -332,7 +233,7 @@ def install(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done.")] = False,
 ) -> None:
     """Put a bundle where the demo app's Xcode project expects its model."""
-    with _needs_export_extra():
+    with needs_export_extra():
         from model_export.install import install as run
         from model_export.install import plan
 
@@ -392,22 +293,10 @@ def demo(
     llm_bits: Annotated[int, typer.Option(help="As for export.")] = 4,
 ) -> None:
     """Export the checkpoint that ships with the package, verify it, draw a scene and ask."""
-    with _needs_export_extra():
+    with needs_export_extra():
         from model_export.demo.run import run_demo
 
     run_demo(directory, seed=seed, llm_bits=llm_bits)
-
-
-@contextmanager
-def _needs_export_extra() -> Iterator[None]:
-    """Turns a missing package of the `export` extra into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f"this needs {error.name}, which is not installed: run "
-            'pip install "fastvlm-mlx[export]"'
-        ) from error
 
 
 def _stdin_bytes() -> bytes:
@@ -416,7 +305,3 @@ def _stdin_bytes() -> bytes:
             "--image - reads a picture from standard input, which holds none: pipe one in"
         )
     return sys.stdin.buffer.read()
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastvlm_mlx.cli_common import needs_export_extra, print_json
+
 if TYPE_CHECKING:
     from model_export.compare import Row
 
@@ -36,9 +38,8 @@ def compare(
 ) -> None:
     """Hold bundles and checkpoints to one of them: sizes, losses, answers changed."""
     from fastvlm_mlx import report
-    from fastvlm_mlx.cli import _needs_export_extra, _print_json
 
-    with _needs_export_extra():
+    with needs_export_extra():
         from model_export import chart
         from model_export.compare import compare as run
         from model_export.sweep import RESULTS
@@ -52,7 +53,7 @@ def compare(
     if plot is not None:
         chart.draw(rows, plot)
     if as_json:
-        _print_json({"rows": [row.to_dict() for row in rows]})
+        print_json({"rows": [row.to_dict() for row in rows]})
     else:
         print_rows(rows)
 
@@ -71,9 +72,8 @@ def sweep(
 ) -> None:
     """Export a checkpoint in many ways and compare them all; run again, it goes on."""
     from fastvlm_mlx import report
-    from fastvlm_mlx.cli import _needs_export_extra, _print_json
 
-    with _needs_export_extra():
+    with needs_export_extra():
         from model_export import chart
         from model_export.sweep import read_choices
         from model_export.sweep import sweep as run
@@ -86,7 +86,7 @@ def sweep(
     if plot is not None:
         chart.draw(rows, plot)
     if as_json:
-        _print_json({"rows": [row.to_dict() for row in rows], "refused": refused})
+        print_json({"rows": [row.to_dict() for row in rows], "refused": refused})
         return
     print_rows(rows)
     for name, reason in refused.items():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastvlm_mlx.cli_common import needs_export_extra, print_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -42,16 +44,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Foresee memory, time to the first token and speed on a device, without exporting."""
-    from fastvlm_mlx.cli import _needs_export_extra, _print_json
-
-    with _needs_export_extra():
+    with needs_export_extra():
         from model_export.plan import run
 
     own = ("path", "device", "base", "context", "kv_bits", "as_json")
     given = {k: v for k, v in context_of_call.params.items() if v is not None and k not in own}
     plans = run(path, device, given, base=base, context=context, kv_bits=kv_bits)
     if as_json:
-        _print_json({"path": str(path), "devices": plans})
+        print_json({"path": str(path), "devices": plans})
         return
     from rich.console import Console
 

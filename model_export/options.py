@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
@@ -47,6 +48,46 @@ LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.1, 8: 0.05, 16: 0.01
 LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 7: 0.95, 8: 0.95, 16: 0.99}
 
 
+# Named sets of options, and what they are for. Strict limits: half of what the bits are given.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The smallest that passes them.
+    "phone": {
+        "llm_bits": 4,
+        "encoder_precision": "mixed",
+        "max_kl_nats": 0.25,
+        "min_agreement": 0.9,
+    },
+    # No answer is expected to change, at half the size.
+    "balanced": {
+        "llm_bits": 8,
+        "encoder_precision": "int8",
+        "max_kl_nats": 0.025,
+        "min_agreement": 0.97,
+    },
+    # The checkpoint's own precision.
+    "exact": {"llm_bits": 16, "encoder_precision": "fp16"},
+}
+# In place of a preset's choice for the part, where one of them is given.
+LLM_CHOICES = ("llm_bits", "llm_mode", "recipe", "llm_bpw")
+
+
+def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ExportOptions` that a preset and what is given beside it come to.
+
+    Raises:
+        OptionError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise _unknown("preset", name, tuple(PRESETS))
+    fields = dict(PRESETS[name])
+    if any(choice in given for choice in LLM_CHOICES):
+        fields.pop("llm_bits")
+    if given.get("layout") == "mlx":
+        # Its encoder has the type of everything else.
+        fields.pop("encoder_precision")
+    return {"preset": name, **fields, **given}
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """16 bits mean not quantized: the weights are cast to `dtype` and left at that.
@@ -65,6 +106,7 @@ class ExportOptions:
             computed in fp16.
         encoder_bpw: bits per weight that `mixed` is given, 6 unless said otherwise.
         deployment_target: the first iOS that loads the encoder; the first possible unless given.
+        preset: the name of the set that some of these come from; for the record.
         image_size: the encoder's input in pixels in place of the checkpoint's own.
     """
 
@@ -88,6 +130,7 @@ class ExportOptions:
     min_snr_db: float | None = None
     max_kl_nats: float | None = None
     min_agreement: float | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         self._resolve_format()

@@ -23,15 +23,17 @@ from model_export.options import ExportOptions
 from model_export.pipeline import export
 
 RESULTS = "sweep.json"
-# By layout: name → options. The first is what the others' losses are to be read beside.
+# By layout: name, encoder and language model, → options.
 CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "app": {
         "fp16-16": {"llm_bits": 16},
         "fp16-8": {"llm_bits": 8},
-        "fp16-6": {"llm_bits": 6},
-        "fp16-5": {"llm_bits": 5},
         "fp16-4": {"llm_bits": 4},
         "fp16-3": {"llm_bits": 3},
+        "int8-8": {"encoder_precision": "int8", "llm_bits": 8},
+        "palette6-4": {"encoder_precision": "palette6", "llm_bits": 4},
+        "mixed-4": {"encoder_precision": "mixed", "llm_bits": 4},
+        "palette4-4": {"encoder_precision": "palette4", "llm_bits": 4},
     },
     "mlx": {
         "16": {"llm_bits": 16},

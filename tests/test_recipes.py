@@ -11,7 +11,7 @@ from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format, Quantization
 from model_export import recipes, verify
 from model_export.checkpoint import Checkpoint
-from model_export.options import ExportOptions
+from model_export.options import PRESETS, ExportOptions, preset
 from model_export.pipeline import export
 
 LAYER = "language_model.model.layers."
@@ -199,3 +199,31 @@ def test_an_app_bundle_with_a_whole_embedding(demo_checkpoint, tmp_path, scene):
         "bits": 4,
     }
     assert fastvlm_mlx.load(out).generate(scene, QUESTION, max_tokens=8).text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_options_with_names(name):
+    made = ExportOptions(**preset(name, {}))
+    assert made.preset == name
+    assert {key: getattr(made, key) for key in PRESETS[name]} == PRESETS[name]
+    ExportOptions(**preset(name, {"layout": "mlx"}))
+
+
+def test_what_is_given_beside_a_preset_counts():
+    made = ExportOptions(**preset("phone", {"llm_mode": "mxfp4", "encoder_precision": "int8"}))
+    assert (made.llm_mode, made.llm_bits, made.encoder_precision) == ("mxfp4", 4, "int8")
+    assert ExportOptions(**preset("phone", {"llm_bits": 5})).llm_bits == 5
+    with pytest.raises(OptionError, match="--preset is tiny: expected one of phone"):
+        preset("tiny", {})
+
+
+@pytest.mark.parametrize("name", ["phone", "balanced"])
+def test_presets_pass_their_own_limits(demo_checkpoint, demo_bundle, tmp_path, scene, name):
+    out = tmp_path / "bundle"
+    made = export(demo_checkpoint, out, ExportOptions(**preset(name, {})))
+    assert made.manifest["options"]["preset"] == name
+    assert made.manifest["gates_passed"]
+    limits = {gate["name"]: gate["limit"] for gate in made.manifest["gates"]}
+    assert limits["KL divergence"] == PRESETS[name]["max_kl_nats"]
+    expected = fastvlm_mlx.load(demo_bundle).generate(scene, QUESTION, max_tokens=48).text
+    assert fastvlm_mlx.load(out).generate(scene, QUESTION, max_tokens=48).text == expected
