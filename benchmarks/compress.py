@@ -80,8 +80,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     started = time.process_time()
     compression = coreml.NOT_COMPRESSED
     if precision == "mixed":
-        pictures = [p.image for p in load_calibration(None, config).pictures]
-        pixels = calibration_pixels(pictures, config, "pad")
+        pixels = calibration_pixels(load_calibration(None, config), config, "pad")
         compression = mixed(module, pixels, options.encoder_bits)
     elif options.compressed:
         compression = compress.uniform(module, precision)

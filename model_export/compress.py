@@ -39,12 +39,14 @@ class Compression:
     Attributes:
         palettes: float16 [2^bits], ascending.
         int8: those stored as symmetric integers with a scale for each output channel.
+        calibration: what it was measured on, for the record.
 
     What neither names stays fp16.
     """
 
     palettes: Mapping[str, np.ndarray] = field(default_factory=dict)
     int8: frozenset[str] = frozenset()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def formats(self) -> dict[str, str]:
@@ -62,7 +64,8 @@ class Compression:
 
     def metadata(self) -> dict[str, str]:
         """What the package says about it."""
-        return {"weight_formats": json.dumps(self.formats)} if self.formats else {}
+        entries = {"weight_formats": self.formats, "calibration": dict(self.calibration)}
+        return {key: json.dumps(value) for key, value in entries.items() if value}
 
 
 def convolutions(module: FastViTHD) -> dict[str, nn.Conv2d]:

@@ -16,12 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.image import ImageProcessor
+from model_export.calibration import Calibration
 from model_export.compress import convolutions
 from model_export.fastvithd import FastViTHD
 
@@ -30,6 +30,8 @@ _TOKENS = 1024
 _PROBE_PIXELS = 2**21
 _MIRRORS = ((3,), (2,), (2, 3))
 _SEED = 0
+# What the pictures do not show still counts, as a share of the mean.
+_UNSEEN = 0.05
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -45,8 +47,9 @@ class Sensitivity:
 
     @property
     def importance(self) -> Tensor:
-        """[O, I·kH·kW]."""
-        return self.rows[:, None] * self.columns
+        """[O, I·kH·kW]; an input or output that no picture excites is not free to be anything."""
+        rows = self.rows + _UNSEEN * self.rows.mean()
+        return rows[:, None] * (self.columns + _UNSEEN * self.columns.mean())
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,12 @@ class Moments:
 
 
 def calibration_pixels(
-    pictures: Sequence[Image.Image], vision: VisionConfig, aspect_ratio: str | None
+    calibration: Calibration, vision: VisionConfig, aspect_ratio: str | None
 ) -> list[np.ndarray]:
-    """float32 [1, 3, S, S] each, as many as make a thousand tokens; mirrored where there are few.
-
-    Args:
-        pictures: one or more.
-    """
+    """float32 [1, 3, S, S] each, as many as make a thousand tokens; mirrored if there are few."""
     process = ImageProcessor(vision.image_size, aspect_ratio)
     count = -(-_TOKENS // vision.num_tokens)
-    pixels = [process(picture) for picture in pictures[:count]]
+    pixels = [process(picture.image) for picture in calibration.spread(count)]
     views = [np.ascontiguousarray(np.flip(p, axis)) for axis in _MIRRORS for p in pixels]
     return (pixels + views)[:count]
 

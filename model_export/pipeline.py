@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +56,8 @@ TOOLS = (
 )
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
+# What a compressed encoder's own metadata says about it.
+RECORDED = ("weight_formats", "calibration")
 # Room for the biases and the few weights that stay fp16 in a compressed encoder.
 UNCOMPRESSED_SHARE = 1.05
 
@@ -228,9 +230,11 @@ def _compression(
     if options.encoder_precision != "mixed":
         return compress.uniform(module, options.encoder_precision, advance)
     config = checkpoint.config
-    pictures = [p.image for p in load_calibration(options.calibration, config.vision).pictures]
-    pixels = calibration_pixels(pictures, config.vision, config.image_aspect_ratio)
-    return mixed(module, pixels, options.encoder_bits, advance)
+    calibration = load_calibration(options.calibration, config.vision)
+    pixels = calibration_pixels(calibration, config.vision, config.image_aspect_ratio)
+    chosen = mixed(module, pixels, options.encoder_bits, advance)
+    record = {"sha256": calibration.digest, "skipped": list(calibration.skipped)}
+    return replace(chosen, calibration=record)
 
 
 def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
@@ -321,13 +325,13 @@ def _manifest(
 
 
 def _package_facts(info: PackageInfo) -> dict[str, Any]:
-    formats = info.metadata.get("weight_formats")
     return {
         "precision": info.precision,
         "deployment_target": info.deployment_target,
         "bytes": info.bytes,
         "ops": info.ops,
-    } | ({"weight_formats": json.loads(formats)} if formats else {})
+        **{key: json.loads(info.metadata[key]) for key in RECORDED if key in info.metadata},
+    }
 
 
 def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:

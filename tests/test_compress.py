@@ -43,8 +43,8 @@ def module(checkpoint):
 @pytest.fixture(scope="module")
 def pixels(checkpoint):
     config = checkpoint.config
-    images = [p.image for p in load_calibration(None, config.vision).pictures]
-    return calibration_pixels(images, config.vision, config.image_aspect_ratio)
+    calibration = load_calibration(None, config.vision)
+    return calibration_pixels(calibration, config.vision, config.image_aspect_ratio)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +258,9 @@ class TestMixed:
         info = describe(bundle / "fastvithd.mlpackage")
         assert json.loads(info.metadata["weight_formats"]) == formats
         assert len(set(formats.values())) > 1
+        calibration = load_calibration(None, checkpoint.config.vision)
+        record = {"sha256": calibration.digest, "skipped": []}
+        assert manifest["encoder"]["calibration"] == record
         bits = {"palette4": 4, "palette6": 6, "palette8": 8}
         fresh = fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
         sizes = {n: c.weight.numel() for n, c in convolutions(fresh).items()}
@@ -353,6 +356,7 @@ class TestOptions:
             ({"encoder_precision": "mixed", "encoder_bpw": 3.0}, "expected 4 bits or more"),
             ({"encoder_precision": "mixed", "encoder_bpw": float("nan")}, "expected 4 bits"),
             ({"layout": "mlx", "encoder_precision": "mixed"}, "use --dtype"),
+            ({"calibration": "pictures"}, "add --llm-bpw, or --encoder-precision mixed"),
             ({"layout": "mlx", "deployment_target": "iOS18"}, "leave it out"),
         ],
     )
