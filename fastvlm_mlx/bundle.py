@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -274,6 +275,30 @@ def model_name(stored: str) -> str:
         if stored.startswith(prefix):
             return name + stored.removeprefix(prefix)
     return stored
+
+
+def dequantized(
+    arrays: Mapping[str, mx.array], name: str, quantization: Mapping[str, Any], prefix: str = ""
+) -> mx.array:
+    """The array under `name`, in full where it is stored quantized.
+
+    Args:
+        quantization: config.json's, for all modules or with entries for some.
+        prefix: what stands before the names of `arrays` in the bundle.
+    """
+    import mlx.core as mx
+
+    stem = name.removesuffix("weight")
+    if stem + "scales" not in arrays:
+        return arrays[name]
+    settings = {"group_size": 64, "bits": 4, **quantization}
+    settings |= quantization.get((prefix + stem).removesuffix("."), {})
+    return mx.dequantize(
+        arrays[name],
+        arrays[stem + "scales"],
+        arrays.get(stem + "biases"),
+        **{key: settings[key] for key in ("group_size", "bits", "mode") if key in settings},
+    )
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:

@@ -281,6 +281,28 @@ def inspect(
 
 
 @app.command()
+def convert(
+    bundle: Out,
+    out: Annotated[Path, typer.Argument(help="Where the new bundle appears.")],
+    layout: Annotated[str, typer.Option(help="The new bundle's: app, from one of layout mlx.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn an mlx bundle into an app bundle, checked against it; needs no checkpoint."""
+    with _needs_export_extra():
+        from model_export.convert import convert as run
+
+    from fastvlm_mlx import report
+
+    with report.stages() as progress:
+        result = run(bundle, out, layout, progress, overwrite=overwrite)
+    if as_json:
+        _print_json({"bundle": str(out), **result.manifest})
+    else:
+        report.print_bundle(report.inspect_bundle(out))
+
+
+@app.command()
 def install(
     bundle: Out,
     app_dir: Annotated[

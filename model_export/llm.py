@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,6 +61,14 @@ class Summary:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / self.parameters
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes into a file together: tensors, and a function that reads or computes them."""
+
+    entries: list[Stored]
+    arrays: Callable[[], list[mx.array]]
 
 
 def is_quantized(spec: TensorSpec, options: ExportOptions) -> bool:
@@ -131,26 +140,12 @@ def write(
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
-    shards = list(_shards(specs, options))
-    names = [
-        "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        for i in range(1, len(shards) + 1)
+    parts = [
+        Part(stored(spec, options), partial(convert, checkpoint, spec, options)) for spec in specs
     ]
-    weight_map: dict[str, str] = {}
-    for name, shard in zip(names, shards, strict=True):
-        plan = [entry for spec in shard for entry in stored(spec, options)]
-        weight_map |= {entry.name: name for entry in plan}
-        with (directory / name).open("wb") as stream:
-            stream.write(header(plan))
-            for spec in shard:
-                for array in convert(checkpoint, spec, options):
-                    progress(_write_array(stream, array))
-                mx.clear_cache()
-    sizes = [sum(entry.bytes for entry in stored(spec, options)) for spec in specs]
+    names = write_parts(parts, directory, progress)
+    sizes = [sum(entry.bytes for entry in part.entries) for part in parts]
     encoder = [in_encoder(spec) for spec in specs]
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return Summary(
         parameters=sum(prod(spec.shape) for spec in specs if not in_encoder(spec)),
         bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if not of),
@@ -163,8 +158,41 @@ def write(
             and not is_quantized(spec, options)
             and not in_encoder(spec)
         },
-        files=tuple(names),
+        files=names,
     )
+
+
+def write_parts(
+    parts: list[Part], directory: Path, progress: Callable[[int], None]
+) -> tuple[str, ...]:
+    """Write one file, or several with an index; the parts are computed one at a time.
+
+    Args:
+        progress: called with the bytes just written.
+
+    Returns:
+        The files' names.
+    """
+    shards = list(_shards(parts))
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    weight_map: dict[str, str] = {}
+    for name, shard in zip(names, shards, strict=True):
+        plan = [entry for part in shard for entry in part.entries]
+        weight_map |= {entry.name: name for entry in plan}
+        with (directory / name).open("wb") as stream:
+            stream.write(header(plan))
+            for part in shard:
+                for array in part.arrays():
+                    progress(_write_array(stream, array))
+                mx.clear_cache()
+    if len(shards) > 1:
+        total = sum(entry.bytes for part in parts for entry in part.entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return tuple(names)
 
 
 def total_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
@@ -189,15 +217,15 @@ def header(plan: list[Stored]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shards(specs: list[TensorSpec], options: ExportOptions) -> Iterator[list[TensorSpec]]:
-    shard: list[TensorSpec] = []
+def _shards(parts: list[Part]) -> Iterator[list[Part]]:
+    shard: list[Part] = []
     size = 0
-    for spec in specs:
-        wanted = sum(entry.bytes for entry in stored(spec, options))
+    for part in parts:
+        wanted = sum(entry.bytes for entry in part.entries)
         if shard and size + wanted > SHARD_BYTES:
             yield shard
             shard, size = [], 0
-        shard.append(spec)
+        shard.append(part)
         size += wanted
     yield shard
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -52,6 +53,33 @@ Progress = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What a bundle is made of, and what it is judged by.
+
+    Attributes:
+        checkpoint: the configuration, the encoder's weights, and what the gates compare with.
+        tokenizer: of the checkpoint, with `<image>`.
+        options: as the manifest records them.
+        limits: the options that the gates judge by.
+        llm_bytes: what `write_llm` will write, headers left out.
+        write_llm: into a directory, called back with the bytes just written.
+        own_gates: what is checked of the written bundle besides encoder and answers.
+        origin: the manifest's entries on where the bundle comes from.
+        remedy: what to do about a failed gate.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: ExportedTokenizer
+    options: ExportOptions
+    limits: ExportOptions
+    llm_bytes: int
+    write_llm: Callable[[Path, Callable[[int], None]], llm.Summary]
+    own_gates: Callable[[Bundle], list[Gate]]
+    origin: Callable[[], dict[str, Any]]
+    remedy: str
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """The finished bundle, with what its manifest says."""
 
@@ -82,7 +110,7 @@ def export(
         DestinationError: `destination` exists or can't be written.
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
-    with _interruptible(progress) as stage:
+    with interruptible(progress) as stage:
         stage("checkpoint", None)
         # Before a hub's gigabytes are fetched for nothing.
         destination = resolve(destination)
@@ -90,38 +118,56 @@ def export(
         checkpoint = Checkpoint(
             checkpoint_path, base=base, revision=revision, image_size=options.image_size
         )
-        return _export(checkpoint, destination, options, stage)
+        options.check_widths(checkpoint.config)
+        # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
+        tokenizer = export_tokenizer(checkpoint)
+        checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
+        recipe = Recipe(
+            checkpoint,
+            tokenizer,
+            options,
+            limits=options,
+            llm_bytes=llm.total_bytes(checkpoint, options),
+            write_llm=partial(llm.write, checkpoint, options),
+            own_gates=lambda bundle: [],
+            origin=lambda: {"source": checkpoint.source()},
+            remedy="choose more bits, or keep it with --allow-failed-gates",
+        )
+        return build(recipe, destination, stage)
 
 
-def _export(
-    checkpoint: Checkpoint,
-    destination: Path,
-    options: ExportOptions,
-    progress: Progress,
-) -> ExportResult:
-    options.check_widths(checkpoint.config)
+def build(recipe: Recipe, destination: Path, progress: Progress) -> ExportResult:
+    """Make the bundle beside `destination`, check it, and put it there.
+
+    Raises:
+        As `export`, where it writes and checks.
+    """
+    checkpoint, options = recipe.checkpoint, recipe.options
     _check_overlap(destination, checkpoint)
-    # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
-    tokenizer = export_tokenizer(checkpoint)
-    checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
     with appearing(destination) as directory:
-        _check_space(directory, checkpoint, options)
-        _write_small_files(checkpoint, options, tokenizer, directory)
+        _check_space(directory, recipe)
+        _write_small_files(checkpoint, options, recipe.tokenizer, directory)
         encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
-        summary = _export_llm(checkpoint, directory, options, progress)
+        summary = _write_llm(recipe, directory, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         _check_layout(bundle, encoder)
         progress("check encoder", None)
-        gates, features = _check_encoder(bundle, encoder, options)
+        gates, features = _check_encoder(bundle, encoder, recipe.limits)
         progress("check answers", None)
         gates += verify.answer_gates(
-            checkpoint, bundle, tokenizer.tokenizer, encoder.references, features, options
+            checkpoint,
+            bundle,
+            recipe.tokenizer.tokenizer,
+            encoder.references,
+            features,
+            recipe.limits,
         )
-        _judge(gates, options)
+        gates += recipe.own_gates(bundle)
+        _judge(gates, recipe)
         progress("manifest", None)
         info = encoder.package.info if encoder.package else None
-        manifest = _manifest(checkpoint, options, info, summary, gates, directory)
+        manifest = _manifest(recipe, info, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
@@ -197,44 +243,41 @@ def _check_encoder(
     return verify.encoder_gates(bundle.package, encoder.package.module, encoder.references, options)
 
 
-def _export_llm(
-    checkpoint: Checkpoint, directory: Path, options: ExportOptions, progress: Progress
-) -> llm.Summary:
-    total = llm.total_bytes(checkpoint, options)
+def _write_llm(recipe: Recipe, directory: Path, progress: Progress) -> llm.Summary:
     written = 0
 
     def advance(count: int) -> None:
         nonlocal written
         written += count
-        progress("language model", written / total)
+        progress("language model", written / recipe.llm_bytes)
 
     progress("language model", 0.0)
-    return llm.write(checkpoint, options, directory, advance)
+    return recipe.write_llm(directory, advance)
 
 
-def _judge(gates: list[Gate], options: ExportOptions) -> None:
+def _judge(gates: list[Gate], recipe: Recipe) -> None:
     failed = [gate for gate in gates if not gate.passed]
-    if failed and not options.allow_failed_gates:
+    if failed and not recipe.limits.allow_failed_gates:
         raise GateError(
-            f"the export failed {len(failed)} of its {len(gates)} gates ("
+            f"the bundle failed {len(failed)} of its {len(gates)} gates ("
             + "; ".join(gate.sentence() for gate in failed)
-            + "): choose more bits, or keep it with --allow-failed-gates"
+            + f"): {recipe.remedy}"
         )
 
 
 def _manifest(
-    checkpoint: Checkpoint,
-    options: ExportOptions,
+    recipe: Recipe,
     info: PackageInfo | None,
     summary: llm.Summary,
     gates: list[Gate],
     directory: Path,
 ) -> dict[str, Any]:
+    checkpoint, options = recipe.checkpoint, recipe.options
     vision = checkpoint.config.vision
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
-        "source": checkpoint.source(),
+        **recipe.origin(),
         "options": options.resolved(),
         "encoder": {
             "precision": options.encoder_format,
@@ -283,16 +326,18 @@ def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
         source = directory.resolve()
         if target == source or source in target.parents or target in source.parents:
             raise DestinationError(
-                f"{destination} overlaps the checkpoint {directory}, which is never written to: "
+                f"{destination} overlaps its source {directory}, which is never written to: "
                 "choose a directory of its own"
             )
 
 
-def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
-    encoder = checkpoint.encoder_parameters * (4 if options.encoder_precision == "fp32" else 2)
+def _check_space(directory: Path, recipe: Recipe) -> None:
+    options = recipe.options
+    bytes_each = 4 if options.encoder_precision == "fp32" else 2
+    encoder = recipe.checkpoint.encoder_parameters * bytes_each
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
-    needed = llm.total_bytes(checkpoint, options) + encoder + PACKAGE_OVERHEAD_BYTES
+    needed = recipe.llm_bytes + encoder + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DestinationError(
@@ -302,7 +347,7 @@ def _check_space(directory: Path, checkpoint: Checkpoint, options: ExportOptions
 
 
 @contextmanager
-def _interruptible(progress: Progress) -> Iterator[Progress]:
+def interruptible(progress: Progress) -> Iterator[Progress]:
     """A progress callback that raises the interruption that somebody else caught.
 
     coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost. SIGTERM

@@ -276,7 +276,7 @@ def verify(
     references = reference_features(state, checkpoint, pictures)
     progress("check encoder", None)
     if bundle.layout == "app":
-        module = fastvithd.fold(state, checkpoint.config.vision)
+        module = fastvithd.fold(_as_converted(state, bundle), checkpoint.config.vision)
         gates, features = encoder_gates(bundle.package, module, references, options)
         del module
     else:
@@ -285,6 +285,18 @@ def verify(
     progress("check answers", None)
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
+
+
+def _as_converted(state: dict[str, torch.Tensor], bundle: Bundle) -> dict[str, torch.Tensor]:
+    """The encoder's weights as the package was made from them: of a conversion, in the type of the
+    bundle that it was converted from."""
+    import torch
+
+    converted = (bundle.manifest or {}).get("converted_from")
+    if converted is None:
+        return state
+    dtype = getattr(torch, converted["dtype"])
+    return {name: tensor.to(dtype).float() for name, tensor in state.items()}
 
 
 def _source(

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fastvlm_mlx.bundle import ENCODER_PREFIX, dequantized
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError
 
@@ -49,16 +50,7 @@ class Weights:
                 f"the encoder lacks {name}: expected it for the vision_config of config.json, "
                 "export the checkpoint again"
             )
-        array = self._arrays[name]
-        if parts[1] in self._arrays:
-            settings = {"group_size": 64, "bits": 4} | self._quantization
-            settings |= self._quantization.get(f"vision_tower.vision_model.{stem[:-1]}", {})
-            array = mx.dequantize(
-                array,
-                self._arrays[parts[1]],
-                self._arrays.get(parts[2]),
-                **{key: settings[key] for key in ("group_size", "bits", "mode") if key in settings},
-            )
+        array = dequantized(self._arrays, name, self._quantization, ENCODER_PREFIX)
         if array.shape != shape:
             raise EncoderError(
                 f"the encoder's {name} has shape {list(array.shape)} where vision_config implies "
