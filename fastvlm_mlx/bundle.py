@@ -285,6 +285,9 @@ def dequantized(
     Args:
         quantization: config.json's, for all modules or with entries for some.
         prefix: what stands before the names of `arrays` in the bundle.
+
+    Raises:
+        BundleError: it is not quantized as `quantization` says.
     """
     import mlx.core as mx
 
@@ -293,12 +296,18 @@ def dequantized(
         return arrays[name]
     settings = {"group_size": 64, "bits": 4, **quantization}
     settings |= quantization.get((prefix + stem).removesuffix("."), {})
-    return mx.dequantize(
-        arrays[name],
-        arrays[stem + "scales"],
-        arrays.get(stem + "biases"),
-        **{key: settings[key] for key in ("group_size", "bits", "mode") if key in settings},
-    )
+    try:
+        return mx.dequantize(
+            arrays[name],
+            arrays[stem + "scales"],
+            arrays.get(stem + "biases"),
+            **{key: settings[key] for key in ("group_size", "bits", "mode") if key in settings},
+        )
+    except ValueError as error:
+        raise BundleError(
+            f"{prefix}{name} is not quantized as config.json says ({error}): export the checkpoint "
+            "again"
+        ) from error
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ class Checkpoint:
     @cached_property
     def tied(self) -> bool:
         """Whether the head is the embedding; from the tensors, config.json is often wrong."""
-        return is_tied(self.tensors)
+        return is_tied(self.tensors) if self._source.tied is None else self._source.tied
 
     @property
     def llm_specs(self) -> list[weights.TensorSpec]:

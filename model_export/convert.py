@@ -97,6 +97,7 @@ def _recipe(bundle: Bundle) -> Recipe:
         tokenizer,
         _options(bundle, parts, limits),
         limits,
+        bundle,
         llm_bytes=sum(entry.bytes for part in parts for entry in part.entries),
         write_llm=partial(_write_llm, checkpoint, parts),
         own_gates=lambda written: [_changed_tensors(parts, written)],
@@ -133,12 +134,12 @@ def as_checkpoint(bundle: Bundle) -> Checkpoint:
             affine quantization does not make.
         CheckpointError: one has another shape than config.json implies.
     """
-    arrays, config = bundle.tensors(), bundle.config
+    arrays = bundle.tensors()
     tied = "language_model." + weights.HEAD[0] not in arrays
     _check_types(bundle, arrays)
     left = set(arrays)
     tensors: dict[str, SourceTensor] = {}
-    for spec in weights.bundle_specs(config, tied=tied, layout="mlx"):
+    for spec in weights.bundle_specs(bundle.config, tied=tied, layout="mlx"):
         left -= set(_stored_names(spec.name, arrays))
         if spec.name in arrays:
             tensors[spec.source] = _tensor(bundle, spec, arrays)
@@ -152,7 +153,8 @@ def as_checkpoint(bundle: Bundle) -> Checkpoint:
             f"{bundle.path} holds {min(left)}, which is no tensor of the model that config.json "
             "describes: remove the file it came with, or correct config.json"
         )
-    return Checkpoint.of(Source("mlx bundle", (bundle.path,), _apple_config(bundle), tensors))
+    config = _apple_config(bundle)
+    return Checkpoint.of(Source("mlx bundle", (bundle.path,), config, tensors, tied=tied))
 
 
 def _check_types(bundle: Bundle, arrays: Mapping[str, mx.array]) -> None:

@@ -61,6 +61,7 @@ class Recipe:
         tokenizer: of the checkpoint, with `<image>`.
         options: as the manifest records them.
         limits: the options that the gates judge by.
+        source: the bundle that holds the checkpoint's language model, if it is not its own files.
         llm_bytes: what `write_llm` will write, headers left out.
         write_llm: into a directory, called back with the bytes just written.
         own_gates: what is checked of the written bundle besides encoder and answers.
@@ -72,6 +73,7 @@ class Recipe:
     tokenizer: ExportedTokenizer
     options: ExportOptions
     limits: ExportOptions
+    source: Bundle | None
     llm_bytes: int
     write_llm: Callable[[Path, Callable[[int], None]], llm.Summary]
     own_gates: Callable[[Bundle], list[Gate]]
@@ -127,6 +129,7 @@ def export(
             tokenizer,
             options,
             limits=options,
+            source=None,
             llm_bytes=llm.total_bytes(checkpoint, options),
             write_llm=partial(llm.write, checkpoint, options),
             own_gates=lambda bundle: [],
@@ -162,6 +165,7 @@ def build(recipe: Recipe, destination: Path, progress: Progress) -> ExportResult
             encoder.references,
             features,
             recipe.limits,
+            recipe.source,
         )
         gates += recipe.own_gates(bundle)
         _judge(gates, recipe)

@@ -181,17 +181,22 @@ def answer_gates(
     references: Sequence[Reference],
     features: Sequence[np.ndarray],
     options: ExportOptions,
+    source_bundle: Bundle | None = None,
 ) -> list[Gate]:
     """KL divergence, agreement and the largest magnitude, over every picture with questions.
 
     Args:
         features: the bundle's own, for the same pictures as `references`.
+        source_bundle: read in place of the checkpoint's language model, as it may be quantized.
     """
     import torch
 
     from model_export import qwen2
 
-    source, written = qwen2.SourceWeights(checkpoint), qwen2.BundleWeights(bundle)
+    source: qwen2.Weights = qwen2.SourceWeights(checkpoint)
+    if source_bundle is not None:
+        source = qwen2.BundleWeights(source_bundle)
+    written = qwen2.BundleWeights(bundle)
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     divergence, agreed, decided, largest = [], [], [], 0.0
     placeholder = placeholder_id(tokenizer, bundle)
