@@ -110,6 +110,10 @@ def convert(checkpoint: Checkpoint, spec: TensorSpec, options: ExportOptions) ->
         CheckpointError: the source holds NaN or infinity.
         OptionError: a weight does not fit float16.
     """
+    dtype = DTYPES[options.dtype][0]
+    if spec.source not in checkpoint.tensors:
+        # The classification head: transformers' checkpoints have none, both loaders want one.
+        return [mx.zeros(spec.shape, dtype)]
     weight = checkpoint.array(spec.source)
     largest = magnitude(spec.source, to_torch(weight))
     if options.dtype == "float16" and largest > FLOAT16_MAX:
@@ -119,7 +123,7 @@ def convert(checkpoint: Checkpoint, spec: TensorSpec, options: ExportOptions) ->
         )
     if spec.axes is not None:
         weight = weight.transpose(spec.axes)
-    cast = weight.astype(DTYPES[options.dtype][0])
+    cast = weight.astype(dtype)
     if not is_quantized(spec, options):
         return [cast]
     return list(mx.quantize(cast, group_size=options.group_size, bits=options.llm_bits))
