@@ -16,6 +16,7 @@ import typer
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.cli_compare import compare, sweep
+from fastvlm_mlx.cli_convert import convert
 from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
 
@@ -311,6 +312,7 @@ def inspect(
 app.command()(compare)
 app.command()(sweep)
 app.command()(plan)
+app.command()(convert)
 
 
 @app.command()

@@ -118,6 +118,8 @@ def _head(manifest: Mapping[str, Any], repository: str) -> str:
         else "A FastVLM in the layout of Apple's demo app, its encoder in Core ML and its language "
         "model in MLX"
     )
+    compared = manifest.get("converted_from")
+    against = f"the {compared['layout']} bundle between them" if compared else "it"
     verdict = (
         "Every gate of the export passed."
         if manifest["gates_passed"]
@@ -131,7 +133,8 @@ def _head(manifest: Mapping[str, Any], repository: str) -> str:
     return (
         f"# {repository.partition('/')[2]}\n\n{kind}, exported from "
         f"`{_line(manifest['source']['name'])}` by fastvlm-mlx "
-        f"{_line(manifest['versions']['fastvlm-mlx'])} and compared with it. {verdict}{research}"
+        f"{_line(manifest['versions']['fastvlm-mlx'])} and compared with {against}. "
+        f"{verdict}{research}"
     )
 
 
