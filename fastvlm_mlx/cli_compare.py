@@ -108,7 +108,9 @@ def print_rows(rows: list[Row]) -> None:
     )
     for row in rows:
         table.add_row("•" if row.best else "", row.name, *_cells(row))
-    Console(soft_wrap=True).print(table, soft_wrap=True)
+    # Wider than the terminal rather than cut.
+    width = Console(width=1000).measure(table).maximum
+    Console(width=max(Console().width, width), highlight=False).print(table)
 
 
 def _cells(row: Row) -> list[str]:

@@ -168,6 +168,8 @@ def test_any_merge_is_the_formula(tmp_path, rows, columns, rank, scale, dtype, e
     assert torch.allclose(found.double(), expected, atol=1e-4)
     # The source is read again each time, never what was merged into it.
     assert torch.equal(to_torch(merged.read()), found)
+    by_rows = [to_torch(merged.read(slice(row, row + 2))) for row in range(0, rows, 2)]
+    assert torch.allclose(torch.cat(by_rows), found, atol=1e-5)
 
 
 class TestTies:

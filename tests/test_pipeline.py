@@ -127,6 +127,35 @@ class TestDestination:
             export(demo_checkpoint, tmp_path / "out", ExportOptions())
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.linux
+    def test_a_disk_that_fills_while_the_third_shard_is_written(
+        self, demo_checkpoint, tmp_path, quick, monkeypatch
+    ):
+        monkeypatch.setattr(llm, "SHARD_BYTES", 200_000)
+        out = tmp_path / "out"
+        export(demo_checkpoint, out, ExportOptions())
+        before = fingerprint(out)
+        shards = sorted(path.name for path in out.glob("model-*.safetensors"))
+        encoder, found = pipeline._export_encoder, []
+
+        def fill(checkpoint, package, options, progress):
+            # Every write to /dev/full fails as on a full disk.
+            (package.parent / shards[2]).symlink_to("/dev/full")
+            return encoder(checkpoint, package, options, progress)
+
+        def look(stage, done):
+            for directory in tmp_path.glob(".*.partial-*"):
+                found.append(sorted(path.name for path in directory.glob("model-*")))
+
+        monkeypatch.setattr(pipeline, "_export_encoder", fill)
+        sentence = rf"the disk of {tmp_path} is full, nothing was left at .*: make room, or choose"
+        for destination in (out, tmp_path / "another"):
+            with pytest.raises(DestinationError, match=sentence):
+                export(demo_checkpoint, destination, ExportOptions(overwrite=True), look)
+            assert found[-1] == shards[:3]
+        assert fingerprint(out) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
     def test_too_little_room_is_seen_before_any_work(self, demo_checkpoint, tmp_path, monkeypatch):
         from collections import namedtuple
 

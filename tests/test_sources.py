@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError, OptionError
-from model_export import fast_vlm, hub
+from model_export import fast_vlm, hub, tensors
 from model_export.checkpoint import Checkpoint
 from model_export.tensors import read_tensors
 from model_export.tokenizer import export_tokenizer
@@ -79,6 +79,7 @@ class TestPickled:
         assert torch.equal(to_torch(found["view"].read()), whole[::2].T)
         assert to_torch(found["whole"].read()).dtype == dtype
         assert found["n"].dtype == "I64"
+        assert found["n"].read().item() == 3
 
     def test_one_that_would_run_code_is_refused_and_runs_nothing(self, edit_checkpoint, tmp_path):
         path = to_bin(edit_checkpoint())
@@ -138,6 +139,46 @@ class TestPickled:
                 tensor.read()
         except FastVLMError as error:
             assert "damaged.bin" in str(error) or "is stored as" in str(error)  # noqa: PT017
+
+
+@SLOW
+@given(
+    rows=st.integers(1, 9),
+    added=st.integers(0, 4),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int64]),
+    block=st.integers(1, 40),
+    data=st.data(),
+)
+def test_rows_are_those_of_the_whole(tmp_path, rows, added, dtype, block, data):
+    whole = torch.arange(rows * 6).reshape(rows, 2, 3).to(dtype)
+    state = {"before": torch.ones(3), "w": whole, "n": torch.tensor(7)}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.bin")
+    copied = data.draw(st.integers(0, rows - 1))
+    longer = torch.cat([whole, whole[copied : copied + 1].expand(added, 2, 3)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "BLOCK_ELEMENTS", block)
+        blocks = list(tensors.row_blocks(longer.shape))
+    for file in ("a.safetensors", "a.bin"):
+        stored = read_tensors([tmp_path / file])
+        assert stored["n"].read().item() == 7
+        extended = tensors.ExtendedRows(stored["w"], rows + added, copied)
+        assert torch.equal(tensors.to_torch(extended.read()), longer)
+        found = [tensors.to_torch(extended.read(part)) for part in blocks]
+        assert torch.equal(torch.cat(found), longer)
+        assert all(part.numel() <= max(block, 6) for part in found)
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path):
+    save_file({"a": torch.ones(100, 100)}, tmp_path / "a.safetensors")
+    stored = read_tensors([tmp_path / "a.safetensors"])["a"]
+    with (tmp_path / "a.safetensors").open("r+b") as stream:
+        stream.truncate(20_000)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors can't be read"):
+        stored.read()
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors can't be read"):
+        stored.read(slice(3, 4))
 
 
 class Touch:
