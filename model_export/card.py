@@ -119,7 +119,7 @@ def _head(manifest: Mapping[str, Any], repository: str) -> str:
         "model in MLX"
     )
     compared = manifest.get("converted_from")
-    against = f"the {compared['layout']} bundle between them" if compared else "it"
+    against = f"the {compared['layout']} bundle it was converted from" if compared else "it"
     verdict = (
         "Every gate of the export passed."
         if manifest["gates_passed"]
@@ -181,8 +181,9 @@ def _left(reasons: Mapping[str, str]) -> str:
 def _gates(manifest: Mapping[str, Any], repository: str) -> str:
     table = _table(["gate", "measured", "limit", ""], map(gate_cells, manifest["gates"]))
     name = repository.partition("/")[2]
+    against = "the bundle converted" if "converted_from" in manifest else "the source"
     return (
-        f"## What was checked\n\n{table}\n\nMeasured on these files against the source: encoder "
+        f"## What was checked\n\n{table}\n\nMeasured on these files against {against}: encoder "
         "features in signal-to-noise ratio, answers to questions about pictures in KL divergence "
         f"of the next token. `{MANIFEST}` holds every file's SHA-256 and the source's; `fastvlm "
         f"verify {name} --checkpoint …` repeats the figures."
