@@ -33,6 +33,10 @@ CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
 CHOICES = (
     (16, "fp32"),
     (16, "fp16"),
+    (16, "int8"),
+    (16, "palette6"),
+    (16, "palette4"),
+    (16, "mixed"),
     (8, "fp16"),
     (6, "fp16"),
     (5, "fp16"),
@@ -78,7 +82,7 @@ def main() -> None:
             texts += source.answer(seen, [question.prompt for _, question in part])
     before = right(texts, pairs)
     print(f"{platform.platform()}, {len(pairs)} questions, PyTorch right: {before.sum()}")
-    print("encoder  LLM bits  bits/weight  bundle MB  right  lost  KL nats  encoder SNR dB")
+    print("encoder   LLM bits  bits/weight  bundle MB  right  lost  KL nats  encoder SNR dB")
     rows = []
     features: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +109,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{precision:7}  {bits:8}  {row['bits_per_weight']:11}  "
+                f"{precision:8}  {bits:8}  {row['bits_per_weight']:11}  "
                 f"{row['bundle_bytes'] / 1e6:9.2f}  {row['right']:5}  {row['lost']:4}  "
                 f"{row['kl_nats']:7.2g}  {row['snr_db']:.1f}",
                 flush=True,

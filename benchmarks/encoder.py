@@ -25,14 +25,11 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastvlm_mlx.config import VisionConfig
-
-if TYPE_CHECKING:
-    from model_export.coreml import Precision
 
 PLAIN, FOLDED, PACKAGE = "torch", "torch folded", "mlpackage"
 # The issue's: evaluating the package against the plain torch module.
@@ -78,7 +75,7 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def export(config: VisionConfig, package: Path, precision: Precision) -> dict[str, Any]:
+def export(config: VisionConfig, package: Path, precision: str) -> dict[str, Any]:
     """Fold and export random weights to `package`."""
     import torch
 
@@ -209,7 +206,7 @@ def _apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
         return pool.submit(function, *arguments).result()
 
 
-def measure(size: int, runs: int, precision: Precision) -> dict[str, Any]:
+def measure(size: int, runs: int, precision: str) -> dict[str, Any]:
     """Everything, as one JSON object."""
     config = VisionConfig(image_size=size)
     about = machine()

@@ -121,8 +121,16 @@ def export(
         str, typer.Option(help="Type of what is not quantized: float16, bfloat16 or float32.")
     ] = "float16",
     encoder_precision: Annotated[
-        str, typer.Option(help="What the Core ML encoder computes in: fp16 or fp32.")
+        str,
+        typer.Option(help="Core ML encoder: fp16, fp32, int8, palette6, palette4 or mixed."),
     ] = "fp16",
+    encoder_bpw: Annotated[
+        float | None, typer.Option(help="Bits per weight of a mixed encoder; 6 unless given.")
+    ] = None,
+    deployment_target: Annotated[
+        str | None,
+        typer.Option(help="First iOS that loads the encoder: iOS15 to iOS18; else the lowest."),
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="Who loads it: app (Core ML encoder), or mlx (mlx-vlm, Swift).")
     ] = "app",
@@ -159,6 +167,8 @@ def export(
         calibration=calibration,
         dtype=dtype,  # type: ignore[arg-type]
         encoder_precision=encoder_precision,  # type: ignore[arg-type]
+        encoder_bpw=encoder_bpw,
+        deployment_target=deployment_target,  # type: ignore[arg-type]
         layout=layout,  # type: ignore[arg-type]
         overwrite=overwrite,
         allow_failed_gates=allow_failed_gates,

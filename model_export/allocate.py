@@ -11,6 +11,8 @@ from scipy.sparse import csr_array
 
 from fastvlm_mlx.errors import OptionError
 
+_REFINEMENTS = 10
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,19 +36,37 @@ def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> list[int]:
             f"the size asked for is {budget:,} bytes and the smallest choices take {least:,}: ask "
             "for that or more"
         )
-    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    choices = [choice for part in parts for choice in part]
+    chosen = _solve(parts, budget, np.inf)
+    # The solver stops within 1e-6 of the largest loss it is given. What loses more than a whole
+    # assignment is in no better one: without it the next solution is that much finer.
+    for _ in range(_REFINEMENTS):
+        total = _loss(parts, chosen)
+        finer = _solve(parts, budget, total)
+        if _loss(parts, finer) >= total:
+            break
+        chosen = finer
+    return chosen
+
+
+def _loss(parts: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> float:
+    return sum(part[i].loss for part, i in zip(parts, chosen, strict=True))
+
+
+def _solve(parts: Sequence[Sequence[Choice]], budget: int, most: float) -> list[int]:
+    """The least loss within the solver's gap, of the choices that lose `most` or less each."""
+    kept = [[i for i, choice in enumerate(part) if choice.loss <= most] for part in parts]
+    choices = [part[i] for part, indices in zip(parts, kept, strict=True) for i in indices]
+    owners = np.repeat(np.arange(len(parts)), [len(indices) for indices in kept])
     sizes = np.array([choice.bytes for choice in choices], dtype=np.float64)
     losses = np.array([choice.loss for choice in choices], dtype=np.float64)
     one_each = csr_array(
         (np.ones(len(choices)), (owners, np.arange(len(choices)))),
         shape=(len(parts), len(choices)),
     )
-    # The solver's tolerances are absolute, its gap's 1e-6: losses up to a million, sizes in the
-    # largest whole unit.
+    # In the largest whole unit, and losses up to one: its tolerances are absolute.
     unit = int(np.gcd.reduce([choice.bytes for choice in choices]))
     solved = milp(
-        losses / (losses.max(initial=0.0) or 1.0) * 1e6,
+        losses / (losses.max(initial=0.0) or 1.0),
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(sizes[None] / unit, -np.inf, budget // unit),
@@ -55,10 +75,10 @@ def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )
-    if solved.x is None:
+    if solved.status != 0:
         raise RuntimeError(f"the allocation was not solved: {solved.message}")
-    starts = np.searchsorted(owners, np.arange(len(parts)))
+    starts = np.cumsum([0, *map(len, kept)])
     return [
-        int(np.argmax(solved.x[start : start + len(part)]))
-        for start, part in zip(starts, parts, strict=True)
+        indices[int(np.argmax(solved.x[start : start + len(indices)]))]
+        for start, indices in zip(starts, kept, strict=False)
     ]

@@ -32,7 +32,7 @@ from model_export.demo import scenes
 from model_export.pictures import GatePicture, gate_pictures, reference_features
 from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import export_tokenizer
-from model_export.verify import snr_db
+from model_export.verify import mean_cosine, snr_db
 
 # Of the scenes' questions; 1 % of them is two.
 QUESTIONS = 200
@@ -271,7 +271,7 @@ class Bench:
             return row
         own = model.encode(self.pictures)
         source, found = np.concatenate(self.features), np.concatenate(own)
-        row.snr_db, row.cosine = snr_db(source, found), _cosine(source, found)
+        row.snr_db, row.cosine = snr_db(source, found), mean_cosine(source, found)
         alone, whole = _Tally(), _Tally()
         for dialogue, ended, theirs, ours in zip(
             self.dialogues, self.complete, self.features, own, strict=True
@@ -370,13 +370,6 @@ def _common(outcomes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Log-probabilities over the ids that all have: an export may add rows for <image>."""
     rows = min(found.shape[1] for found in outcomes)
     return [found[:, :rows].log_softmax(1) for found in outcomes]
-
-
-def _cosine(source: np.ndarray, found: np.ndarray) -> float:
-    """Mean over tokens, [..., C] each."""
-    dot = (source * found).sum(-1)
-    norms = np.linalg.norm(source, axis=-1) * np.linalg.norm(found, axis=-1)
-    return float(np.mean(dot / np.maximum(norms, np.finfo(np.float32).tiny)))
 
 
 def mark_best(rows: list[Row]) -> list[Row]:

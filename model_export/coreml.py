@@ -1,9 +1,9 @@
 """The folded FastViTHD becomes an `.mlpackage`: torch.export, Core ML, metadata, a fixed graph.
 
-The deployment target is iOS 15 / macOS 12, the first that knows ML Programs: the graph is the
-same, operation by operation, for every later one, and float32 at both ends of an fp16 program is
-possible in all of them. torch.jit.trace, which Apple's recipe uses, fails in coremltools 9.0 with
-numpy 2.4 on the attention's shape arithmetic.
+The deployment target is iOS 15 / macOS 12, the first that knows ML Programs, or iOS 16 / macOS 13,
+the first that knows compressed weights: the graph is the same, operation by operation, for every
+later one, and float32 at both ends of an fp16 program is possible in all of them. torch.jit.trace,
+which Apple's recipe uses, fails in coremltools 9.0 with numpy 2.4 on the attention's shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +34,10 @@ from fastvlm_mlx.vision.package import (
     one_line,
     quiet_coremltools,
 )
+from model_export.compress import Compression, compressed
 from model_export.fastvithd import FastViTHD
 
-Precision = Literal["fp16", "fp32"]
+NOT_COMPRESSED = Compression()
 
 _IDENTIFIERS = uuid.uuid5(uuid.NAMESPACE_URL, "fastvlm-mlx:mlpackage")
 _MAX_TRANSPOSES = 2
@@ -64,8 +65,10 @@ def export_encoder(
     config: VisionConfig,
     package: Path,
     *,
-    precision: Precision,
+    precision: str,
     metadata: EncoderMetadata,
+    compression: Compression = NOT_COMPRESSED,
+    target: str = "iOS15",
 ) -> PackageInfo:
     """Convert the folded encoder and write it to `package`.
 
@@ -75,8 +78,11 @@ def export_encoder(
         module: float32 [1, 3, S, S] → [1, N, C], from `model_export.fastvithd.fold`.
         config: the module's shape.
         package: a path ending in `.mlpackage` that does not exist.
-        precision: what the program computes in; input and output are float32 either way.
+        precision: fp16 or fp32, what the program computes in; input and output are float32 either
+            way.
         metadata: where it comes from.
+        compression: how the weights of an fp16 program are stored.
+        target: the first iOS that loads it, iOS15 to iOS18; compressed weights need iOS16.
 
     Returns:
         What was written, read back from disk.
@@ -96,9 +102,9 @@ def export_encoder(
         )
     whole = False
     try:
-        _convert(module, config, package, precision, metadata)
+        _convert(module, config, package, precision, metadata, compression, target)
         info = describe(package)
-        check_graph(info, config, precision)
+        check_graph(info, config, precision, compression.precision)
         whole = True
     finally:
         # Nothing half-written stays, Ctrl-C included.
@@ -107,8 +113,14 @@ def export_encoder(
     return info
 
 
-def check_graph(info: PackageInfo, config: VisionConfig, precision: Precision) -> None:
+def check_graph(
+    info: PackageInfo, config: VisionConfig, precision: str, weights: str = "fp16"
+) -> None:
     """Compare the exported graph with its budget of operations, and both ends with the contract.
+
+    Args:
+        precision: what it computes in.
+        weights: what an fp16 program's are stored as.
 
     Raises:
         GateError: a channel norm was not fused, a transpose or a cast was inserted, or an input or
@@ -142,10 +154,11 @@ def check_graph(info: PackageInfo, config: VisionConfig, precision: Precision) -
             f"the exported encoder declares {ends}: expected {expected}, use the tested versions "
             "of torch and coremltools"
         )
-    if info.precision != precision:
+    expected_weights = weights if precision == "fp16" else precision
+    if info.precision != expected_weights:
         raise GateError(
-            f"the exported encoder holds {info.precision} weights: expected {precision}, use the "
-            "tested versions of torch and coremltools"
+            f"the exported encoder holds {info.precision} weights: expected {expected_weights}, "
+            "use the tested versions of torch and coremltools"
         )
 
 
@@ -153,8 +166,10 @@ def _convert(
     module: FastViTHD,
     config: VisionConfig,
     package: Path,
-    precision: Precision,
+    precision: str,
     metadata: EncoderMetadata,
+    compression: Compression,
+    target: str,
 ) -> None:
     with quiet_coremltools(), _temporary_files_in(package.parent):
         import coremltools as ct
@@ -169,13 +184,16 @@ def _convert(
                 # Without a dtype, an fp16 program's ends become float16 from iOS 16 on.
                 inputs=[ct.TensorType(INPUT_NAME, shape, dtype=np.float32)],
                 outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
-                minimum_deployment_target=ct.target.iOS15,
+                minimum_deployment_target=getattr(ct.target, target),
                 compute_precision=(
                     ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
                 ),
                 skip_model_load=True,
-                package_dir=str(package),
+                package_dir=None if compression.formats else str(package),
             )
+            if compression.formats:
+                model = compressed(model, compression)
+                model.save(str(package))
         # The native writers of weights and package have no error class of their own.
         except RuntimeError as error:
             if "filesystem error" not in str(error) and "FileWriter" not in str(error):
@@ -185,7 +203,7 @@ def _convert(
                 f"{package.parent}, make some"
             ) from error
         spec = model.get_spec()
-    _write_metadata(spec, config, precision, metadata)
+    _write_metadata(spec, config, precision, metadata, compression)
     _normalize(spec, package)
 
 
@@ -206,7 +224,11 @@ def _temporary_files_in(directory: Path) -> Iterator[None]:
 
 
 def _write_metadata(
-    spec: Any, config: VisionConfig, precision: Precision, metadata: EncoderMetadata
+    spec: Any,
+    config: VisionConfig,
+    precision: str,
+    metadata: EncoderMetadata,
+    compression: Compression,
 ) -> None:
     size, tokens, channels = config.image_size, config.num_tokens, config.hidden_size
     description = spec.description
@@ -221,7 +243,8 @@ def _write_metadata(
     about = description.metadata
     about.shortDescription = (
         f"FastViTHD, the vision encoder of FastVLM, at {size}×{size}: computes in {precision}, "
-        "float32 in and out"
+        + (f"weights stored as {compression.precision}, " if compression.formats else "")
+        + "float32 in and out"
     )
     about.author = metadata.author
     about.license = metadata.license
@@ -229,6 +252,7 @@ def _write_metadata(
     about.userDefined.pop(_CONVERSION_DATE, None)
     entries = {
         **metadata.options,
+        **compression.metadata(),
         "source": metadata.source,
         "precision": precision,
         "image_size": str(size),

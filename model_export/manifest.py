@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -79,12 +80,13 @@ def make_manifest(
 
 
 def _package_facts(info: PackageInfo) -> dict[str, Any]:
+    formats = info.metadata.get("weight_formats")
     return {
         "precision": info.precision,
         "deployment_target": info.deployment_target,
         "bytes": info.bytes,
         "ops": info.ops,
-    }
+    } | ({"weight_formats": json.loads(formats)} if formats else {})
 
 
 def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:

@@ -14,18 +14,35 @@ GROUP_SIZES = MODES["affine"][1]
 OWN = -1  # the mode's own number
 DEFAULT_FORMAT = Format(bits=8, group_size=64)
 DTYPES = ("float16", "bfloat16", "float32")
-PRECISIONS = ("fp16", "fp32")
+# The encoder's, with the first system that loads each. Table look-ups and 8-bit weights came with
+# iOS 16 and macOS 13.
+PRECISIONS = {
+    "fp16": "iOS15",
+    "fp32": "iOS15",
+    "int8": "iOS16",
+    "palette6": "iOS16",
+    "palette4": "iOS16",
+    "mixed": "iOS16",
+}
+TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
+DEFAULT_ENCODER_BPW = 6.0
 LAYOUTS = ("app", "mlx")
 FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 IMAGE_SIZE_MULTIPLE = 64
 FLOAT16_MAX = 65_504
+_OPTIONAL = ("embed_bits", "head_bits", "deployment_target")
 
 # What the numeric gates ask for. The encoder's floors are signal-to-noise ratios in dB, RMS of
 # the reference over RMS of the error. The LLM's are the mean KL divergence, in nats, of the
 # next-token distribution from the source's, and the share of positions where both choose the
 # same token, counted where the source gives its choice at least twice the probability of its
 # second: nearer ties may fall either way.
+# A compressed encoder is judged by these, as a language model of its bits would be; by itself it
+# has only to be louder than its noise.
 ENCODER_SNR_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 20.0}
+COMPRESSED_SNR_DB = 0.0
+WEIGHTS_SNR_DB = {"int8": 30.0, "palette6": 20.0, "palette4": 10.0, "mixed": 5.0}
+ENCODER_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "palette6": 6, "palette4": 4}
 LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.1, 8: 0.05, 16: 0.01}
 LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 7: 0.95, 8: 0.95, 16: 0.99}
 
@@ -43,7 +60,11 @@ class ExportOptions:
         recipe: a file, or the name of a stock recipe, that says which layer gets which bits.
         llm_bpw: bits per weight, scales and what is not quantized included, for which the best
             assignment of bits is searched.
-        calibration: pictures or JSON lines that it is measured on.
+        calibration: pictures or JSON lines that it, and a mixed encoder, is measured on.
+        encoder_precision: fp32 and fp16 as computed; the others are stored in fewer bits and
+            computed in fp16.
+        encoder_bpw: bits per weight that `mixed` is given, 6 unless said otherwise.
+        deployment_target: the first iOS that loads the encoder; the first possible unless given.
         image_size: the encoder's input in pixels in place of the checkpoint's own.
     """
 
@@ -57,7 +78,9 @@ class ExportOptions:
     llm_bpw: float | None = None
     calibration: str | None = None
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    encoder_precision: Literal["fp16", "fp32"] = "fp16"
+    encoder_precision: Literal["fp16", "fp32", "int8", "palette6", "palette4", "mixed"] = "fp16"
+    encoder_bpw: float | None = None
+    deployment_target: Literal["iOS15", "iOS16", "iOS17", "iOS18"] | None = None
     layout: Literal["app", "mlx"] = "app"
     overwrite: bool = False
     allow_failed_gates: bool = False
@@ -73,18 +96,15 @@ class ExportOptions:
             ("head_bits", BITS),
             ("projector_bits", BITS),
             ("dtype", DTYPES),
-            ("encoder_precision", PRECISIONS),
+            ("encoder_precision", tuple(PRECISIONS)),
+            ("deployment_target", TARGETS),
             ("layout", LAYOUTS),
         ):
             value = getattr(self, name)
-            if value not in allowed and not (value is None and name in ("embed_bits", "head_bits")):
+            if value not in allowed and not (value is None and name in _OPTIONAL):
                 raise _unknown(name, value, allowed)
         self._check_search()
-        if self.layout == "mlx" and self.encoder_precision != "fp16":
-            raise OptionError(
-                f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and an "
-                "mlx bundle's has the type of everything else: use --dtype float32"
-            )
+        self._check_encoder()
         size = self.image_size
         if size is not None and (size <= 0 or size % IMAGE_SIZE_MULTIPLE):
             raise OptionError(
@@ -101,9 +121,10 @@ class ExportOptions:
     def _check_search(self) -> None:
         """A search decides every matrix's bits; calibration data is for it alone."""
         if self.llm_bpw is None:
-            if self.calibration is not None:
+            if self.calibration is not None and self.encoder_precision != "mixed":
                 raise OptionError(
-                    "--calibration is given and nothing is measured on it: add --llm-bpw"
+                    "--calibration is given and nothing is measured on it: add --llm-bpw, or "
+                    "--encoder-precision mixed"
                 )
             return
         if not 0 < self.llm_bpw < inf:
@@ -138,6 +159,50 @@ class ExportOptions:
                 raise _unknown(name, value, allowed, "" if affine else f" with {self.llm_mode}")
             object.__setattr__(self, name, default if value == OWN else value)
 
+    def _check_encoder(self) -> None:
+        if self.layout == "mlx":
+            if self.encoder_precision != "fp16":
+                raise OptionError(
+                    f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and "
+                    "an mlx bundle's has the type of everything else: use --dtype float32"
+                )
+            if self.deployment_target is not None:
+                raise OptionError(
+                    "--deployment-target is for Core ML's encoder, and an mlx bundle has none: "
+                    "leave it out"
+                )
+        bpw = self.encoder_bpw
+        if bpw is not None and self.encoder_precision != "mixed":
+            raise OptionError(
+                f"--encoder-bpw is what mixed is given, and the encoder is {self.encoder_precision}"
+                ": add --encoder-precision mixed, or leave it out"
+            )
+        if bpw is not None and not 4 <= bpw < 16:
+            raise OptionError(f"--encoder-bpw is {bpw}: expected 4 bits or more, and less than 16")
+        lowest, target = PRECISIONS[self.encoder_precision], self.deployment_target
+        if target is not None and TARGETS.index(target) < TARGETS.index(lowest):
+            raise OptionError(
+                f"--deployment-target is {target}, which does not load {self.encoder_precision} "
+                f"weights: expected {lowest} or later, or --encoder-precision fp16"
+            )
+
+    @property
+    def target(self) -> str:
+        """The first iOS that loads the encoder."""
+        return self.deployment_target or PRECISIONS[self.encoder_precision]
+
+    @property
+    def encoder_bits(self) -> float:
+        """Of an encoder's weight, in the mean."""
+        if self.encoder_precision == "mixed":
+            return self.encoder_bpw or DEFAULT_ENCODER_BPW
+        return ENCODER_BITS[self.encoder_format]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the encoder's weights are stored in fewer bits than they are computed with."""
+        return self.encoder_format not in ENCODER_SNR_DB
+
     @property
     def format(self) -> Format | None:
         """The language model's, where nothing else is said of a part of it."""
@@ -156,30 +221,44 @@ class ExportOptions:
 
     @property
     def encoder_format(self) -> str:
-        """fp16, bf16 or fp32. In an `mlx` bundle the encoder has the type of everything else,
-        because mlx-vlm's projector and language model compute in whatever it hands them."""
+        """fp16, fp32, bf16 or what it is compressed to. In an `mlx` bundle the encoder has the type
+        of everything else, because mlx-vlm's projector and language model compute in whatever it
+        hands them."""
         return self.encoder_precision if self.layout == "app" else FORMATS[self.dtype]
 
     @property
     def snr_floor_db(self) -> float:
         floor = self.min_snr_db
-        return ENCODER_SNR_DB[self.encoder_format] if floor is None else floor
+        return (
+            ENCODER_SNR_DB.get(self.encoder_format, COMPRESSED_SNR_DB) if floor is None else floor
+        )
+
+    @property
+    def weights_floor_db(self) -> float:
+        """Of each compressed weight's SNR, which k-means exceeds by some dB."""
+        return WEIGHTS_SNR_DB[self.encoder_format]
 
     def kl_ceiling_nats(self, bits: int) -> float:
         """Of a language model whose layers have `bits` in the mean."""
         ceiling = self.max_kl_nats
-        return LLM_KL_NATS[bits] if ceiling is None else ceiling
+        return LLM_KL_NATS[self._judged_by(bits)] if ceiling is None else ceiling
 
     def agreement_floor(self, bits: int) -> float:
         """As `kl_ceiling_nats`."""
         floor = self.min_agreement
-        return LLM_AGREEMENT[bits] if floor is None else floor
+        return LLM_AGREEMENT[self._judged_by(bits)] if floor is None else floor
+
+    def _judged_by(self, bits: int) -> int:
+        """The fewer bits, of the language model and of the encoder, are what the answers show."""
+        return min(bits, max(b for b in LLM_KL_NATS if b <= self.encoder_bits))
 
     def resolved(self, bits: int) -> dict[str, Any]:
         """The options as the manifest records them, the gates' limits included."""
         data = asdict(self)
         data |= {
             "encoder_precision": self.encoder_format,
+            "encoder_bpw": self.encoder_bits if self.encoder_precision == "mixed" else None,
+            "deployment_target": self.target if self.layout == "app" else None,
             "min_snr_db": self.snr_floor_db,
             "max_kl_nats": self.kl_ceiling_nats(bits),
             "min_agreement": self.agreement_floor(bits),

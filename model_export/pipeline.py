@@ -20,10 +20,23 @@ import numpy as np
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, Bundle
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import coreml, fastvithd, layouts, llm, mlx_layout, recipes, search, verify
+from model_export import (
+    compress,
+    coreml,
+    fastvithd,
+    layouts,
+    llm,
+    mlx_layout,
+    recipes,
+    search,
+    verify,
+)
+from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
+from model_export.encoder_sensitivity import calibration_pixels
 from model_export.manifest import make_manifest
+from model_export.mixed import mixed
 from model_export.options import ExportOptions
 from model_export.pictures import Reference, source_references
 from model_export.recipes import Scheme
@@ -32,6 +45,8 @@ from model_export.verify import Gate
 
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
+# Room for the biases and the few weights that stay fp16 in a compressed encoder.
+UNCOMPRESSED_SHARE = 1.05
 
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]
@@ -209,25 +224,51 @@ def _export_encoder(
     checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
 ) -> _ExportedEncoder:
     progress("reference encoder", None)
-    if options.layout == "mlx":
-        return _ExportedEncoder(source_references(checkpoint), None)
     references = source_references(checkpoint)
+    if options.layout == "mlx":
+        return _ExportedEncoder(references, None)
+    module = _folded(checkpoint)
+    compression = _compression(checkpoint, module, options, progress)
     progress("Core ML encoder", None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
     info = coreml.export_encoder(
-        _folded(checkpoint),
+        module,
         checkpoint.config.vision,
         package,
-        precision=options.encoder_precision,
+        precision="fp32" if options.encoder_precision == "fp32" else "fp16",
         metadata=metadata,
+        compression=compression,
+        target=options.target,
     )
     return _ExportedEncoder(references, info)
 
 
 def _folded(checkpoint: Checkpoint) -> fastvithd.FastViTHD:
     return fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
+
+
+def _compression(
+    checkpoint: Checkpoint,
+    module: fastvithd.FastViTHD,
+    options: ExportOptions,
+    progress: Progress,
+) -> compress.Compression:
+    """How the encoder's weights are stored. A mixed choice writes what it rounds into `module`."""
+
+    def advance(done: float) -> None:
+        progress("compress encoder", done)
+
+    if not options.compressed:
+        return coreml.NOT_COMPRESSED
+    advance(0.0)
+    if options.encoder_precision != "mixed":
+        return compress.uniform(module, options.encoder_precision, advance)
+    config = checkpoint.config
+    pictures = [p.image for p in load_calibration(options.calibration, config.vision).pictures]
+    pixels = calibration_pixels(pictures, config.vision, config.image_aspect_ratio)
+    return mixed(module, pixels, options.encoder_bits, advance)
 
 
 def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
@@ -282,8 +323,8 @@ def check_overlap(destination: Path, sources: Iterable[Path]) -> None:
 
 def _check_space(directory: Path, job: Job) -> None:
     options = job.options
-    bytes_each = 4 if options.encoder_precision == "fp32" else 2
-    encoder = job.checkpoint.encoder_parameters * bytes_each
+    parameters = job.checkpoint.encoder_parameters
+    encoder = int(parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
     # coremltools writes the encoder's weights twice, before there is a language model.

@@ -21,7 +21,7 @@ from model_export.checkpoint import Checkpoint
 from model_export.devices import CHIPS, DEVICES, Device, find_device
 from model_export.options import BITS, ExportOptions
 from model_export.roofline import Decoder
-from model_export.subject import ENCODER_BITS, Subject, of_bundle, of_checkpoint
+from model_export.subject import Subject, of_bundle, of_checkpoint
 
 CONTEXT = 2048
 KV_BITS = (4, 8)
@@ -173,7 +173,7 @@ def memory(subject: Subject, context: int, kv_bits: int | None) -> Memory:
         language_model=subject.llm_bytes,
         encoder=subject.encoder_bytes,
         kv_cache=roofline.kv_cache_bytes(subject.decoder, context, size, kv_bits),
-        encoder_activations=live * ENCODER_BITS.get(subject.encoder_format, 16) // 8,
+        encoder_activations=live * (4 if subject.encoder_format == "fp32" else 2),
         prefill_activations=prefill_activations(subject.decoder, subject.prompt_tokens, size),
         buffers=MLX_CACHE_BYTES + APP_BYTES,
     )

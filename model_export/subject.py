@@ -18,7 +18,6 @@ from model_export.weights import MLX_ENCODER_PREFIX, bundle_specs, in_encoder
 
 # System prompt, chat template and a question of two lines, in tokens.
 PROMPT_TEXT_TOKENS = 40
-ENCODER_BITS = {"fp16": 16, "bf16": 16, "fp32": 32}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def encoder_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
         encoder = [spec for spec in specs if in_encoder(spec)]
         stored = (entry for spec in encoder for entry in llm.stored(spec, {}, options.dtype))
         return sum(entry.bytes for entry in stored)
-    return _folded_parameters(checkpoint.config.vision) * ENCODER_BITS[options.encoder_format] // 8
+    return int(_folded_parameters(checkpoint.config.vision) * options.encoder_bits / 8)
 
 
 @cache

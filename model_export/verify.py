@@ -4,8 +4,9 @@ Encoder. The package as written to disk is evaluated op by op, twice, and compar
 signal-to-noise ratio: RMS of the reference over RMS of the error, in dB.
 With each fp16 operation's result rounded to fp16, against the unfolded torch module of the source
 weights: what the precision costs. On macOS Core ML's own output is held to the same floor.
-With nothing rounded, against the folded module with its weights rounded as the package's are: what
-the conversion changed. Nothing but the order of sums may differ, so the floor is as high for fp16
+With nothing rounded, against the folded module with its weights rounded as the package's are, or
+with the package's own where they are compressed, which are compared by themselves: what the
+conversion changed. Nothing but the order of sums may differ, so the floor is as high for fp16
 as for fp32, and one wrong weight or operation shows that the first figure would hide.
 
 Language model, end to end. Both sides answer the same questions about the same pictures, each
@@ -36,7 +37,8 @@ from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
-from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.compress import stored_parameters
+from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
 from model_export.pictures import (
     Reference,
     gate_pictures,
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 
 DECIDED_NATS = log(2)
 CONVERSION_SNR_DB = 80.0
+# A token's direction is lost below.
+COMPRESSED_COSINE = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,13 @@ def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
     return inf if noise == 0 else 10 * log10(signal / noise) if signal else -inf
 
 
+def mean_cosine(reference: np.ndarray, found: np.ndarray) -> float:
+    """Of the angle between both sides' tokens [1, N, C], in the mean over the tokens."""
+    a, b = reference.astype(np.float64), found.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(((a * b).sum(-1) / np.maximum(lengths, np.finfo(np.float64).tiny)).mean())
+
+
 def encoder_gates(
     package: Path,
     folded: Callable[[], FastViTHD],
@@ -97,8 +108,8 @@ def encoder_gates(
     """SNR of the package as written to disk, and its largest magnitude.
 
     Args:
-        folded: makes the module that the package was made from, once the package's own weights are
-            no longer in memory.
+        folded: makes the module of the source weights, folded, once the package's own evaluation
+            is no longer in memory.
 
     Returns:
         The gates, and the features of every picture.
@@ -110,13 +121,21 @@ def encoder_gates(
     worst = np.min([snr_db(r.features, f) for r, f in zip(references, features, strict=True)])
     floor = options.snr_floor_db
     exact = encoder(references[-1].pixels)
+    constants = encoder.constants if options.compressed else {}
     del encoder
-    conversion = snr_db(_rounded_features(folded(), options, references[-1].pixels), exact)
-    gates = [
-        Gate("encoder SNR", float(worst), "dB", floor, True),
-        Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True),
-    ]
-    if options.encoder_precision == "fp16":
+    module = folded()
+    gates = [Gate("encoder SNR", float(worst), "dB", floor, True)]
+    if options.compressed:
+        pairs = zip(references, features, strict=True)
+        cosine = np.min([mean_cosine(r.features, f) for r, f in pairs])
+        weights = _take_stored(module, constants)
+        gates += [
+            Gate("encoder cosine", float(cosine), "", COMPRESSED_COSINE, True),
+            Gate("encoder weights SNR", weights, "dB", options.weights_floor_db, True),
+        ]
+    conversion = snr_db(_rounded_features(module, options, references[-1].pixels), exact)
+    gates.append(Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True))
+    if options.encoder_precision != "fp32":
         gates.append(Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False))
     if sys.platform == "darwin":
         from fastvlm_mlx.vision.coreml import CoreMLEncoder
@@ -150,6 +169,19 @@ def mlx_encoder_gates(
         worst = min(snr_db(r.features, on_gpu(r.pixels)) for r in references)
         gates.append(Gate("encoder SNR on the GPU", worst, "dB", floor, True))
     return gates, features
+
+
+def _take_stored(module: FastViTHD, constants: Mapping[str, torch.Tensor]) -> float:
+    """Put the package's weights into the module; SNR in dB of the one furthest from its own.
+
+    Biases are left out of the figure: they may carry what rounding changed in the mean.
+    """
+    worst = inf
+    for name, parameter, stored in stored_parameters(module, constants):
+        if name.endswith(".weight"):
+            worst = min(worst, snr_db(parameter.numpy(), stored.numpy()))
+        parameter.data = stored.contiguous()
+    return worst
 
 
 def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndarray) -> np.ndarray:
@@ -354,10 +386,10 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
             # What it says follows from the type.
             known.pop("encoder_precision", None)
         return ExportOptions(**known)
-    exact = bundle.layout == "app" and describe(bundle.package).precision == "fp32"
+    precision = describe(bundle.package).precision if bundle.layout == "app" else "fp16"
     return ExportOptions(
         dtype=bundle.config.dtype,  # type: ignore[arg-type]
-        encoder_precision="fp32" if exact else "fp16",
+        encoder_precision=precision if precision in PRECISIONS else "fp16",  # type: ignore[arg-type]
         layout=bundle.layout,  # type: ignore[arg-type]
     )
 

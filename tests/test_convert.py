@@ -157,7 +157,10 @@ def test_the_manifest_keeps_the_source_and_tells_the_conversion(converted, mlx_b
     origin = manifest["converted_from"]
     assert (origin["layout"], origin["directory"]) == ("mlx", mlx_bundle.name)
     assert (origin["files"], origin["gates"]) == (before["files"], before["gates"])
-    assert manifest["options"] == before["options"] | {"layout": "app"}
+    assert manifest["options"] == before["options"] | {
+        "layout": "app",
+        "deployment_target": "iOS15",
+    }
     left = {model_name(name): why for name, why in before["llm"]["left_unquantized"].items()}
     assert manifest["llm"] == before["llm"] | {"left_unquantized": left}
     assert len(left) == 2

@@ -28,7 +28,7 @@ from fastvlm_mlx.vision import load_encoder
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import PackageInfo, describe
 from model_export import reference
-from model_export.coreml import EncoderMetadata, Precision, check_graph, export_encoder
+from model_export.coreml import EncoderMetadata, check_graph, export_encoder
 from model_export.fastvithd import ChannelNorm, FastViTHD, fold
 
 CONFIG = VisionConfig(image_size=128, layers=(1, 2, 1, 2, 1), embed_dims=(16, 32, 64, 64, 128))
@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def export(path: Path, precision: Precision, module: FastViTHD | None = None) -> PackageInfo:
+def export(path: Path, precision: str, module: FastViTHD | None = None) -> PackageInfo:
     module = module or fold(encoder_state_dict(CONFIG), CONFIG)
     return export_encoder(module, CONFIG, path, precision=precision, metadata=METADATA)
 
@@ -240,7 +240,7 @@ def test_bad_destinations_and_options(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match=r"in \.mlpackage"):
         export(tmp_path / "encoder", "fp16")
     with pytest.raises(OptionError, match="choose fp16 or fp32"):
-        export(tmp_path / "encoder.mlpackage", "int3")  # type: ignore[arg-type]
+        export(tmp_path / "encoder.mlpackage", "int3")
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:

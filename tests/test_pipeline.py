@@ -223,7 +223,7 @@ class TestRefusedBeforeAnyWork:
             ({"llm_bits": 7}, "--llm-bits is 7: expected one of 2, 3, 4, 5, 6, 8, 16"),
             ({"group_size": 48}, "--group-size is 48: expected one of 32, 64, 128"),
             ({"dtype": "int8"}, "--dtype is int8"),
-            ({"encoder_precision": "int8"}, "--encoder-precision is int8"),
+            ({"encoder_precision": "int3"}, "--encoder-precision is int3"),
             ({"min_agreement": 1.5}, "--min-agreement is 1.5"),
             ({"max_kl_nats": -1.0}, "--max-kl-nats is -1.0"),
         ],

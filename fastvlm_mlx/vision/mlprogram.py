@@ -89,7 +89,7 @@ class MLProgram:
                     "exported by fastvlm or by Apple's script, run this package on macOS"
                 )
         function = _load_function(spec, package)
-        self._steps, self._constants = _compile(function)
+        self._steps, self.constants = _compile(function)
         self.inputs = tuple(str(name) for name in function.inputs)
         self.outputs = tuple(str(v.name) for v in function.outputs)
 
@@ -117,7 +117,7 @@ class MLProgram:
         with torch.inference_mode():
             for step in self._steps:
                 operands = [
-                    self._constants[n] if n in self._constants else alive[n] for n in step.operands
+                    self.constants[n] if n in self.constants else alive[n] for n in step.operands
                 ]
                 try:
                     made = step.compute(*operands)
@@ -140,7 +140,7 @@ class MLProgram:
                 for name in step.dead:
                     alive.pop(name, None)
         return {
-            name: self._constants[name] if name in self._constants else alive[name]
+            name: self.constants[name] if name in self.constants else alive[name]
             for name in self.outputs
         }
 
@@ -195,6 +195,11 @@ class MLProgramEncoder:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] in 0 to 1 → float32 [1, N, C]."""
         return self.evaluate(images)
+
+    @property
+    def constants(self) -> Mapping[str, torch.Tensor]:
+        """Weights and biases by the names of the program's constants, decompressed, float32."""
+        return self._program.constants
 
     def evaluate(
         self, images: np.ndarray, *, round_fp16: bool = False, observe: Observe | None = None

@@ -24,6 +24,7 @@ from fastvlm_mlx.imports import part
 INPUT_NAME = "images"
 OUTPUT_NAME = "image_features"
 FUNCTION_NAME = "main"
+MIXED = "mixed"
 
 # coremltools/__init__.py: specification versions that hold an ML Program.
 _TARGETS = {
@@ -41,6 +42,7 @@ _ARRAY_TYPES = {
     131104: "int32",
     131080: "int8",
 }
+_UNCOMPRESSED = ("fp16", "fp32")
 # MILBlob's header of one blob: sentinel, data type, bytes, offset of the data.
 _BLOB_HEADER = struct.Struct("<IIQQ")
 _BLOB_SENTINEL = 0xDEADBEEF
@@ -65,7 +67,8 @@ class PackageInfo:
     """What an ML Program package says about itself.
 
     `precision` is that of the weights of the convolutions: fp32, fp16, or what they are compressed
-    to (int8, int4, palette6 …). `ops` counts the operations of the main function by type, constants
+    to (int8, int4, palette6 …, mixed where some differ from others), whatever small ones were left
+    as they are. `ops` counts the operations of the main function by type, constants
     left out. `bytes` is the size of the package on disk.
     """
 
@@ -264,7 +267,10 @@ def _precision(spec: Any) -> str:
         for dimension in maker.outputs[0].type.tensorType.dimensions:
             size *= dimension.constant.size
         found[_weight_format(maker, makers)] += size
-    # By elements: an exporter may leave small weights uncompressed.
+    small = {name for name in found if name not in _UNCOMPRESSED}
+    if small:
+        # An exporter may leave some weights uncompressed.
+        return MIXED if len(small) > 1 else small.pop()
     return found.most_common(1)[0][0] if found else "none"
 
 
