@@ -24,6 +24,7 @@ from fastvlm_mlx.cli_common import (
     print_json,
 )
 from fastvlm_mlx.cli_compare import compare, sweep
+from fastvlm_mlx.cli_convert import convert
 from fastvlm_mlx.cli_export import export
 from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
@@ -222,6 +223,7 @@ def inspect(
 app.command()(compare)
 app.command()(sweep)
 app.command()(plan)
+app.command()(convert)
 
 
 @app.command()

@@ -152,6 +152,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "kind": "bundle",
         "path": str(path),
         "source": manifest.get("source", {}).get("name"),
+        **_converted_from(manifest),
         "license": manifest.get("source", {}).get("license") or package_license,
         "layout": bundle.layout,
         "encoder": encoder,
@@ -168,6 +169,14 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "gates": manifest.get("gates"),
         "gates_passed": manifest.get("gates_passed"),
     }
+
+
+def _converted_from(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the gates compare with, where it is a bundle and not the source."""
+    converted = manifest.get("converted_from")
+    if converted is None:
+        return {}
+    return {"converted_from": {key: converted[key] for key in ("directory", "layout")}}
 
 
 def _fits(bundle: Bundle) -> dict[str, bool]:

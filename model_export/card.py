@@ -118,6 +118,8 @@ def _head(manifest: Mapping[str, Any], repository: str) -> str:
         else "A FastVLM in the layout of Apple's demo app, its encoder in Core ML and its language "
         "model in MLX"
     )
+    compared = manifest.get("converted_from")
+    against = f"the {compared['layout']} bundle it was converted from" if compared else "it"
     verdict = (
         "Every gate of the export passed."
         if manifest["gates_passed"]
@@ -131,7 +133,8 @@ def _head(manifest: Mapping[str, Any], repository: str) -> str:
     return (
         f"# {repository.partition('/')[2]}\n\n{kind}, exported from "
         f"`{_line(manifest['source']['name'])}` by fastvlm-mlx "
-        f"{_line(manifest['versions']['fastvlm-mlx'])} and compared with it. {verdict}{research}"
+        f"{_line(manifest['versions']['fastvlm-mlx'])} and compared with {against}. "
+        f"{verdict}{research}"
     )
 
 
@@ -178,8 +181,9 @@ def _left(reasons: Mapping[str, str]) -> str:
 def _gates(manifest: Mapping[str, Any], repository: str) -> str:
     table = _table(["gate", "measured", "limit", ""], map(gate_cells, manifest["gates"]))
     name = repository.partition("/")[2]
+    against = "the bundle converted" if "converted_from" in manifest else "the source"
     return (
-        f"## What was checked\n\n{table}\n\nMeasured on these files against the source: encoder "
+        f"## What was checked\n\n{table}\n\nMeasured on these files against {against}: encoder "
         "features in signal-to-noise ratio, answers to questions about pictures in KL divergence "
         f"of the next token. `{MANIFEST}` holds every file's SHA-256 and the source's; `fastvlm "
         f"verify {name} --checkpoint …` repeats the figures."

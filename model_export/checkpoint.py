@@ -60,6 +60,13 @@ class Checkpoint:
         """
         self._open(open_source(reference, base=base, revision=revision), image_size)
 
+    @classmethod
+    def of(cls, source: Source) -> Checkpoint:
+        """What was found already. Errors as the constructor's."""
+        checkpoint = cls.__new__(cls)
+        checkpoint._open(source, None)
+        return checkpoint
+
     def _open(self, source: Source, image_size: int | None) -> None:
         self._source = source
         self.path = source.directories[0]
@@ -98,15 +105,12 @@ class Checkpoint:
             else tensor
             for name, tensor in self.tensors.items()
         }
-        source = replace(self._source, tensors=tensors, raw_config=self.raw_config)
-        extended = Checkpoint.__new__(Checkpoint)
-        extended._open(source, None)
-        return extended
+        return Checkpoint.of(replace(self._source, tensors=tensors, raw_config=self.raw_config))
 
     @cached_property
     def tied(self) -> bool:
         """Whether the head is the embedding; from the tensors, config.json is often wrong."""
-        return is_tied(self.tensors)
+        return is_tied(self.tensors) if self._source.tied is None else self._source.tied
 
     @property
     def llm_specs(self) -> list[weights.TensorSpec]:

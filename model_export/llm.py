@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,6 +66,21 @@ class Summary:
         return 8 * self.bytes / self.parameters
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is written together: tensors, and a function that reads or computes them in order.
+
+    Its arrays are theirs one after the other, each whole or by blocks of rows.
+    """
+
+    entries: list[Stored]
+    arrays: Callable[[], Iterator[mx.array]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+
 def stored(spec: TensorSpec, chosen: Scheme, dtype: str) -> list[Stored]:
     """The tensors that `spec` becomes: itself at `dtype`, or weight, scales and perhaps biases."""
     form = format_of(spec, chosen)
@@ -106,6 +122,10 @@ def convert(
         CheckpointError: the source holds NaN or infinity.
         OptionError: a weight does not fit float16.
     """
+    if spec.source not in checkpoint.tensors:
+        # The classification head: transformers' checkpoints have none, both loaders want one.
+        yield mx.zeros(spec.shape, DTYPES[dtype][0])
+        return
     form = format_of(spec, chosen)
     ahead: mx.array | None = None
     rest: list[list[mx.array]] = []
@@ -159,30 +179,54 @@ def write(
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
-    shards = list(_shards(specs, chosen, options.dtype))
+    dtype = options.dtype
+    parts = [
+        Part(stored(spec, chosen, dtype), partial(convert, checkpoint, spec, chosen, dtype))
+        for spec in specs
+    ]
+    return write_parts(specs, parts, chosen, directory, progress)
+
+
+def write_parts(
+    specs: list[TensorSpec],
+    parts: list[Part],
+    chosen: Scheme,
+    directory: Path,
+    progress: Callable[[int], None],
+) -> Summary:
+    """Write one file, or several with an index; the parts are computed one at a time.
+
+    Args:
+        parts: what each of `specs` becomes.
+        chosen, progress: as for `write`.
+
+    Raises:
+        OSError: the disk is full or not writable; and what the parts raise.
+    """
+    shards = list(_shards(parts))
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
-        plan = [entry for spec in shard for entry in stored(spec, chosen, options.dtype)]
+        plan = [entry for part in shard for entry in part.entries]
         weight_map |= {entry.name: name for entry in plan}
         with (directory / name).open("wb") as stream:
             stream.write(header(plan))
-            for spec in shard:
-                for array in convert(checkpoint, spec, chosen, options.dtype):
+            for part in shard:
+                for array in part.arrays():
                     progress(_write_array(stream, array))
                 mx.clear_cache()
-    sizes = [sum(entry.bytes for entry in stored(spec, chosen, options.dtype)) for spec in specs]
-    encoder = [in_encoder(spec) for spec in specs]
+    total = sum(part.bytes for part in parts)
+    encoder = sum(part.bytes for spec, part in zip(specs, parts, strict=True) if in_encoder(spec))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return Summary(
         parameters=sum(prod(spec.shape) for spec in specs if not in_encoder(spec)),
-        bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if not of),
-        encoder_bytes=sum(size for size, of in zip(sizes, encoder, strict=True) if of),
+        bytes=total - encoder,
+        encoder_bytes=encoder,
         unquantized=_unquantized(specs, chosen),
         files=tuple(names),
     )
@@ -223,16 +267,15 @@ def header(plan: list[Stored]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shards(specs: list[TensorSpec], chosen: Scheme, dtype: str) -> Iterator[list[TensorSpec]]:
-    shard: list[TensorSpec] = []
+def _shards(parts: list[Part]) -> Iterator[list[Part]]:
+    shard: list[Part] = []
     size = 0
-    for spec in specs:
-        wanted = sum(entry.bytes for entry in stored(spec, chosen, dtype))
-        if shard and size + wanted > SHARD_BYTES:
+    for part in parts:
+        if shard and size + part.bytes > SHARD_BYTES:
             yield shard
             shard, size = [], 0
-        shard.append(spec)
-        size += wanted
+        shard.append(part)
+        size += part.bytes
     yield shard
 
 

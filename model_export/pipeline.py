@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
+from fastvlm_mlx.bundle import MANIFEST, PACKAGE, Bundle
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import (
@@ -36,6 +35,7 @@ from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.encoder_sensitivity import calibration_pixels
+from model_export.manifest import make_manifest
 from model_export.mixed import mixed
 from model_export.options import ExportOptions
 from model_export.pictures import Reference, source_references
@@ -43,26 +43,47 @@ from model_export.recipes import Scheme
 from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
 from model_export.verify import Gate
 
-TOOLS = (
-    "fastvlm-mlx",
-    "mlx",
-    "mlx-lm",
-    "coremltools",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "pillow",
-)
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
-# What a compressed encoder's own metadata says about it.
-RECORDED = ("weight_formats", "calibration")
 # Room for the biases and the few weights that stay fp16 in a compressed encoder.
 UNCOMPRESSED_SHARE = 1.05
 
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a bundle is to be made of, and what it is judged by.
+
+    Attributes:
+        checkpoint: the configuration, the encoder's weights, and what the gates compare with.
+        source: the bundle that has the language model that they compare with, if it is not the
+            checkpoint's files.
+        tokenizer: of the checkpoint, with `<image>`.
+        chosen: each matrix's format.
+        options: as the manifest records them.
+        limits: the options that the gates judge by.
+        llm_bytes: what `write_llm` will write, headers left out.
+        write_llm: into a directory, called back with the bytes just written.
+        own_gates: what is checked of the written bundle besides encoder and answers.
+        origin: the manifest's sections on where the bundle comes from.
+        llm_facts: what the manifest says besides of the language model.
+        remedy: what to do about a failed gate.
+    """
+
+    checkpoint: Checkpoint
+    source: Bundle | None
+    tokenizer: ExportedTokenizer
+    chosen: Scheme
+    options: ExportOptions
+    limits: ExportOptions
+    llm_bytes: int
+    write_llm: Callable[[Path, Callable[[int], None]], llm.Summary]
+    own_gates: Callable[[Bundle], list[Gate]]
+    origin: Callable[[], dict[str, Any]]
+    llm_facts: dict[str, Any]
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ def export(
         DestinationError: `destination` exists or can't be written.
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
-    with _interruptible(progress) as stage:
+    with interruptible(progress) as stage:
         stage("checkpoint", None)
         # Before a hub's gigabytes are fetched for nothing.
         destination = resolve(destination)
@@ -104,16 +125,11 @@ def export(
         checkpoint = Checkpoint(
             checkpoint_path, base=base, revision=revision, image_size=options.image_size
         )
-        return _export(checkpoint, destination, options, stage)
+        check_overlap(destination, checkpoint.directories)
+        return build(_job(checkpoint, options, stage), destination, stage)
 
 
-def _export(
-    checkpoint: Checkpoint,
-    destination: Path,
-    options: ExportOptions,
-    progress: Progress,
-) -> ExportResult:
-    _check_overlap(destination, checkpoint)
+def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Job:
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
@@ -121,27 +137,52 @@ def _export(
     chosen = (
         found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
     )
+    return Job(
+        checkpoint=checkpoint,
+        source=None,
+        tokenizer=tokenizer,
+        chosen=chosen,
+        options=options,
+        limits=options,
+        llm_bytes=llm.total_bytes(checkpoint, chosen, options),
+        write_llm=partial(llm.write, checkpoint, chosen, options),
+        own_gates=lambda bundle: [],
+        origin=lambda: {"source": checkpoint.source()},
+        llm_facts={"search": found.to_dict()} if found else {},
+        remedy="choose more bits, or keep it with --allow-failed-gates",
+    )
+
+
+def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
+    """Make the bundle beside `destination`, check it, and put it there.
+
+    Raises:
+        As `export`, where it writes and checks.
+    """
     with appearing(destination) as directory:
-        _check_space(directory, checkpoint, chosen, options)
-        _write_small_files(checkpoint, chosen, options, tokenizer, directory)
-        encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
-        summary = _export_llm(checkpoint, chosen, directory, options, progress)
+        _check_space(directory, job)
+        _write_small_files(job, directory)
+        encoder = _export_encoder(job.checkpoint, directory / PACKAGE, job.options, progress)
+        summary = _write_llm(job, directory, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         _check_layout(bundle, encoder)
         progress("check encoder", None)
-        gates, features = _check_encoder(checkpoint, bundle, encoder, options)
+        gates, features = _check_encoder(job.checkpoint, bundle, encoder, job.limits)
         progress("check answers", None)
         gates += verify.answer_gates(
-            checkpoint, bundle, tokenizer.tokenizer, encoder.references, features, options
+            job.checkpoint,
+            bundle,
+            job.tokenizer.tokenizer,
+            encoder.references,
+            features,
+            job.limits,
+            job.source,
         )
-        _judge(gates, options)
+        gates += job.own_gates(bundle)
+        _judge(gates, job)
         progress("manifest", None)
-        manifest = _manifest(
-            checkpoint, chosen, options, encoder.package, summary, gates, directory
-        )
-        if found is not None:
-            manifest["llm"]["search"] = found.to_dict()
+        manifest = make_manifest(job, encoder.package, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return ExportResult(destination, manifest, tuple(gates))
 
@@ -157,15 +198,10 @@ def _search(
     )
 
 
-def _write_small_files(
-    checkpoint: Checkpoint,
-    chosen: Scheme,
-    options: ExportOptions,
-    tokenizer: ExportedTokenizer,
-    directory: Path,
-) -> None:
+def _write_small_files(job: Job, directory: Path) -> None:
+    checkpoint, options, tokenizer = job.checkpoint, job.options, job.tokenizer
     tokenizer.save(directory)
-    config = layouts.app_config(checkpoint, chosen, options, tokenizer.image_token_id)
+    config = layouts.app_config(checkpoint, job.chosen, options, tokenizer.image_token_id)
     if options.layout == "app":
         layouts.write_app_configs(checkpoint, config, directory)
     else:
@@ -253,112 +289,48 @@ def _check_encoder(
     return verify.encoder_gates(bundle.package, folded, encoder.references, options)
 
 
-def _export_llm(
-    checkpoint: Checkpoint,
-    chosen: Scheme,
-    directory: Path,
-    options: ExportOptions,
-    progress: Progress,
-) -> llm.Summary:
-    total = llm.total_bytes(checkpoint, chosen, options)
+def _write_llm(job: Job, directory: Path, progress: Progress) -> llm.Summary:
     written = 0
 
     def advance(count: int) -> None:
         nonlocal written
         written += count
-        progress("language model", written / total)
+        progress("language model", written / job.llm_bytes)
 
     progress("language model", 0.0)
-    return llm.write(checkpoint, chosen, options, directory, advance)
+    return job.write_llm(directory, advance)
 
 
-def _judge(gates: list[Gate], options: ExportOptions) -> None:
+def _judge(gates: list[Gate], job: Job) -> None:
     failed = [gate for gate in gates if not gate.passed]
-    if failed and not options.allow_failed_gates:
+    if failed and not job.limits.allow_failed_gates:
         raise GateError(
-            f"the export failed {len(failed)} of its {len(gates)} gates ("
+            f"the bundle failed {len(failed)} of its {len(gates)} gates ("
             + "; ".join(gate.sentence() for gate in failed)
-            + "): choose more bits, or keep it with --allow-failed-gates"
+            + f"): {job.remedy}"
         )
 
 
-def _manifest(
-    checkpoint: Checkpoint,
-    chosen: Scheme,
-    options: ExportOptions,
-    info: PackageInfo | None,
-    summary: llm.Summary,
-    gates: list[Gate],
-    directory: Path,
-) -> dict[str, Any]:
-    vision = checkpoint.config.vision
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "layout": options.layout,
-        "source": checkpoint.source(),
-        "options": options.resolved(recipes.layer_bits(chosen, checkpoint.llm_specs)),
-        "encoder": {
-            "precision": options.encoder_format,
-            "image_size": vision.image_size,
-            "tokens_per_image": vision.num_tokens,
-            "channels": vision.hidden_size,
-            "bytes": summary.encoder_bytes,
-        }
-        | ({} if info is None else _package_facts(info)),
-        "llm": {
-            "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
-            "group_size": options.group_size if options.format else None,
-            "formats": {path: form and form.to_dict() for path, form in chosen.items()},
-            "dtype": options.dtype,
-            "parameters": summary.parameters,
-            "bytes": summary.bytes,
-            "bits_per_weight": round(summary.bits_per_weight, 3),
-            "left_unquantized": summary.unquantized,
-        },
-        **_fits(checkpoint, options),
-        "gates": [gate.to_dict() for gate in gates],
-        "gates_passed": all(gate.passed for gate in gates),
-        "versions": {name: version(name) for name in TOOLS}
-        | {"python": platform.python_version(), "platform": platform.platform()},
-        "files": hash_tree(directory),
-    }
-
-
-def _package_facts(info: PackageInfo) -> dict[str, Any]:
-    return {
-        "precision": info.precision,
-        "deployment_target": info.deployment_target,
-        "bytes": info.bytes,
-        "ops": info.ops,
-        **{key: json.loads(info.metadata[key]) for key in RECORDED if key in info.metadata},
-    }
-
-
-def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
-    if options.layout == "app":
-        return {"fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config)}
-    return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
-
-
-def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
+def check_overlap(destination: Path, sources: Iterable[Path]) -> None:
+    """Raises DestinationError: it is a directory of what the bundle is made from, or around one."""
     target = destination.resolve()
-    for directory in checkpoint.directories:
+    for directory in sources:
         source = directory.resolve()
         if target == source or source in target.parents or target in source.parents:
             raise DestinationError(
-                f"{destination} overlaps the checkpoint {directory}, which is never written to: "
+                f"{destination} overlaps its source {directory}, which is never written to: "
                 "choose a directory of its own"
             )
 
 
-def _check_space(
-    directory: Path, checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
-) -> None:
-    encoder = int(checkpoint.encoder_parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
+def _check_space(directory: Path, job: Job) -> None:
+    options = job.options
+    parameters = job.checkpoint.encoder_parameters
+    encoder = int(parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
     # coremltools writes the encoder's weights twice, before there is a language model.
-    after = max(llm.total_bytes(checkpoint, chosen, options), encoder)
+    after = max(job.llm_bytes, encoder)
     needed = encoder + after + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -369,7 +341,7 @@ def _check_space(
 
 
 @contextmanager
-def _interruptible(progress: Progress) -> Iterator[Progress]:
+def interruptible(progress: Progress) -> Iterator[Progress]:
     """A progress callback that raises the interruption that somebody else caught.
 
     coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost. SIGTERM

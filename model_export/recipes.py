@@ -76,18 +76,23 @@ def scheme(specs: Sequence[TensorSpec], config: FastVLMConfig, options: ExportOp
 
 
 def check_layout(chosen: Scheme, layout: str) -> None:
-    """What the layout's loaders can read.
+    """Raises OptionError: the layout's loaders can't read it."""
+    if reason := unreadable(chosen, layout):
+        raise OptionError(f"{reason}, use --layout mlx, or one format and 16 bits")
 
-    Raises:
-        OptionError: the demo app knows one affine format for everything that is quantized.
+
+def unreadable(chosen: Scheme, layout: str) -> str | None:
+    """Why the layout's loaders can't read a scheme; None where they can.
+
+    The demo app knows one affine format for everything that is quantized.
     """
     formats = {stored for stored in chosen.values() if stored is not None}
     if layout != "app" or not formats or (len(formats) == 1 and _only(formats).mode == "affine"):
-        return
+        return None
     found = " and ".join(sorted(map(str, formats)))
-    raise OptionError(
+    return (
         f"layout app can't hold {found}: the demo app reads one affine bits and group_size for all "
-        "that is quantized, use --layout mlx, or one format and 16 bits"
+        "that is quantized"
     )
 
 

@@ -28,6 +28,7 @@ class Source:
         tensors: under Apple's names.
         hub_id: `owner/name@commit` if it came from the hub.
         base: what it is a difference to.
+        tied: whether the head is the embedding; None where the tensors have to be compared.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Source:
     tensors: dict[str, SourceTensor]
     hub_id: str | None = None
     base: Source | None = None
+    tied: bool | None = None
 
 
 def open_source(

@@ -216,17 +216,22 @@ def answer_gates(
     references: Sequence[Reference],
     features: Sequence[np.ndarray],
     options: ExportOptions,
+    source_bundle: Bundle | None = None,
 ) -> list[Gate]:
     """KL divergence, agreement and the largest magnitude, over every picture with questions.
 
     Args:
         features: the bundle's own, for the same pictures as `references`.
+        source_bundle: read in place of the checkpoint's language model, as it may be quantized.
     """
     import torch
 
     from model_export import qwen2
 
-    source, written = qwen2.SourceWeights(checkpoint), qwen2.BundleWeights(bundle)
+    source: qwen2.Weights = qwen2.SourceWeights(checkpoint)
+    if source_bundle is not None:
+        source = qwen2.BundleWeights(source_bundle)
+    written = qwen2.BundleWeights(bundle)
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     divergence, agreed, decided, largest = [], [], [], 0.0
     placeholder = placeholder_id(tokenizer, bundle)
@@ -282,8 +287,6 @@ def verify(
         BundleError: a file changed, the layout's rules are broken, or another checkpoint is given.
         OptionError: limits without a checkpoint.
     """
-    from model_export import fastvithd
-
     bundle = Bundle.open(path)
     progress("check files", None)
     bundle.check_files()
@@ -312,7 +315,7 @@ def verify(
     references = reference_features(state, checkpoint, pictures)
     progress("check encoder", None)
     if bundle.layout == "app":
-        fold = partial(fastvithd.fold, state, checkpoint.config.vision)
+        fold = partial(_folded, state, bundle, options)
         gates, features = encoder_gates(bundle.package, fold, references, options)
     else:
         gates, features = mlx_encoder_gates(bundle, references, options)
@@ -320,6 +323,19 @@ def verify(
     progress("check answers", None)
     gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
     return bundle, gates
+
+
+def _folded(state: dict[str, torch.Tensor], bundle: Bundle, options: ExportOptions) -> FastViTHD:
+    """The module that the package was made from: of a conversion's weights, what was left of them
+    in the bundle that was converted."""
+    import torch
+
+    from model_export import fastvithd
+
+    if "converted_from" in (bundle.manifest or {}):
+        dtype = getattr(torch, options.dtype)
+        state = {name: tensor.to(dtype).float() for name, tensor in state.items()}
+    return fastvithd.fold(state, bundle.config.vision)
 
 
 def _source(

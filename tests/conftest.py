@@ -47,6 +47,14 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def mlx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint as an `mlx` bundle at 4 bits, its gates passed. Not to be written to."""
+    out = tmp_path_factory.mktemp("mlx") / "bundle"
+    export(DEMO, out, ExportOptions(llm_bits=4, layout="mlx"))
+    return out
+
+
 @pytest.fixture
 def bundle_copy(demo_bundle: Path, tmp_path: Path) -> Path:
     """A bundle to damage."""

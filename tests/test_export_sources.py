@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import fastvlm_mlx
 from fastvlm_mlx.vision.package import describe
-from model_export import pipeline
+from model_export import pictures, pipeline
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 EXACT = ExportOptions(llm_bits=16, dtype="float32", encoder_precision="fp32")
+EXACT_MLX = ExportOptions(llm_bits=16, dtype="float32", layout="mlx")
+CASES = json.loads((GOLDEN / "answers.json").read_text())
 # Q of one layer, an MLP's matrix, and a convolution of the encoder.
 ADAPTED = (
     "model.layers.0.self_attn.q_proj.weight",
@@ -124,12 +126,37 @@ def expected(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
-def test_every_kind_of_source_exports_to_the_same_bundle(source, expected, tmp_path, monkeypatch):
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def one_picture(monkeypatch):
+    """An mlx export's gates look at one picture, not at nine."""
+    every = pictures.gate_pictures
+    monkeypatch.setattr(pictures, "gate_pictures", lambda vision: every(vision)[:1])
+
+
+def answers(bundle, cases=CASES):
+    """The tokens of a bundle's answers, as many as transformers' own were recorded."""
+    model = fastvlm_mlx.load(bundle)
+    features = {
+        name: model.encode(GOLDEN / "images" / name) for name in {c["image"] for c in cases}
+    }
+    return [
+        list(model.generate(features[c["image"]], c["prompt"], max_tokens=len(c["tokens"])).tokens)
+        for c in cases
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
+def test_every_kind_of_source_exports_to_the_same_bundle(
+    source, expected, tmp_path, monkeypatch, hub_cache
+):
     states = []
 
     def encoder(checkpoint, package, options, progress):
@@ -157,14 +184,20 @@ def test_every_kind_of_source_exports_to_the_same_bundle(source, expected, tmp_p
 
 
 def test_transformers_layout_answers_as_transformers_does(expected):
-    model = fastvlm_mlx.load(expected)
-    for case in json.loads((GOLDEN / "answers.json").read_text()):
-        features = model.encode(GOLDEN / "images" / case["image"])
-        answer = model.generate(features, case["prompt"], max_tokens=len(case["tokens"]))
-        assert list(answer.tokens) == case["tokens"]
+    assert answers(expected) == [case["tokens"] for case in CASES]
 
 
-def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path):
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
+def test_every_kind_of_source_exports_to_layout_mlx(source, tmp_path, hub_cache, one_picture):
+    """With its gates, and the answers are transformers' own, as the app bundle's are."""
+    reference, options = source(tmp_path)
+    result = pipeline.export(reference, tmp_path / "out", EXACT_MLX, **options)
+    assert result.manifest["gates_passed"]
+    cases = [case for case in CASES if case["image"] == CASES[0]["image"]]
+    assert answers(result.path, cases) == [case["tokens"] for case in cases]
+
+
+def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, one_picture):
     """Export and verify by the command line: --base, --image-size, and a row for <image>."""
     path, _ = lora(tmp_path)
     base = tmp_path / "base"
@@ -204,3 +237,6 @@ def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path):
     checked = fastvlm("verify", out, "--checkpoint", path, "--base", moved)
     assert checked.returncode == 0, checked.stderr
     assert "KL divergence" in checked.stdout
+    in_mlx = ExportOptions(llm_bits=16, image_size=128, layout="mlx")
+    pipeline.export(path, tmp_path / "mlx", in_mlx, base=moved)
+    assert answers(tmp_path / "mlx") == answers(out) != [case["tokens"] for case in CASES]

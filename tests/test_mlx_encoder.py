@@ -86,6 +86,10 @@ def test_a_quantized_matrix_is_dequantized():
     found = FastViTHD(arrays, SMALL, Quantization(Format(8, 32)))(pixels)
     expected = in_torch(state, SMALL, pixels)
     assert 0 < np.abs(found - expected).max() / np.abs(expected).max() < 0.02
+    with pytest.raises(
+        EncoderError, match=r"qkv\.weight is not quantized to 8 bits in groups of 64"
+    ):
+        FastViTHD(arrays, SMALL, Quantization(Format(8, 64)))
 
 
 def test_every_result_is_observed_and_can_be_rounded():

@@ -25,17 +25,8 @@ from model_export import mlx_layout, pictures, verify
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
 from model_export.options import ExportOptions
-from model_export.pipeline import export
 
 QUESTION = "Describe the image."
-
-
-@pytest.fixture(scope="module")
-def mlx_bundle(demo_checkpoint, tmp_path_factory):
-    """The demo checkpoint as an `mlx` bundle at 4 bits, its gates passed. Not to be written to."""
-    out = tmp_path_factory.mktemp("mlx") / "bundle"
-    export(demo_checkpoint, out, ExportOptions(llm_bits=4, layout="mlx"))
-    return out
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.image import load_image
 from model_export import pictures, verify
+from model_export.convert import convert
 from model_export.demo import scenes
 from model_export.demo.model import DemoModel
 from model_export.options import ExportOptions
@@ -179,3 +180,20 @@ def test_the_trained_checkpoint(name, mlx_vlm, demo_checkpoint, picture, tmp_pat
     assert verify.snr_db(expected.numpy(), theirs["features"]) > floor
     answer = ours.generate(picture, PROMPT, max_tokens=MAX_TOKENS).text
     assert text == answer == source.answer(expected, [PROMPT], max_tokens=MAX_TOKENS)[0]
+
+
+def test_its_own_conversion_becomes_an_app_bundle(
+    mlx_vlm, checkpoint, picture, tmp_path, monkeypatch
+):
+    """Quantized as it does by default, the projector included; answers stay what they were."""
+    command = [mlx_vlm, "-m", "mlx_vlm", "convert", "--hf-path", str(checkpoint), "-q"]
+    command += ["--mlx-path", str(tmp_path / "theirs")]
+    subprocess.run(command, check=True, cwd=tmp_path, env=clean_environment())
+    every = pictures.gate_pictures
+    monkeypatch.setattr(pictures, "gate_pictures", lambda vision: every(vision)[:1])
+    result = convert(tmp_path / "theirs", tmp_path / "ours", "app")
+    assert result.manifest["llm"]["bits"] == 4
+    assert result.manifest["llm"]["left_unquantized"] == {}
+    models = [fastvlm_mlx.load(tmp_path / name) for name in ("theirs", "ours")]
+    answers = [model.generate(picture, PROMPT, max_tokens=MAX_TOKENS).text for model in models]
+    assert answers[0] == answers[1]

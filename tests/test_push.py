@@ -298,6 +298,12 @@ class TestCard:
         assert "16-bit" not in data["tags"]
         assert "| language model | float16: " in text
 
+    def test_a_converted_bundle_s(self, card):
+        _, text = card(converted_from={"layout": "mlx"})
+        assert "from `fastvlm-demo` by fastvlm-mlx" in text
+        assert "and compared with the mlx bundle it was converted from. Every gate" in text
+        assert "Measured on these files against the bundle converted: encoder" in text
+
     def test_several_formats(self, card, manifest):
         formats = dict(manifest["llm"]["formats"])
         first, *_ = (path for path, form in formats.items() if form)

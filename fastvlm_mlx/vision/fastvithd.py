@@ -54,7 +54,13 @@ class Weights:
         stored = self._quantization.of(path) if self._quantization else None
         if stored is not None and parts[1] in self._arrays:
             scales, biases = self._arrays[parts[1]], self._arrays.get(parts[2])
-            array = mx.dequantize(array, scales, biases, **asdict(stored))
+            try:
+                array = mx.dequantize(array, scales, biases, **asdict(stored))
+            except ValueError as error:
+                raise EncoderError(
+                    f"the encoder's {name} is not quantized to {stored} as config.json says "
+                    f"({error}): export the checkpoint again"
+                ) from error
         if array.shape != shape:
             raise EncoderError(
                 f"the encoder's {name} has shape {list(array.shape)} where vision_config implies "

@@ -1,0 +1,31 @@
+"""`fastvlm convert`: the verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastvlm_mlx.cli_common import needs_export_extra, print_json
+
+
+def convert(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")],
+    out: Annotated[Path, typer.Argument(help="Where the new bundle appears.")],
+    layout: Annotated[str, typer.Option(help="The new bundle's: app, from one of layout mlx.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Turn an mlx bundle into an app bundle, checked against it; needs no checkpoint."""
+    from fastvlm_mlx import report
+
+    with needs_export_extra():
+        from model_export.convert import convert as run
+
+    with report.stages() as progress:
+        result = run(bundle, out, layout, progress, overwrite=overwrite)
+    if as_json:
+        print_json({"bundle": str(out), **result.manifest})
+    else:
+        report.print_bundle(report.inspect_bundle(out))

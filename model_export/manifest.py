@@ -1,0 +1,97 @@
+"""manifest.json: where a bundle comes from, how it was made, what it holds, what was measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvlm_mlx.bundle import SCHEMA_VERSION, hash_tree
+from fastvlm_mlx.vision.package import PackageInfo
+from model_export import layouts, mlx_layout, recipes
+from model_export.checkpoint import Checkpoint
+from model_export.llm import Summary
+from model_export.options import ExportOptions
+from model_export.verify import Gate
+
+if TYPE_CHECKING:
+    from model_export.pipeline import Job
+
+TOOLS = (
+    "fastvlm-mlx",
+    "mlx",
+    "mlx-lm",
+    "coremltools",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+)
+# What a compressed encoder's own metadata says about it.
+RECORDED = ("weight_formats", "calibration")
+
+
+def make_manifest(
+    job: Job,
+    info: PackageInfo | None,
+    summary: Summary,
+    gates: list[Gate],
+    directory: Path,
+) -> dict[str, Any]:
+    """What is known of a bundle that is whole but for this.
+
+    Args:
+        info: of the encoder's package; an `mlx` bundle has none.
+    """
+    checkpoint, chosen, options = job.checkpoint, job.chosen, job.options
+    vision = checkpoint.config.vision
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "layout": options.layout,
+        **job.origin(),
+        "options": options.resolved(recipes.layer_bits(chosen, checkpoint.llm_specs)),
+        "encoder": {
+            "precision": options.encoder_format,
+            "image_size": vision.image_size,
+            "tokens_per_image": vision.num_tokens,
+            "channels": vision.hidden_size,
+            "bytes": summary.encoder_bytes,
+        }
+        | ({} if info is None else _package_facts(info)),
+        "llm": {
+            "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
+            "group_size": options.group_size if options.format else None,
+            "formats": {path: form and form.to_dict() for path, form in chosen.items()},
+            "dtype": options.dtype,
+            "parameters": summary.parameters,
+            "bytes": summary.bytes,
+            "bits_per_weight": round(summary.bits_per_weight, 3),
+            "left_unquantized": summary.unquantized,
+            **job.llm_facts,
+        },
+        **_fits(checkpoint, options),
+        "gates": [gate.to_dict() for gate in gates],
+        "gates_passed": all(gate.passed for gate in gates),
+        "versions": {name: version(name) for name in TOOLS}
+        | {"python": platform.python_version(), "platform": platform.platform()},
+        "files": hash_tree(directory),
+    }
+
+
+def _package_facts(info: PackageInfo) -> dict[str, Any]:
+    return {
+        "precision": info.precision,
+        "deployment_target": info.deployment_target,
+        "bytes": info.bytes,
+        "ops": info.ops,
+        **{key: json.loads(info.metadata[key]) for key in RECORDED if key in info.metadata},
+    }
+
+
+def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
+    if options.layout == "app":
+        return {"fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config)}
+    return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
