@@ -112,9 +112,12 @@ def export(
     llm_bpw: Annotated[
         float | None, typer.Option(help="Bits per weight: finds which layers need how many.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="rtn rounds; awq and gptq look at calibration data to lose less.")
+    ] = "rtn",
     calibration: Annotated[
         str | None,
-        typer.Option(help="What that is measured on: a directory of pictures, or a JSONL file."),
+        typer.Option(help="What these look at: a directory of pictures, or a JSONL file."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Type of what is not quantized: float16, bfloat16 or float32.")
@@ -163,6 +166,7 @@ def export(
         projector_bits=projector_bits,
         recipe=recipe,
         llm_bpw=llm_bpw,
+        method=method,  # type: ignore[arg-type]
         calibration=calibration,
         dtype=dtype,  # type: ignore[arg-type]
         encoder_precision=encoder_precision,  # type: ignore[arg-type]
@@ -178,6 +182,8 @@ def export(
     )
     with report.stages() as progress:
         result = run(checkpoint, out, options, progress, base=base, revision=revision)
+    for note in result.notes:
+        report.note(note)
     if as_json:
         _print_json({"bundle": str(out), **result.manifest})
     else:

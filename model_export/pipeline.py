@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,6 +18,7 @@ from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_t
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import (
+    calibrated,
     compress,
     coreml,
     fastvithd,
@@ -32,10 +29,11 @@ from model_export import (
     search,
     verify,
 )
-from model_export.calibration import load_calibration
+from model_export.calibration import Calibration, load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.encoder_sensitivity import calibration_pixels
+from model_export.interruption import Progress, interruptible
 from model_export.mixed import mixed
 from model_export.options import ExportOptions
 from model_export.pictures import Reference, source_references
@@ -59,17 +57,15 @@ PACKAGE_OVERHEAD_BYTES = 1_000_000
 # Room for the biases and the few weights that stay fp16 in a compressed encoder.
 UNCOMPRESSED_SHARE = 1.05
 
-# Called with the stage's name and, where it is known, the share of it that is done.
-Progress = Callable[[str, float | None], None]
-
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The finished bundle, with what its manifest says."""
+    """The finished bundle, with what its manifest says, and what the user should be told."""
 
     path: Path
     manifest: dict[str, Any]
     gates: tuple[Gate, ...]
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -94,7 +90,7 @@ def export(
         DestinationError: `destination` exists or can't be written.
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
-    with _interruptible(progress) as stage:
+    with interruptible(progress) as stage:
         stage("checkpoint", None)
         # Before a hub's gigabytes are fetched for nothing.
         destination = resolve(destination)
@@ -119,11 +115,18 @@ def _export(
     chosen = (
         found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
     )
+    calibration = _calibration(checkpoint, chosen, options)
     with appearing(destination) as directory:
         _check_space(directory, checkpoint, chosen, options)
         _write_small_files(checkpoint, chosen, options, tokenizer, directory)
         encoder = _export_encoder(checkpoint, directory / PACKAGE, options, progress)
-        summary = _export_llm(checkpoint, chosen, directory, options, progress)
+        with tempfile.TemporaryDirectory(dir=directory) as waiting:
+            ready: llm.Ready = {}
+            if calibration is not None:
+                ready = calibrated.quantize(
+                    checkpoint, tokenizer, calibration, chosen, options, Path(waiting), progress
+                )
+            summary = _export_llm(checkpoint, chosen, directory, options, ready, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         _check_layout(bundle, encoder)
@@ -140,8 +143,23 @@ def _export(
         )
         if found is not None:
             manifest["llm"]["search"] = found.to_dict()
+        if calibration is not None:
+            size = checkpoint.config.vision.image_size
+            manifest["llm"]["calibration"] = calibrated.record(calibration, options.method, size)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return ExportResult(destination, manifest, tuple(gates))
+    data = calibration or (found and found.calibration)
+    note = data and data.note()
+    return ExportResult(destination, manifest, tuple(gates), (note,) if note else ())
+
+
+def _calibration(
+    checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
+) -> Calibration | None:
+    """What the method looks at, read and checked before any work."""
+    if options.method == "rtn":
+        return None
+    calibrated.check(chosen, options.method)
+    return load_calibration(options.calibration, checkpoint.config.vision)
 
 
 def _search(
@@ -254,6 +272,7 @@ def _export_llm(
     chosen: Scheme,
     directory: Path,
     options: ExportOptions,
+    ready: llm.Ready,
     progress: Progress,
 ) -> llm.Summary:
     total = llm.total_bytes(checkpoint, chosen, options)
@@ -265,7 +284,7 @@ def _export_llm(
         progress("language model", written / total)
 
     progress("language model", 0.0)
-    return llm.write(checkpoint, chosen, options, directory, advance)
+    return llm.write(checkpoint, chosen, options, directory, advance, ready)
 
 
 def _judge(gates: list[Gate], options: ExportOptions) -> None:
@@ -353,46 +372,14 @@ def _check_space(
     encoder = int(checkpoint.encoder_parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
+    language = llm.total_bytes(checkpoint, chosen, options)
+    if options.method != "rtn":
+        language *= 2  # what is calibrated waits beside what is written
     # coremltools writes the encoder's weights twice, before there is a language model.
-    after = max(llm.total_bytes(checkpoint, chosen, options), encoder)
-    needed = encoder + after + PACKAGE_OVERHEAD_BYTES
+    needed = encoder + max(language, encoder) + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DestinationError(
             f"{directory.parent} has {free / 1e6:,.0f} MB free and the bundle needs "
             f"{needed / 1e6:,.0f} MB: make room, or choose another disk"
         )
-
-
-@contextmanager
-def _interruptible(progress: Progress) -> Iterator[Progress]:
-    """A progress callback that raises the interruption that somebody else caught.
-
-    coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost. SIGTERM
-    and SIGHUP unwind like Ctrl-C, so that nothing is left behind; a second signal changes nothing.
-    """
-    pressed: BaseException | None = None
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed is None:
-            interrupt = number == signal.SIGINT
-            pressed = KeyboardInterrupt() if interrupt else SystemExit(128 + number)
-            raise pressed
-
-    def stage(name: str, done: float | None) -> None:
-        if pressed is not None:
-            raise pressed
-        progress(name, done)
-
-    # Only the main thread may set handlers, and a caller's own are left alone.
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                previous[number] = signal.signal(number, handler)
-    try:
-        yield stage
-    finally:
-        for number, earlier in previous.items():
-            signal.signal(number, earlier)
