@@ -55,9 +55,13 @@ def export(
     llm_bpw: Annotated[
         float | None, typer.Option(help="Bits per weight: finds which layers need how many.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="rtn (default) rounds; awq, gptq look at calibration data to lose less."),
+    ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="What that is measured on: a directory of pictures, or a JSONL file."),
+        typer.Option(help="What is looked at: a directory of pictures, or a JSONL file."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -109,6 +113,8 @@ def export(
         result = run(
             checkpoint, out, ExportOptions(**given), progress, base=base, revision=revision
         )
+    for note in result.notes:
+        report.note(note)
     if as_json:
         print_json({"bundle": str(out), **result.manifest})
     else:

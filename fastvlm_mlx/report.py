@@ -158,6 +158,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "encoder": encoder,
         "llm": {
             **_formats(bundle, sizes["bits_per_weight"]),
+            **_method(manifest),
             "dtype": bundle.config.dtype,
             "layers": bundle.config.text.num_hidden_layers,
             "hidden_size": bundle.config.text.hidden_size,
@@ -243,6 +244,13 @@ def _formats(bundle: Bundle, bits_per_weight: float) -> dict[str, Any]:
     if len(quantization.formats()) == 1 and quantization.default.mode == "affine":
         return {"bits": quantization.default.bits, "group_size": quantization.default.group_size}
     return {"formats": ", ".join(sorted(str(stored) for stored in quantization.formats()))}
+
+
+def _method(manifest: dict[str, Any]) -> dict[str, Any]:
+    calibration = manifest.get("llm", {}).get("calibration")
+    if calibration is None:
+        return {}
+    return {"method": calibration["method"], "calibration_pictures": calibration["pictures"]}
 
 
 def _part(name: str) -> str:

@@ -29,6 +29,7 @@ from model_export import qwen2
 from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
+from model_export.interruption import Progress
 from model_export.pictures import GatePicture, gate_pictures, reference_features
 from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import export_tokenizer
@@ -40,8 +41,6 @@ QUESTIONS = 200
 MAX_TOKENS = 48
 # From the gates' on, all kept from the demo's training.
 FIRST_SEED = 100
-
-Progress = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,9 @@ from fastvlm_mlx.quantization import Format
 from model_export import llm, recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.destination import check_replaceable, resolve
+from model_export.interruption import Progress, interruptible
 from model_export.options import ENCODER_SNR_DB, LLM_AGREEMENT, LLM_KL_NATS, ExportOptions
-from model_export.pipeline import (
-    ExportResult,
-    Job,
-    Progress,
-    build,
-    check_overlap,
-    interruptible,
-)
+from model_export.pipeline import ExportResult, Job, build, check_overlap, counted
 from model_export.recipes import Scheme
 from model_export.sources import Source
 from model_export.tensors import ALL, FORMATS, SafeTensor, row_blocks, safe_tensors
@@ -99,6 +92,7 @@ def _job(bundle: Bundle) -> Job:
     specs = checkpoint.llm_specs
     copied = [tensors[spec.source] for spec in specs]
     parts = [llm.Part(tensor.entries, tensor.blocks) for tensor in copied]
+    total = sum(part.bytes for part in parts)
     exact = tensors[STEM].dtype == "F32"
     limits = ExportOptions(
         dtype=TYPES[tensors[NORM].dtype],  # type: ignore[arg-type]
@@ -114,11 +108,13 @@ def _job(bundle: Bundle) -> Job:
         chosen=chosen,
         options=_options(bundle, chosen, limits),
         limits=limits,
-        llm_bytes=sum(part.bytes for part in parts),
-        write_llm=partial(llm.write_parts, specs, parts, chosen),
+        llm_bytes=total,
+        write_llm=lambda directory, progress: llm.write_parts(
+            specs, parts, chosen, directory, counted(progress, total)
+        ),
         own_gates=lambda written: [changed_tensors(copied, written)],
         origin=lambda: _origin(bundle, checkpoint),
-        llm_facts={"search": facts["search"]} if "search" in facts else {},
+        llm_facts={key: facts[key] for key in ("search", "calibration") if key in facts},
         remedy=EXPORT_AGAIN.format("app"),
     )
 

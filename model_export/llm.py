@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -24,8 +25,11 @@ from fastvlm_mlx.quantization import Format
 from model_export.checkpoint import Checkpoint, magnitude, to_torch
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.recipes import PROJECTOR, Scheme, is_matrix, path_of
-from model_export.tensors import ALL, row_blocks
+from model_export.tensors import ALL, row_blocks, safe_tensors
 from model_export.weights import TensorSpec, bundle_specs, in_encoder
+
+if TYPE_CHECKING:
+    import torch
 
 # mlx dtype, safetensors' name, bytes.
 DTYPES: dict[str, tuple[mx.Dtype, str, int]] = {
@@ -36,6 +40,9 @@ DTYPES: dict[str, tuple[mx.Dtype, str, int]] = {
 # Metadata that mlx-lm and the Swift loaders look for in a file of MLX weights.
 FILE_METADATA = {"format": "mlx"}
 SHARD_BYTES = 5_000_000_000
+
+# By a tensor's name in the bundle: the file that its finished form waits in.
+Ready = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,10 @@ def convert(
     rest: list[list[mx.array]] = []
     for rows in [ALL] if spec.axes is not None else row_blocks(spec.shape):
         weight = checkpoint.array(spec.source, rows)
-        largest = magnitude(spec.source, to_torch(weight))
-        if dtype == "float16" and largest > FLOAT16_MAX:
-            raise OptionError(
-                f"{spec.source} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use "
-                "--dtype bfloat16"
-            )
+        check_range(spec.source, to_torch(weight), dtype)
         if spec.axes is not None:
             weight = weight.transpose(spec.axes)
-        first, *others = _block(weight, form, DTYPES[dtype][0])
+        first, *others = finish(weight, form, dtype)
         # Computed while the block before is written and the next one is read.
         mx.async_eval(first, *others)
         if ahead is not None:
@@ -152,14 +154,24 @@ def convert(
         yield from later
 
 
-def _block(weight: mx.array, form: Format | None, dtype: mx.Dtype) -> list[mx.array]:
+def check_range(name: str, weight: torch.Tensor, dtype: str) -> None:
+    """Raises CheckpointError, OptionError: as `convert`."""
+    largest = magnitude(name, weight)
+    if dtype == "float16" and largest > FLOAT16_MAX:
+        raise OptionError(
+            f"{name} reaches {largest:.3g}, beyond float16's {FLOAT16_MAX:,}: use --dtype bfloat16"
+        )
+
+
+def finish(weight: mx.array, form: Format | None, dtype: str) -> list[mx.array]:
+    """A weight as it is written: cast, or by plain rounding quantized."""
     if form is None:
-        return [weight.astype(dtype)]
+        return [weight.astype(DTYPES[dtype][0])]
     # float32 holds what any source does, and on a CPU is the type that MLX quantizes fastest. It
     # takes half precision to float32 first and rounds affine's scales and biases last, as here.
     words, *others = mx.quantize(weight.astype(mx.float32), **asdict(form))
     affine = form.mode == "affine"
-    return [words, *(array.astype(dtype) if affine else array for array in others)]
+    return [words, *(a.astype(DTYPES[dtype][0]) if affine else a for a in others)]
 
 
 def write(
@@ -168,22 +180,27 @@ def write(
     options: ExportOptions,
     directory: Path,
     progress: Callable[[int], None],
+    ready: Ready = MappingProxyType({}),
 ) -> Summary:
     """Write the projector, the language model and an `mlx` bundle's encoder into `directory`.
 
     Args:
         chosen: each matrix's format, from `recipes.scheme`.
         progress: called with the bytes just written.
+        ready: what is not converted here, from `calibrated.quantize`.
 
     Raises:
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
     dtype = options.dtype
-    parts = [
-        Part(stored(spec, chosen, dtype), partial(convert, checkpoint, spec, chosen, dtype))
-        for spec in specs
-    ]
+    parts = []
+    for spec in specs:
+        entries = stored(spec, chosen, dtype)
+        arrays = partial(convert, checkpoint, spec, chosen, dtype)
+        if spec.name in ready:
+            arrays = partial(take, ready[spec.name], entries)
+        parts.append(Part(entries, arrays))
     return write_parts(specs, parts, chosen, directory, progress)
 
 
@@ -230,6 +247,12 @@ def write_parts(
         unquantized=_unquantized(specs, chosen),
         files=tuple(names),
     )
+
+
+def take(file: Path, entries: list[Stored]) -> Iterator[mx.array]:
+    """Tensors that wait in a safetensors file under the names that they will have."""
+    tensors = safe_tensors(file)
+    return (tensors[entry.name].read() for entry in entries)
 
 
 def total_bytes(checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions) -> int:

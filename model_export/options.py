@@ -28,6 +28,7 @@ PRECISIONS = {
 TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 DEFAULT_ENCODER_BPW = 6.0
 LAYOUTS = ("app", "mlx")
+METHODS = ("rtn", "awq", "gptq")
 FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 IMAGE_SIZE_MULTIPLE = 64
 FLOAT16_MAX = 65_504
@@ -101,7 +102,10 @@ class ExportOptions:
         recipe: a file, or the name of a stock recipe, that says which layer gets which bits.
         llm_bpw: bits per weight, scales and what is not quantized included, for which the best
             assignment of bits is searched.
-        calibration: pictures or JSON lines that it, and a mixed encoder, is measured on.
+        method: how the layers' weights are quantized: rtn rounds each to the nearest, awq and gptq
+            look at calibration data.
+        calibration: pictures or JSON lines that the search and a mixed encoder are measured on, and
+            the method looks at.
         encoder_precision: fp32 and fp16 as computed; the others are stored in fewer bits and
             computed in fp16.
         encoder_bpw: bits per weight that `mixed` is given, 6 unless said otherwise.
@@ -118,6 +122,7 @@ class ExportOptions:
     projector_bits: int = 16
     recipe: str | None = None
     llm_bpw: float | None = None
+    method: Literal["rtn", "awq", "gptq"] = "rtn"
     calibration: str | None = None
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     encoder_precision: Literal["fp16", "fp32", "int8", "palette6", "palette4", "mixed"] = "fp16"
@@ -142,6 +147,7 @@ class ExportOptions:
             ("encoder_precision", tuple(PRECISIONS)),
             ("deployment_target", TARGETS),
             ("layout", LAYOUTS),
+            ("method", METHODS),
         ):
             value = getattr(self, name)
             if value not in allowed and not (value is None and name in _OPTIONAL):
@@ -162,12 +168,13 @@ class ExportOptions:
             raise OptionError(f"--min-agreement is {self.min_agreement}: expected a share up to 1")
 
     def _check_search(self) -> None:
-        """A search decides every matrix's bits; calibration data is for it alone."""
+        """A search decides every matrix's bits; calibration data is for it, or for a method."""
         if self.llm_bpw is None:
-            if self.calibration is not None and self.encoder_precision != "mixed":
+            idle = self.method == "rtn" and self.encoder_precision != "mixed"
+            if self.calibration is not None and idle:
                 raise OptionError(
-                    "--calibration is given and nothing is measured on it: add --llm-bpw, or "
-                    "--encoder-precision mixed"
+                    "--calibration is given and nothing looks at it: add --llm-bpw, --method awq "
+                    "or gptq, or --encoder-precision mixed"
                 )
             return
         if not 0 < self.llm_bpw < inf:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from fastvlm_mlx.bundle import MANIFEST, PACKAGE, Bundle
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import (
+    calibrated,
     compress,
     coreml,
     fastvithd,
@@ -31,10 +29,11 @@ from model_export import (
     search,
     verify,
 )
-from model_export.calibration import load_calibration
+from model_export.calibration import Calibration, load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.encoder_sensitivity import calibration_pixels
+from model_export.interruption import Progress, interruptible
 from model_export.manifest import make_manifest
 from model_export.mixed import mixed
 from model_export.options import ExportOptions
@@ -47,9 +46,6 @@ from model_export.verify import Gate
 PACKAGE_OVERHEAD_BYTES = 1_000_000
 # Room for the biases and the few weights that stay fp16 in a compressed encoder.
 UNCOMPRESSED_SHARE = 1.05
-
-# Called with the stage's name and, where it is known, the share of it that is done.
-Progress = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -65,11 +61,12 @@ class Job:
         options: as the manifest records them.
         limits: the options that the gates judge by.
         llm_bytes: what `write_llm` will write, headers left out.
-        write_llm: into a directory, called back with the bytes just written.
+        write_llm: into a directory.
         own_gates: what is checked of the written bundle besides encoder and answers.
         origin: the manifest's sections on where the bundle comes from.
         llm_facts: what the manifest says besides of the language model.
         remedy: what to do about a failed gate.
+        note: what the user should be told besides.
     """
 
     checkpoint: Checkpoint
@@ -79,20 +76,22 @@ class Job:
     options: ExportOptions
     limits: ExportOptions
     llm_bytes: int
-    write_llm: Callable[[Path, Callable[[int], None]], llm.Summary]
+    write_llm: Callable[[Path, Progress], llm.Summary]
     own_gates: Callable[[Bundle], list[Gate]]
     origin: Callable[[], dict[str, Any]]
     llm_facts: dict[str, Any]
     remedy: str
+    note: str | None = None
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The finished bundle, with what its manifest says."""
+    """The finished bundle, with what its manifest says, and what the user should be told."""
 
     path: Path
     manifest: dict[str, Any]
     gates: tuple[Gate, ...]
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -137,6 +136,26 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
     chosen = (
         found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
     )
+    calibration = _calibration(checkpoint, chosen, options)
+    total = llm.total_bytes(checkpoint, chosen, options)
+
+    def write_llm(directory: Path, progress: Progress) -> llm.Summary:
+        # What the method makes waits there; it is gone before the bundle is complete.
+        with tempfile.TemporaryDirectory(dir=directory) as waiting:
+            ready: llm.Ready = {}
+            if calibration is not None:
+                ready = calibrated.quantize(
+                    checkpoint, tokenizer, calibration, chosen, options, Path(waiting), progress
+                )
+            return llm.write(
+                checkpoint, chosen, options, directory, counted(progress, total), ready
+            )
+
+    facts: dict[str, Any] = {"search": found.to_dict()} if found else {}
+    if calibration is not None:
+        size = checkpoint.config.vision.image_size
+        facts["calibration"] = calibrated.record(calibration, options.method, size)
+    data = calibration or (found.calibration if found else None)
     return Job(
         checkpoint=checkpoint,
         source=None,
@@ -144,12 +163,13 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
         chosen=chosen,
         options=options,
         limits=options,
-        llm_bytes=llm.total_bytes(checkpoint, chosen, options),
-        write_llm=partial(llm.write, checkpoint, chosen, options),
+        llm_bytes=total,
+        write_llm=write_llm,
         own_gates=lambda bundle: [],
         origin=lambda: {"source": checkpoint.source()},
-        llm_facts={"search": found.to_dict()} if found else {},
+        llm_facts=facts,
         remedy="choose more bits, or keep it with --allow-failed-gates",
+        note=data.note() if data else None,
     )
 
 
@@ -163,7 +183,7 @@ def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
         _check_space(directory, job)
         _write_small_files(job, directory)
         encoder = _export_encoder(job.checkpoint, directory / PACKAGE, job.options, progress)
-        summary = _write_llm(job, directory, progress)
+        summary = job.write_llm(directory, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         _check_layout(bundle, encoder)
@@ -184,7 +204,18 @@ def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
         progress("manifest", None)
         manifest = make_manifest(job, encoder.package, summary, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return ExportResult(destination, manifest, tuple(gates))
+    notes = () if job.note is None else (job.note,)
+    return ExportResult(destination, manifest, tuple(gates), notes)
+
+
+def _calibration(
+    checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
+) -> Calibration | None:
+    """What the method looks at, read and checked before any work."""
+    if options.method == "rtn":
+        return None
+    calibrated.check(chosen, options.method)
+    return load_calibration(options.calibration, checkpoint.config.vision)
 
 
 def _search(
@@ -289,16 +320,17 @@ def _check_encoder(
     return verify.encoder_gates(bundle.package, folded, encoder.references, options)
 
 
-def _write_llm(job: Job, directory: Path, progress: Progress) -> llm.Summary:
+def counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """A callback for bytes of the language model just written."""
     written = 0
 
     def advance(count: int) -> None:
         nonlocal written
         written += count
-        progress("language model", written / job.llm_bytes)
+        progress("language model", written / total)
 
     progress("language model", 0.0)
-    return job.write_llm(directory, advance)
+    return advance
 
 
 def _judge(gates: list[Gate], job: Job) -> None:
@@ -329,8 +361,11 @@ def _check_space(directory: Path, job: Job) -> None:
     encoder = int(parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
+    language = job.llm_bytes
+    if options.method != "rtn":
+        language *= 2  # what is calibrated waits beside what is written
     # coremltools writes the encoder's weights twice, before there is a language model.
-    after = max(job.llm_bytes, encoder)
+    after = max(language, encoder)
     needed = encoder + after + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -338,37 +373,3 @@ def _check_space(directory: Path, job: Job) -> None:
             f"{directory.parent} has {free / 1e6:,.0f} MB free and the bundle needs "
             f"{needed / 1e6:,.0f} MB: make room, or choose another disk"
         )
-
-
-@contextmanager
-def interruptible(progress: Progress) -> Iterator[Progress]:
-    """A progress callback that raises the interruption that somebody else caught.
-
-    coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost. SIGTERM
-    and SIGHUP unwind like Ctrl-C, so that nothing is left behind; a second signal changes nothing.
-    """
-    pressed: BaseException | None = None
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed is None:
-            interrupt = number == signal.SIGINT
-            pressed = KeyboardInterrupt() if interrupt else SystemExit(128 + number)
-            raise pressed
-
-    def stage(name: str, done: float | None) -> None:
-        if pressed is not None:
-            raise pressed
-        progress(name, done)
-
-    # Only the main thread may set handlers, and a caller's own are left alone.
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                previous[number] = signal.signal(number, handler)
-    try:
-        yield stage
-    finally:
-        for number, earlier in previous.items():
-            signal.signal(number, earlier)

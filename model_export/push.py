@@ -22,7 +22,7 @@ from model_export.card import model_card
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from model_export.pipeline import Progress
+    from model_export.interruption import Progress
 
 CARD = "README.md"
 

@@ -240,7 +240,7 @@ class Outcome:
 def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:
     """Both sides through the whole model in step, each layer's weights read once per side."""
     rotary = rotary_embedding(config)
-    hidden = [_embed(side, dialogue) for side in sides]
+    hidden = [embed(side, dialogue) for side in sides]
     largest = [float(h.abs().max()) for h in hidden]
     cos_sin = rotary(hidden[0], dialogue.positions[None])
     for index in range(config.num_hidden_layers):
@@ -300,7 +300,8 @@ def _settings(config: TextConfig) -> Qwen2Config:
     return settings
 
 
-def _embed(side: Side, dialogue: Dialogue) -> Tensor:
+def embed(side: Side, dialogue: Dialogue) -> Tensor:
+    """float32 [1, L, D]: what the first layer reads."""
     embedded = look_up(side.weights.matrix(EMBEDDING[1]), dialogue.ids)
     embedded[dialogue.image] = project(side)
     return embedded[None]

@@ -195,7 +195,7 @@ def _advance(
     before = [sample.hidden[:1] for sample in samples]
     inputs: dict[str, list[Tensor]] = {name: [] for name in matrices}
     for sample, source in zip(samples, before, strict=True):
-        with _recorded(layer, inputs):
+        with recorded(layer, inputs):
             first = _run(layer, source, sample)
         rest = [_run(layer, rows, sample) for rows in sample.hidden[1:].split(BATCH)]
         sample.hidden = torch.cat([first, *rest])
@@ -212,7 +212,7 @@ def _run(layer: nn.Module, hidden: Tensor, sample: _Sample) -> Tensor:
     return layer(hidden, attention_mask=sample.mask, position_embeddings=sample.rotation)
 
 
-class _recorded:  # noqa: N801  a context manager, used as a function
+class recorded:  # noqa: N801  a context manager, used as a function
     """Keeps what each matrix of a layer is multiplied with."""
 
     def __init__(self, layer: nn.Module, inputs: Mapping[str, list[Tensor]]):

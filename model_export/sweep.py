@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from model_export import compare
 from model_export.checkpoint import Checkpoint
 from model_export.compare import Bench, Row, open_model, pictures_of
+from model_export.interruption import Progress
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 
@@ -49,8 +50,6 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "3": {"llm_bits": 3},
     },
 }
-
-Progress = Callable[[str, float | None], None]
 
 
 def sweep(

@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 
 import model_export.demo
 from fastvlm_mlx.config import FastVLMConfig
+from model_export.affine import round_weight
 from model_export.demo import tokenizer as demo_tokenizer
 from model_export.demo.model import PREFIXES, DemoModel, make_config, to_pixels
 from model_export.demo.packing import answer_loss, collate
-from model_export.demo.rounding import round_weight, rounded
+from model_export.demo.rounding import rounded
 from model_export.demo.scenes import KINDS, generate, held_out, score
 from model_export.demo.targets import cell_targets, word_targets
 from model_export.reference import FastViTHD

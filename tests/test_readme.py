@@ -91,11 +91,12 @@ def test_every_file_of_the_tree_is_there_and_named():
 
 
 def test_the_options_are_the_command_s():
-    from model_export.options import BITS, DTYPES, GROUP_SIZES, PRECISIONS, ExportOptions
+    from model_export.options import BITS, DTYPES, GROUP_SIZES, METHODS, PRECISIONS, ExportOptions
 
     table = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]*) \|", README, re.MULTILINE))
     assert all(str(bits) in table["--llm-bits"] for bits in BITS)
     assert all(str(size) in table["--group-size"] for size in GROUP_SIZES)
     assert all(dtype in table["--dtype"] for dtype in DTYPES)
+    assert all(method in table["--method"] for method in METHODS)
     assert all(precision in table["--encoder-precision"] for precision in PRECISIONS)
     assert f"| {ExportOptions().llm_bits} |" in README

@@ -6,22 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-def round_weight(weight: Tensor, bits: int, group: int) -> Tensor:
-    """A weight as `mlx.core.quantize` (affine) keeps it: an end of each group's range is exact."""
-    groups = weight.unflatten(-1, (-1, group))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    steps = 2**bits - 1
-    scale = ((high - low) / steps).clamp_min(1e-7)
-    from_low = low.abs() > high.abs()
-    scale = torch.where(from_low, scale, -scale)
-    edge = torch.where(from_low, low, high)
-    whole = (edge / scale).round()
-    scale = torch.where(whole == 0, scale, edge / whole)
-    bias = torch.where(whole == 0, 0.0, edge)
-    return (((groups - bias) / scale).round().clamp(0, steps) * scale + bias).flatten(-2)
+from model_export.affine import round_weight
 
 
 @contextmanager

@@ -1,0 +1,250 @@
+"""AWQ and GPTQ of the language model's layers, one layer at a time, on pictures and questions.
+
+The pictures go through the source's encoder and projector once. Then each layer is loaded, reads
+what comes out of those before it, is quantized, and is put into a file where the writer finds its
+tensors. Resident are one layer in float32, what it reads, and the second moments of that.
+
+mlx-lm has both, over whole models in MLX; on a CPU MLX takes hours for them. These are in torch, on
+the layers that the gates run, and held to mlx-lm's by a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import torch
+from torch import Tensor, nn
+
+from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.quantization import Format
+from model_export import awq, gptq, llm, qwen2
+from model_export.affine import round_weight
+from model_export.calibration import Calibration
+from model_export.checkpoint import Checkpoint
+from model_export.options import ExportOptions
+from model_export.pictures import GATE_PIXELS, GatePicture, reference_features
+from model_export.recipes import PREFIX, Scheme
+from model_export.sensitivity import recorded
+from model_export.tensors import from_torch
+from model_export.tokenizer import ExportedTokenizer
+from model_export.weights import LAYER
+
+# What the encoder looks at: so many pictures at 1024×1024, or the same pixels in smaller ones.
+PICTURES = 16
+# AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
+AWQ_TOKENS = 2_048
+LAYERS = PREFIX + "model.layers."
+MATRICES = tuple(name.removesuffix(".weight") for name, shape in LAYER if len(shape) == 2)
+
+# A layer's tensors as they are written, by their names in it.
+Finished = dict[str, list[mx.array]]
+
+
+@dataclass
+class Sample:
+    """A picture and its questions on their way through the layers.
+
+    Attributes:
+        hidden: [1, L, D], what the next layer reads.
+        around: the attention's mask and the rotary embedding, by a layer's argument.
+    """
+
+    hidden: Tensor
+    around: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One layer, what goes through it and what its matrices become."""
+
+    layer: nn.Module
+    samples: Sequence[Sample]
+    formats: awq.Formats
+    dtype: str
+
+    def outputs(self) -> list[Tensor]:
+        return [self.layer(s.hidden, **s.around) for s in self.samples]
+
+
+def check(chosen: Scheme, method: str) -> None:
+    """Whether the method has anything to do, and can.
+
+    Raises:
+        OptionError: no matrix of a layer is quantized, or one has a format other than affine.
+    """
+    formats = {form for path, form in chosen.items() if path.startswith(LAYERS) and form}
+    if not formats:
+        raise OptionError(
+            f"--method {method} is given and no layer is quantized: choose fewer --llm-bits, or "
+            "leave it out"
+        )
+    if other := sorted(str(form) for form in formats if form.mode != "affine"):
+        raise OptionError(
+            f"--method {method} can't quantize to {other[0]}: it is for affine bits, use "
+            "--llm-mode affine, or leave it out"
+        )
+
+
+def used(calibration: Calibration, image_size: int) -> tuple[GatePicture, ...]:
+    """The pictures that are looked at."""
+    return calibration.spread(max(1, PICTURES * GATE_PIXELS // image_size**2))
+
+
+def record(calibration: Calibration, method: str, image_size: int) -> dict[str, Any]:
+    """For the manifest."""
+    return {
+        "method": method,
+        "sha256": calibration.digest,
+        "pictures": len(used(calibration, image_size)),
+        "skipped": list(calibration.skipped),
+    }
+
+
+@torch.inference_mode()
+def quantize(
+    checkpoint: Checkpoint,
+    tokenizer: ExportedTokenizer,
+    calibration: Calibration,
+    chosen: Scheme,
+    options: ExportOptions,
+    directory: Path,
+    progress: Callable[[str, float | None], None],
+) -> llm.Ready:
+    """Quantize the layers that `chosen` quantizes, into files in `directory`.
+
+    Args:
+        options: `method` is "awq" or "gptq".
+
+    Raises:
+        CheckpointError, OptionError: as `llm.convert`.
+    """
+    method, dtype = options.method, options.dtype
+    progress("calibration pictures", None)
+    samples = samples_of(checkpoint, tokenizer, calibration)
+    source = qwen2.SourceWeights(checkpoint)
+    layer = qwen2.decoder_layer(checkpoint.config.text)
+    ready: dict[str, Path] = {}
+    count = checkpoint.config.text.num_hidden_layers
+    for index in range(count):
+        progress(method.upper(), index / count)
+        prefix = f"{LAYERS}{index}."
+        state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
+        for name, tensor in state.items():
+            llm.check_range((prefix + name).removeprefix(PREFIX), tensor, dtype)
+        layer.load_state_dict(state, strict=True, assign=True)
+        formats = {name: chosen[prefix + name] for name in MATRICES}
+        inputs = Inputs(layer, samples, formats, dtype)
+        finished = gptq_layer(inputs) if method == "gptq" else awq_layer(inputs)
+        file = directory / f"{index}.safetensors"
+        mx.save_safetensors(str(file), dict(_named(prefix, finished)))
+        ready |= dict.fromkeys((prefix + name for name in finished), file)
+    progress(method.upper(), 1.0)
+    return ready
+
+
+def gptq_layer(inputs: Inputs) -> Finished:
+    """GPTQ of a layer; its samples go on as the quantized layer leaves them."""
+    layer, formats, dtype = inputs.layer, inputs.formats, getattr(torch, inputs.dtype)
+    moments: dict[str, Tensor] = {}
+    for sample in inputs.samples:
+        seen = seen_by(layer, [sample])
+        for name, (x,) in seen.items():
+            moments[name] = moments[name].addmm_(x.T, x) if name in moments else x.T @ x
+    finished: Finished = {}
+    for name, form in formats.items():
+        if form is not None:
+            key, hessian = f"{name}.weight", moments[awq.READS[name]]
+            coded = gptq.quantize(layer.get_parameter(key), hessian, form, dtype)
+            finished[key] = coded.arrays()
+            layer.load_state_dict({key: coded.float()}, strict=False, assign=True)
+    for sample, hidden in zip(inputs.samples, inputs.outputs(), strict=True):
+        sample.hidden = hidden
+    return finished
+
+
+def awq_layer(inputs: Inputs) -> Finished:
+    """AWQ of a layer, unless plain rounding loses less; its samples go on as the source has them.
+
+    Nothing is finished of a layer that is better off with plain rounding.
+    """
+    layer, formats = inputs.layer, inputs.formats
+    some = inputs.samples[:: _step(inputs.samples)]
+    seen = awq.Seen(seen_by(layer, some), [sample.around for sample in some])
+    source = dict(layer.state_dict())
+    found = awq.transformed(layer, seen, formats)
+    expected = inputs.outputs()
+
+    def loss(state: Mapping[str, Tensor]) -> float:
+        rounded = {name: _rounded(name, weight, formats) for name, weight in state.items()}
+        layer.load_state_dict(rounded, strict=True, assign=True)
+        pairs = zip(inputs.outputs(), expected, strict=True)
+        return sum(float((got - wanted).square().sum()) for got, wanted in pairs)
+
+    worthwhile = loss(found) < loss(source)
+    for sample, hidden in zip(inputs.samples, expected, strict=True):
+        sample.hidden = hidden
+    if not worthwhile:
+        return {}
+    for name, weight in found.items():
+        llm.check_range(name, weight, inputs.dtype)
+    return {
+        name: llm.finish(from_torch(weight), _format(name, formats), inputs.dtype)
+        for name, weight in found.items()
+    }
+
+
+def samples_of(
+    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, calibration: Calibration
+) -> list[Sample]:
+    """What the first layer reads of each picture and its questions."""
+    vision, text = checkpoint.config.vision, checkpoint.config.text
+    pictures = used(calibration, vision.image_size)
+    rotary = qwen2.rotary_embedding(text)
+    source = qwen2.SourceWeights(checkpoint)
+    samples = []
+    for reference in reference_features(checkpoint.encoder_state(), checkpoint, pictures):
+        dialogue = qwen2.Dialogue.build(
+            tokenizer.tokenizer,
+            reference.picture.questions,
+            tokenizer.image_token_id,
+            vision.num_tokens,
+        )
+        hidden = qwen2.embed(qwen2.Side(source, torch.from_numpy(reference.features)), dialogue)
+        rotation = rotary(hidden, dialogue.positions[None])
+        around = {"attention_mask": dialogue.mask, "position_embeddings": rotation}
+        samples.append(Sample(hidden, around))
+    return samples
+
+
+def seen_by(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, list[Tensor]]:
+    """What the matrices of `awq.READS` read of each sample, [L, C]."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in awq.READS.values()}
+    with recorded(layer, inputs):
+        for sample in samples:
+            layer(sample.hidden, **sample.around)
+    return inputs
+
+
+def _step(samples: Sequence[Sample]) -> int:
+    return max(1, sum(sample.hidden.shape[1] for sample in samples) // AWQ_TOKENS)
+
+
+def _format(name: str, formats: awq.Formats) -> Format | None:
+    return formats.get(name.removesuffix(".weight"))
+
+
+def _rounded(name: str, weight: Tensor, formats: awq.Formats) -> Tensor:
+    form = _format(name, formats)
+    return weight if form is None else round_weight(weight, form.bits, form.group_size)
+
+
+def _named(prefix: str, finished: Finished) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of each tensor, one or a quantized weight's three, under a bundle's names."""
+    for name, arrays in finished.items():
+        stem = prefix + name.removesuffix("weight")
+        names = [prefix + name, stem + "scales", stem + "biases"]
+        yield from zip(names, arrays, strict=False)
