@@ -215,7 +215,7 @@ def test_a_weight_that_can_t_be_stored_is_named(demo, edit_checkpoint, tmp_path,
     ("options", "words"),
     [
         ({"method": "nf4"}, "--method is nf4: expected one of rtn, awq, gptq"),
-        ({"calibration": "pictures"}, "nothing looks at it: add --llm-bpw, or --method"),
+        ({"calibration": "pictures"}, "nothing looks at it: add --llm-bpw, --method awq or gptq"),
         ({"method": "gptq", "llm_bits": 16}, "--method gptq is given and no layer is quantized"),
         (
             {"method": "awq", "llm_mode": "mxfp4", "layout": "mlx"},
