@@ -54,6 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The smallest that passes them.
     "phone": {
         "llm_bits": 4,
+        "method": "gptq",
         "encoder_precision": "mixed",
         "max_kl_nats": 0.25,
         "min_agreement": 0.9,
@@ -68,8 +69,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The checkpoint's own precision.
     "exact": {"llm_bits": 16, "encoder_precision": "fp16"},
 }
-# In place of a preset's choice for the part, where one of them is given.
-LLM_CHOICES = ("llm_bits", "llm_mode", "recipe", "llm_bpw")
+# In place of a preset's bits and method, where one of them is given.
+LLM_CHOICES = ("llm_mode", "recipe", "llm_bpw", "method")
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         raise _unknown("preset", name, tuple(PRESETS))
     fields = dict(PRESETS[name])
     if any(choice in given for choice in LLM_CHOICES):
-        fields.pop("llm_bits")
+        fields = {key: value for key, value in fields.items() if key not in ("llm_bits", "method")}
     if given.get("layout") == "mlx":
         # Its encoder has the type of everything else.
         fields.pop("encoder_precision")
