@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastvlm_mlx.bundle import ENCODER_PREFIX, MANIFEST, Bundle
 from fastvlm_mlx.errors import BundleError
-from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.vision.package import IMAGE, describe, fits_app
 
 if TYPE_CHECKING:
     from fastvlm_mlx.generate import GenerationResult
@@ -170,11 +170,10 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
     }
 
 
-def _fits(bundle: Bundle) -> dict[str, bool]:
-    vision = bundle.config.vision
+def _fits(bundle: Bundle) -> dict[str, Any]:
     if bundle.layout == "app":
-        return {"fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072)}
-    return {"fits_unmodified_mlx_vlm": vision.is_mobileclip_l}
+        return fits_app(describe(bundle.package))
+    return {"fits_unmodified_mlx_vlm": bundle.config.vision.is_mobileclip_l}
 
 
 def _package_facts(bundle: Bundle) -> dict[str, Any]:
@@ -189,7 +188,14 @@ def _package_facts(bundle: Bundle) -> dict[str, Any]:
         "channels": vision.hidden_size,
         "deployment_target": info.deployment_target,
         "bytes": info.bytes,
+        **_sizes(list(info.functions.values())),
+        **({"image_input": True} if info.inputs[0].dtype == IMAGE else {}),
     }
+
+
+def _sizes(image_sizes: list[int]) -> dict[str, Any]:
+    """Only of an encoder that was exported for several."""
+    return {"image_sizes": sorted(image_sizes)} if len(image_sizes) > 1 else {}
 
 
 def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
@@ -201,6 +207,7 @@ def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
         "tokens_per_image": vision.num_tokens,
         "channels": vision.hidden_size,
         "bytes": sum(array.nbytes for array in arrays.values()),
+        **_sizes((bundle.manifest or {}).get("encoder", {}).get("image_sizes", [])),
     }
 
 
@@ -317,6 +324,8 @@ def _shown(key: str, value: Any) -> str:
         return "not recorded"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if key.endswith("bytes"):
         return shown_bytes(value)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -198,7 +198,7 @@ def _convert(
     target: str,
     image_input: bool,
 ) -> None:
-    with quiet_coremltools(), _temporary_files_in(package.parent):
+    with quiet_coremltools(), temporary_files_in(package.parent):
         import coremltools as ct
 
         shape = (1, 3, config.image_size, config.image_size)
@@ -230,7 +230,7 @@ def _convert(
 
 
 @contextmanager
-def _temporary_files_in(directory: Path) -> Iterator[None]:
+def temporary_files_in(directory: Path) -> Iterator[None]:
     """Keep Python's temporary files, of every thread, below `directory`, and remove them.
 
     coremltools writes the weights to one first. A process that is killed leaves it, and where the

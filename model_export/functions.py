@@ -21,6 +21,7 @@ from model_export.coreml import (
     check_graph,
     export_encoder,
     normalize,
+    temporary_files_in,
 )
 from model_export.fastvithd import FastViTHD, resized
 
@@ -80,7 +81,7 @@ def export_sizes(
 def _join(parts: Sequence[Path], sizes: Sequence[int], package: Path) -> None:
     """Write `parts` as functions of one package, the first of them its default."""
     names = [f"size_{size}" for size in sizes]
-    with quiet_coremltools():
+    with quiet_coremltools(), temporary_files_in(package.parent):
         from coremltools import utils
 
         joined = utils.MultiFunctionDescriptor()

@@ -16,15 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, SCHEMA_VERSION, Bundle, hash_tree
+from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import DestinationError, GateError
-from fastvlm_mlx.vision.package import PackageInfo
+from fastvlm_mlx.vision.package import PackageInfo, fits_app
 from model_export import (
     compress,
     coreml,
     fastvithd,
+    functions,
     layouts,
     llm,
     mlx_layout,
@@ -36,12 +36,12 @@ from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.encoder_sensitivity import calibration_pixels
+from model_export.gates import Gate
 from model_export.mixed import mixed
 from model_export.options import ExportOptions
-from model_export.pictures import Reference, source_references
+from model_export.pictures import Reference, references_of_sizes
 from model_export.recipes import Scheme
 from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
-from model_export.verify import Gate
 
 TOOLS = (
     "fastvlm-mlx",
@@ -102,7 +102,7 @@ def export(
         destination = resolve(destination)
         check_replaceable(destination, overwrite=options.overwrite)
         checkpoint = Checkpoint(
-            checkpoint_path, base=base, revision=revision, image_size=options.image_size
+            checkpoint_path, base=base, revision=revision, image_size=options.default_size
         )
         return _export(checkpoint, destination, options, stage)
 
@@ -130,10 +130,12 @@ def _export(
         progress("check layout", None)
         _check_layout(bundle, encoder)
         progress("check encoder", None)
-        gates, features = _check_encoder(checkpoint, bundle, encoder, options)
+        folded = partial(_folded, checkpoint)
+        gates, features = verify.gates_of_sizes(bundle, folded, encoder.references, options)
         progress("check answers", None)
+        seen = encoder.references[checkpoint.config.vision.image_size]
         gates += verify.answer_gates(
-            checkpoint, bundle, tokenizer.tokenizer, encoder.references, features, options
+            checkpoint, bundle, tokenizer.tokenizer, seen, features, options
         )
         _judge(gates, options)
         progress("manifest", None)
@@ -178,9 +180,10 @@ def _write_small_files(
 
 @dataclass(frozen=True)
 class _ExportedEncoder:
-    """What the source's encoder makes of the gates' pictures; an `mlx` bundle has no package."""
+    """What the source's encoder makes of the gates' pictures at each size, the default first; an
+    `mlx` bundle has no package."""
 
-    references: list[Reference]
+    references: dict[int, list[Reference]]
     package: PackageInfo | None
 
 
@@ -188,29 +191,32 @@ def _export_encoder(
     checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
 ) -> _ExportedEncoder:
     progress("reference encoder", None)
-    references = source_references(checkpoint)
+    references = references_of_sizes(checkpoint.encoder_state(), checkpoint, options.other_sizes)
     if options.layout == "mlx":
         return _ExportedEncoder(references, None)
-    module = _folded(checkpoint)
+    vision = checkpoint.config.vision
+    module = _folded(checkpoint, vision)
     compression = _compression(checkpoint, module, options, progress)
-    progress("Core ML encoder", None)
+    progress("Core ML encoder", 0.0 if options.other_sizes else None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
-    info = coreml.export_encoder(
+    info = functions.export_sizes(
         module,
-        checkpoint.config.vision,
+        [replace(vision, image_size=size) for size in references],
         package,
         precision="fp32" if options.encoder_precision == "fp32" else "fp16",
         metadata=metadata,
         compression=compression,
         target=options.target,
+        image_input=options.image_input,
+        progress=partial(progress, "Core ML encoder"),
     )
     return _ExportedEncoder(references, info)
 
 
-def _folded(checkpoint: Checkpoint) -> fastvithd.FastViTHD:
-    return fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
+def _folded(checkpoint: Checkpoint, vision: VisionConfig) -> fastvithd.FastViTHD:
+    return fastvithd.fold(checkpoint.encoder_state(), vision)
 
 
 def _compression(
@@ -242,15 +248,6 @@ def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
         mlx_layout.check_mlx(bundle)
     else:
         layouts.check_app(bundle, encoder.package)
-
-
-def _check_encoder(
-    checkpoint: Checkpoint, bundle: Bundle, encoder: _ExportedEncoder, options: ExportOptions
-) -> tuple[list[Gate], list[np.ndarray]]:
-    if encoder.package is None:
-        return verify.mlx_encoder_gates(bundle, encoder.references, options)
-    folded = partial(_folded, checkpoint)
-    return verify.encoder_gates(bundle.package, folded, encoder.references, options)
 
 
 def _export_llm(
@@ -292,6 +289,8 @@ def _manifest(
     directory: Path,
 ) -> dict[str, Any]:
     vision = checkpoint.config.vision
+    mlx_vlm = {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
+    fits = mlx_vlm if info is None else fits_app(info)
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
@@ -304,6 +303,7 @@ def _manifest(
             "channels": vision.hidden_size,
             "bytes": summary.encoder_bytes,
         }
+        | ({"image_sizes": sorted(options.image_sizes)} if options.image_sizes else {})
         | ({} if info is None else _package_facts(info)),
         "llm": {
             "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
@@ -315,7 +315,7 @@ def _manifest(
             "bits_per_weight": round(summary.bits_per_weight, 3),
             "left_unquantized": summary.unquantized,
         },
-        **_fits(checkpoint, options),
+        **fits,
         "gates": [gate.to_dict() for gate in gates],
         "gates_passed": all(gate.passed for gate in gates),
         "versions": {name: version(name) for name in TOOLS}
@@ -332,12 +332,6 @@ def _package_facts(info: PackageInfo) -> dict[str, Any]:
         "ops": info.ops,
         **{key: json.loads(info.metadata[key]) for key in RECORDED if key in info.metadata},
     }
-
-
-def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
-    if options.layout == "app":
-        return {"fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config)}
-    return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
 
 
 def _check_overlap(destination: Path, checkpoint: Checkpoint) -> None:
@@ -357,8 +351,11 @@ def _check_space(
     encoder = int(checkpoint.encoder_parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
     if options.layout == "mlx":
         encoder = 0  # in the language model's files
-    # coremltools writes the encoder's weights twice, before there is a language model.
-    after = max(llm.total_bytes(checkpoint, chosen, options), encoder)
+    # coremltools writes the encoder's weights twice, before there is a language model; where there
+    # are several sizes, beside a package of each.
+    others = len(options.other_sizes)
+    copies = others + 2 if others else 1
+    after = max(llm.total_bytes(checkpoint, chosen, options), copies * encoder)
     needed = encoder + after + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -257,18 +257,21 @@ def describe_spec(spec: Any, package: Path, image_size: int | None = None) -> Pa
     )
 
 
-def app_misfit(info: PackageInfo) -> str | None:
-    """Why Apple's demo app, unmodified, can't run the encoder; None if it can.
+def fits_app(info: PackageInfo) -> dict[str, Any]:
+    """What the manifest and `inspect` say of Apple's demo app, as Apple publishes it."""
+    misfit = app_misfit(info)
+    return {"fits_unmodified_app": misfit is None} | ({"misfit": misfit} if misfit else {})
 
-    The app calls the default function with an MLMultiArray, and asserts what comes out.
+
+def app_misfit(info: PackageInfo) -> str | None:
+    """Why the demo app can't run the encoder; None if it can.
+
+    It calls the default function with an MLMultiArray, and asserts the features' shape.
     """
     features = info.outputs[0].shape if info.outputs else ()
     if features != (1, 256, 3072):
         _, tokens, channels = features if len(features) == 3 else (1, 0, 0)
-        return (
-            f"it makes {tokens} tokens of {channels} channels and the app asserts 256 of 3072, the "
-            "released encoder's at 1024×1024"
-        )
+        return f"it makes {tokens} tokens of {channels} channels and the app asserts 256 of 3072"
     if info.inputs[0].dtype == IMAGE:
         return "it takes pictures (--image-input) and the app hands over an MLMultiArray"
     return None
