@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,15 @@ class Bundle:
                 f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
             )
         return bundle
+
+    def at(self, image_size: int) -> Bundle:
+        """The same bundle, its configuration that of another input size in pixels.
+
+        Raises:
+            ConfigError: a size that the encoder can't have.
+        """
+        vision = replace(self.config.vision, image_size=image_size)
+        return replace(self, config=replace(self.config, vision=vision))
 
     @cached_property
     def layout(self) -> str:

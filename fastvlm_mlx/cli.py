@@ -107,6 +107,9 @@ def generate(
     compute_units: Annotated[
         str, typer.Option(help="Where Core ML runs, on macOS: all, cpu, gpu or ne.")
     ] = "all",
+    image_size: Annotated[
+        int | None, typer.Option(help="Input size in pixels, of those that the bundle takes.")
+    ] = None,
     crop: Annotated[
         bool, typer.Option("--crop", help="Crop to the centre as the demo app does.")
     ] = False,
@@ -139,7 +142,7 @@ def generate(
     source = _stdin_bytes() if image == "-" else image
     Bundle.open(bundle)
     picture = load_image(source, max_pixels=limit)
-    model = load(bundle, compute_units=compute_units, crop=crop)
+    model = load(bundle, compute_units=compute_units, image_size=image_size, crop=crop)
     answers = []
     for generation in model.ask(picture, prompt, options):
         for piece in generation:

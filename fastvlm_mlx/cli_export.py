@@ -87,6 +87,14 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(help="Input size in pixels, a multiple of 64; else its own.")
     ] = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option(help="Several in one encoder that share the weights: 512,1024."),
+    ] = None,
+    image_input: Annotated[
+        bool,
+        typer.Option("--image-input", help="The encoder takes pictures (ImageType), no arrays."),
+    ] = False,
     base: Base = None,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
@@ -100,13 +108,15 @@ def export(
 ) -> None:
     """Turn a checkpoint into a verified bundle for the app, a Mac and Linux."""
     with needs_export_extra():
-        from model_export.options import ExportOptions
+        from model_export.options import ExportOptions, parse_sizes
         from model_export.options import preset as with_preset
         from model_export.pipeline import export as run
 
     from fastvlm_mlx import report
 
     given = {k: v for k, v in call.params.items() if v is not None and k not in OWN}
+    if image_sizes is not None:
+        given["image_sizes"] = parse_sizes(image_sizes)
     if preset is not None:
         given = with_preset(preset, given)
     with report.stages() as progress:

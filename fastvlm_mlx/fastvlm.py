@@ -79,7 +79,7 @@ class FastVLM:
             EncoderError: it is incomplete, or can't be evaluated here.
         """
         with self._loading():
-            return load_bundle_encoder(self.bundle, self.compute_units)
+            return load_bundle_encoder(self.bundle, self.compute_units, self.image_processor.size)
 
     @property
     def load_s(self) -> float:
@@ -201,6 +201,7 @@ def load(
     path: str | Path,
     *,
     compute_units: str = "all",
+    image_size: int | None = None,
     crop: bool = False,
     check_hashes: bool = True,
 ) -> FastVLM:
@@ -214,13 +215,16 @@ def load(
 
     Args:
         compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
+        image_size: the encoder's input in pixels, where it takes several: of a package one that it
+            was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
         check_hashes: compare every file with the manifest before use.
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
         EncoderError: its package is damaged, or no encoder's.
-        OptionError: compute units that are unknown, or that nothing here has.
+        OptionError: compute units that are unknown, or that nothing here has; or a size that the
+            encoder does not take.
     """
     started = time.perf_counter()
     bundle = Bundle.open(path)
@@ -230,9 +234,11 @@ def load(
     if check_hashes:
         bundle.check_files()
     tokenizer = bundle.tokenizer()
+    size, num_tokens = _encoder_sizes(bundle, image_size)
+    if image_size is not None:
+        bundle = bundle.at(image_size)
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
     bundle = replace(bundle, config=config)
-    image_size, num_tokens = _encoder_sizes(bundle)
     model = load_model(bundle)
     aspect_ratio = "crop" if crop else config.image_aspect_ratio
     return FastVLM(
@@ -241,7 +247,7 @@ def load(
         num_tokens=num_tokens,
         model=model,
         tokenizer=tokenizer,
-        image_processor=image_processor(bundle, image_size, aspect_ratio),
+        image_processor=image_processor(bundle, size, aspect_ratio),
         eos_token_ids=bundle.eos_token_ids | {_id(tokenizer, "<|im_end|>", bundle)},
         compute_units=compute_units,
         _loading_s=[time.perf_counter() - started],
@@ -272,38 +278,45 @@ def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
     return found
 
 
-def load_bundle_encoder(bundle: Bundle, compute_units: str = "all") -> VisionEncoder:
+def load_bundle_encoder(
+    bundle: Bundle, compute_units: str = "all", image_size: int | None = None
+) -> VisionEncoder:
     """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
 
     Raises:
-        OptionError: compute units for an encoder that Core ML does not run.
+        OptionError: compute units for an encoder that Core ML does not run, or a size that the
+            encoder does not take.
         EncoderError: it is incomplete, or can't be evaluated here.
     """
     _check_compute_units(bundle, compute_units)
     if bundle.layout == "app":
-        return load_encoder(bundle.package, compute_units)
+        return load_encoder(bundle.package, compute_units, image_size)
     from fastvlm_mlx.vision.fastvithd import FastViTHD
 
-    return FastViTHD(bundle.encoder_arrays(), bundle.config.vision, bundle.config.quantization)
+    vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
+    return FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
 
 
-def _encoder_sizes(bundle: Bundle) -> tuple[int, int]:
+def _encoder_sizes(bundle: Bundle, image_size: int | None) -> tuple[int, int]:
     """S and N of the bundle's encoder, as its package declares them, or config.json.
 
     Raises:
         EncoderError: the package is damaged, or no encoder's.
         BundleError: it is not the encoder that config.json describes.
+        OptionError, ConfigError: it does not take `image_size`.
     """
     vision = bundle.config.vision
     if bundle.layout == "mlx":
+        if image_size is not None:
+            vision = bundle.at(image_size).config.vision
         return vision.image_size, vision.num_tokens
-    image_size, num_tokens, channels = encoder_shape(describe(bundle.package))
+    size, num_tokens, channels = encoder_shape(describe(bundle.package, image_size))
     if channels != vision.hidden_size:
         raise BundleError(
             f"{bundle.package} makes {channels} channels where config.json says "
             f"{vision.hidden_size}: they belong to different models, export again"
         )
-    return image_size, num_tokens
+    return size, num_tokens
 
 
 def _check_compute_units(bundle: Bundle, compute_units: str) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastvlm_mlx.bundle import ENCODER_PREFIX, MANIFEST, Bundle
 from fastvlm_mlx.errors import BundleError
-from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.vision.package import IMAGE, describe, fits_app
 
 if TYPE_CHECKING:
     from fastvlm_mlx.generate import GenerationResult
@@ -180,11 +180,10 @@ def _converted_from(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"converted_from": {key: converted[key] for key in ("directory", "layout")}}
 
 
-def _fits(bundle: Bundle) -> dict[str, bool]:
-    vision = bundle.config.vision
+def _fits(bundle: Bundle) -> dict[str, Any]:
     if bundle.layout == "app":
-        return {"fits_unmodified_app": (vision.num_tokens, vision.hidden_size) == (256, 3072)}
-    return {"fits_unmodified_mlx_vlm": vision.is_mobileclip_l}
+        return fits_app(describe(bundle.package))
+    return {"fits_unmodified_mlx_vlm": bundle.config.vision.is_mobileclip_l}
 
 
 def _package_facts(bundle: Bundle) -> dict[str, Any]:
@@ -199,7 +198,14 @@ def _package_facts(bundle: Bundle) -> dict[str, Any]:
         "channels": vision.hidden_size,
         "deployment_target": info.deployment_target,
         "bytes": info.bytes,
+        **_sizes(list(info.functions.values())),
+        **({"image_input": True} if info.inputs[0].dtype == IMAGE else {}),
     }
+
+
+def _sizes(image_sizes: list[int]) -> dict[str, Any]:
+    """Only of an encoder that was exported for several."""
+    return {"image_sizes": sorted(image_sizes)} if len(image_sizes) > 1 else {}
 
 
 def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
@@ -211,6 +217,7 @@ def _mlx_encoder_facts(bundle: Bundle) -> dict[str, Any]:
         "tokens_per_image": vision.num_tokens,
         "channels": vision.hidden_size,
         "bytes": sum(array.nbytes for array in arrays.values()),
+        **_sizes((bundle.manifest or {}).get("encoder", {}).get("image_sizes", [])),
     }
 
 
@@ -334,6 +341,8 @@ def _shown(key: str, value: Any) -> str:
         return "not recorded"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if key.endswith("bytes"):
         return shown_bytes(value)
     return f"{value:,}" if isinstance(value, int) else str(value)

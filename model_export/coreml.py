@@ -26,6 +26,7 @@ import torch
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import DestinationError, GateError, OptionError
 from fastvlm_mlx.vision.package import (
+    IMAGE,
     INPUT_NAME,
     OUTPUT_NAME,
     PackageInfo,
@@ -69,6 +70,7 @@ def export_encoder(
     metadata: EncoderMetadata,
     compression: Compression = NOT_COMPRESSED,
     target: str = "iOS15",
+    image_input: bool = False,
 ) -> PackageInfo:
     """Convert the folded encoder and write it to `package`.
 
@@ -83,6 +85,7 @@ def export_encoder(
         metadata: where it comes from.
         compression: how the weights of an fp16 program are stored.
         target: the first iOS that loads it, iOS15 to iOS18; compressed weights need iOS16.
+        image_input: it takes 8-bit RGB pictures and divides by 255 itself, in float32.
 
     Returns:
         What was written, read back from disk.
@@ -94,6 +97,20 @@ def export_encoder(
     """
     if precision not in ("fp16", "fp32"):
         raise OptionError(f"encoder precision {precision!r} is unknown: choose fp16 or fp32")
+    with appearing_package(package):
+        _convert(module, config, package, precision, metadata, compression, target, image_input)
+        info = describe(package)
+        check_graph(info, config, precision, compression.precision, image_input)
+    return info
+
+
+@contextmanager
+def appearing_package(package: Path) -> Iterator[None]:
+    """Write a package within: it must be new, and nothing half-written stays, Ctrl-C included.
+
+    Raises:
+        DestinationError: `package` exists, has another suffix, or there is no room for it.
+    """
     if package.suffix != ".mlpackage":
         raise DestinationError(f"{package} can't hold the encoder: expected a name in .mlpackage")
     if package.exists():
@@ -102,29 +119,38 @@ def export_encoder(
         )
     whole = False
     try:
-        _convert(module, config, package, precision, metadata, compression, target)
-        info = describe(package)
-        check_graph(info, config, precision, compression.precision)
+        yield
         whole = True
+    # The native writers of weights and package have no error class of their own.
+    except RuntimeError as error:
+        if "filesystem error" not in str(error) and "FileWriter" not in str(error):
+            raise
+        raise DestinationError(
+            f"the encoder can't be written ({one_line(error)}): expected room for it twice in "
+            f"{package.parent}, make some"
+        ) from error
     finally:
-        # Nothing half-written stays, Ctrl-C included.
         if not whole:
             shutil.rmtree(package, ignore_errors=True)
-    return info
 
 
 def check_graph(
-    info: PackageInfo, config: VisionConfig, precision: str, weights: str = "fp16"
+    info: PackageInfo,
+    config: VisionConfig,
+    precision: str,
+    weights: str = "fp16",
+    image_input: bool = False,
 ) -> None:
     """Compare the exported graph with its budget of operations, and both ends with the contract.
 
     Args:
         precision: what it computes in.
         weights: what an fp16 program's are stored as.
+        image_input: it takes pictures.
 
     Raises:
         GateError: a channel norm was not fused, a transpose or a cast was inserted, or an input or
-            output is not float32 of the expected shape.
+            output is not of the expected type and shape.
     """
     norms = sum(
         count
@@ -146,7 +172,7 @@ def check_graph(
     ends = [(f.name, f.dtype, f.shape) for f in (*info.inputs, *info.outputs)]
     size = config.image_size
     expected = [
-        (INPUT_NAME, "float32", (1, 3, size, size)),
+        (INPUT_NAME, IMAGE if image_input else "float32", (1, 3, size, size)),
         (OUTPUT_NAME, "float32", (1, config.num_tokens, config.hidden_size)),
     ]
     if ends != expected:
@@ -170,45 +196,41 @@ def _convert(
     metadata: EncoderMetadata,
     compression: Compression,
     target: str,
+    image_input: bool,
 ) -> None:
-    with quiet_coremltools(), _temporary_files_in(package.parent):
+    with quiet_coremltools(), temporary_files_in(package.parent):
         import coremltools as ct
 
         shape = (1, 3, config.image_size, config.image_size)
         with torch.no_grad():
             program = torch.export.export(module, (torch.zeros(shape),)).run_decompositions({})
-        try:
-            model = ct.convert(
-                program,
-                convert_to="mlprogram",
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            inputs=[
+                ct.ImageType(INPUT_NAME, shape, scale=1 / 255, color_layout=ct.colorlayout.RGB)
+                if image_input
                 # Without a dtype, an fp16 program's ends become float16 from iOS 16 on.
-                inputs=[ct.TensorType(INPUT_NAME, shape, dtype=np.float32)],
-                outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
-                minimum_deployment_target=getattr(ct.target, target),
-                compute_precision=(
-                    ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
-                ),
-                skip_model_load=True,
-                package_dir=None if compression.formats else str(package),
-            )
-            if compression.formats:
-                model = compressed(model, compression)
-                model.save(str(package))
-        # The native writers of weights and package have no error class of their own.
-        except RuntimeError as error:
-            if "filesystem error" not in str(error) and "FileWriter" not in str(error):
-                raise
-            raise DestinationError(
-                f"the encoder can't be written ({one_line(error)}): expected room for it twice in "
-                f"{package.parent}, make some"
-            ) from error
+                else ct.TensorType(INPUT_NAME, shape, dtype=np.float32)
+            ],
+            outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
+            minimum_deployment_target=getattr(ct.target, target),
+            compute_precision=(
+                ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
+            ),
+            skip_model_load=True,
+            package_dir=None if compression.formats else str(package),
+        )
+        if compression.formats:
+            model = compressed(model, compression)
+            model.save(str(package))
         spec = model.get_spec()
-    _write_metadata(spec, config, precision, metadata, compression)
-    _normalize(spec, package)
+    _write_metadata(spec, config, precision, metadata, compression, image_input)
+    normalize(spec, package)
 
 
 @contextmanager
-def _temporary_files_in(directory: Path) -> Iterator[None]:
+def temporary_files_in(directory: Path) -> Iterator[None]:
     """Keep Python's temporary files, of every thread, below `directory`, and remove them.
 
     coremltools writes the weights to one first. A process that is killed leaves it, and where the
@@ -229,13 +251,16 @@ def _write_metadata(
     precision: str,
     metadata: EncoderMetadata,
     compression: Compression,
+    image_input: bool,
 ) -> None:
     size, tokens, channels = config.image_size, config.num_tokens, config.hidden_size
     description = spec.description
     description.input[0].shortDescription = (
-        f"RGB picture, [1, 3, {size}, {size}], channel, row, column; values from 0 to 1, no mean "
-        "subtracted; the checkpoint's own padding or crop comes before"
-    )
+        f"RGB picture, {size}×{size}, 8 bits a channel"
+        if image_input
+        else f"RGB picture, [1, 3, {size}, {size}], channel, row, column; values from 0 to 1, no "
+        "mean subtracted"
+    ) + "; the checkpoint's own padding or crop comes before"
     description.output[0].shortDescription = (
         f"{tokens} tokens of {channels} channels, [1, {tokens}, {channels}], row-major over the "
         f"{config.grid}×{config.grid} feature map; the input of the projector"
@@ -244,7 +269,7 @@ def _write_metadata(
     about.shortDescription = (
         f"FastViTHD, the vision encoder of FastVLM, at {size}×{size}: computes in {precision}, "
         + (f"weights stored as {compression.precision}, " if compression.formats else "")
-        + "float32 in and out"
+        + ("pictures in, float32 out" if image_input else "float32 in and out")
     )
     about.author = metadata.author
     about.license = metadata.license
@@ -274,7 +299,7 @@ def _own_version() -> str:
         return "source"
 
 
-def _normalize(spec: Any, package: Path) -> None:
+def normalize(spec: Any, package: Path) -> None:
     """Write the specification and Manifest.json without dates, random identifiers and map order."""
     model_path(package).write_bytes(spec.SerializeToString(deterministic=True))
     manifest = package / "Manifest.json"

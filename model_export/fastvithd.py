@@ -245,6 +245,14 @@ def fold(state_dict: Mapping[str, Tensor], config: VisionConfig) -> FastViTHD:
     return module.eval().requires_grad_(False)
 
 
+def resized(module: FastViTHD, config: VisionConfig) -> FastViTHD:
+    """The same weights, in the same memory, at the input size of `config`."""
+    with torch.device("meta"):
+        other = FastViTHD(config)
+    other.load_state_dict(module.state_dict(), strict=True, assign=True)
+    return other.eval().requires_grad_(False)
+
+
 class _Source:
     """The checkpoint's tensors, each taken once and widened to float32."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, DestinationError
-from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export import layouts
 from model_export.destination import appearing
 
@@ -42,13 +42,13 @@ def plan(bundle_path: Path, app: Path) -> Installation:
     """
     bundle = Bundle.open(bundle_path)
     bundle.check_files()
-    layouts.check_app(bundle, describe(bundle.package))
-    vision = bundle.config.vision
-    if not layouts.fits_unmodified_app(bundle.config):
+    info = describe(bundle.package)
+    layouts.check_app(bundle, info)
+    misfit = app_misfit(info)
+    if misfit is not None:
         raise BundleError(
-            f"{bundle_path} makes {vision.num_tokens} tokens of {vision.hidden_size} channels at "
-            f"{vision.image_size}×{vision.image_size} and the unmodified app asserts 256 of 3072: "
-            "export a checkpoint of the released encoder at 1024×1024"
+            f"{bundle_path} does not fit the unmodified app, {misfit}: export a checkpoint of the "
+            "released encoder at 1024×1024, without --image-input"
         )
     model = _model_directory(app)
     present = sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []

@@ -15,7 +15,7 @@ from typing import Any
 from fastvlm_mlx.bundle import PACKAGE, Bundle, read_json
 from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
-from fastvlm_mlx.vision.package import INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
+from fastvlm_mlx.vision.package import IMAGE, INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
 from model_export import llm, recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
@@ -128,7 +128,10 @@ def write_app_configs(checkpoint: Checkpoint, config: dict[str, Any], directory:
 def check_app(bundle: Bundle, info: PackageInfo) -> None:
     """Decode a bundle by the rules of the demo app's loader.
 
-    Its rules on size (S = 1024, 256 tokens, 3072 channels) are `check_unmodified_app`'s.
+    What its Swift code asserts of the encoder is `fastvlm_mlx.vision.package.app_misfit`'s.
+
+    Args:
+        info: of the package's default function, the one that the app calls.
 
     Raises:
         BundleError: naming the file, the rule and what was found.
@@ -149,13 +152,11 @@ def check_app(bundle: Bundle, info: PackageInfo) -> None:
     if bundle.package.name != PACKAGE:
         raise _broken(bundle, bundle.package.name, "another name", f"{PACKAGE}, the Swift class's")
     size, tokens = config.vision.image_size, config.vision.num_tokens
-    _check_feature(bundle, info.inputs, INPUT_NAME, (1, 3, size, size))
-    _check_feature(bundle, info.outputs, OUTPUT_NAME, (1, tokens, config.vision.hidden_size))
-
-
-def fits_unmodified_app(config: FastVLMConfig) -> bool:
-    """The app's Swift code asserts 256 tokens of 3072 channels."""
-    return (config.vision.num_tokens, config.vision.hidden_size) == (256, 3072)
+    # A picture is for apps that hand over pixel buffers, which the unmodified one does not.
+    takes = IMAGE if [f.dtype for f in info.inputs] == [IMAGE] else "float32"
+    _check_feature(bundle, info.inputs, INPUT_NAME, takes, (1, 3, size, size))
+    features = (1, tokens, config.vision.hidden_size)
+    _check_feature(bundle, info.outputs, OUTPUT_NAME, "float32", features)
 
 
 def _check_weights(bundle: Bundle, config: FastVLMConfig) -> None:
@@ -206,12 +207,12 @@ def _check_processors(bundle: Bundle) -> None:
 
 
 def _check_feature(
-    bundle: Bundle, features: tuple[Feature, ...], name: str, shape: tuple[int, ...]
+    bundle: Bundle, features: tuple[Feature, ...], name: str, dtype: str, shape: tuple[int, ...]
 ) -> None:
     found = [(f.name, f.dtype, f.shape) for f in features]
-    if found != [(name, "float32", shape)]:
+    if found != [(name, dtype, shape)]:
         raise _broken(
-            bundle, bundle.package.name, f"it declares {found}", f"{name}, float32 {list(shape)}"
+            bundle, bundle.package.name, f"it declares {found}", f"{name}, {dtype} {list(shape)}"
         )
 
 

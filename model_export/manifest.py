@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.bundle import SCHEMA_VERSION, hash_tree
-from fastvlm_mlx.vision.package import PackageInfo
-from model_export import layouts, mlx_layout, recipes
+from fastvlm_mlx.vision.package import PackageInfo, fits_app
+from model_export import mlx_layout, recipes
 from model_export.checkpoint import Checkpoint
+from model_export.gates import Gate
 from model_export.llm import Summary
-from model_export.options import ExportOptions
-from model_export.verify import Gate
 
 if TYPE_CHECKING:
     from model_export.pipeline import Job
@@ -60,6 +59,7 @@ def make_manifest(
             "channels": vision.hidden_size,
             "bytes": summary.encoder_bytes,
         }
+        | ({"image_sizes": sorted(options.image_sizes)} if options.image_sizes else {})
         | ({} if info is None else _package_facts(info)),
         "llm": {
             "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
@@ -72,7 +72,7 @@ def make_manifest(
             "left_unquantized": summary.unquantized,
             **job.llm_facts,
         },
-        **_fits(checkpoint, options),
+        **_fits(checkpoint, info),
         "gates": [gate.to_dict() for gate in gates],
         "gates_passed": all(gate.passed for gate in gates),
         "versions": {name: version(name) for name in TOOLS}
@@ -91,7 +91,7 @@ def _package_facts(info: PackageInfo) -> dict[str, Any]:
     }
 
 
-def _fits(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, bool]:
-    if options.layout == "app":
-        return {"fits_unmodified_app": layouts.fits_unmodified_app(checkpoint.config)}
+def _fits(checkpoint: Checkpoint, info: PackageInfo | None) -> dict[str, Any]:
+    if info is not None:
+        return fits_app(info)
     return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}

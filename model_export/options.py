@@ -26,11 +26,14 @@ PRECISIONS = {
     "mixed": "iOS16",
 }
 TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
+# The first that loads a package of several functions.
+FUNCTIONS_TARGET = "iOS18"
 DEFAULT_ENCODER_BPW = 6.0
 LAYOUTS = ("app", "mlx")
 METHODS = ("rtn", "awq", "gptq")
 FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 IMAGE_SIZE_MULTIPLE = 64
+RELEASED_SIZE = 1024
 FLOAT16_MAX = 65_504
 _OPTIONAL = ("embed_bits", "head_bits", "deployment_target")
 
@@ -113,6 +116,9 @@ class ExportOptions:
         deployment_target: the first iOS that loads the encoder; the first possible unless given.
         preset: the name of the set that some of these come from; for the record.
         image_size: the encoder's input in pixels in place of the checkpoint's own.
+        image_sizes: several, which share the weights; `default_size` of them runs unless another
+            is asked for.
+        image_input: the Core ML encoder takes 8-bit RGB pictures in place of float32 arrays.
     """
 
     llm_bits: int = OWN
@@ -133,6 +139,8 @@ class ExportOptions:
     overwrite: bool = False
     allow_failed_gates: bool = False
     image_size: int | None = None
+    image_sizes: tuple[int, ...] = ()
+    image_input: bool = False
     min_snr_db: float | None = None
     max_kl_nats: float | None = None
     min_agreement: float | None = None
@@ -155,12 +163,7 @@ class ExportOptions:
                 raise _unknown(name, value, allowed)
         self._check_search()
         self._check_encoder()
-        size = self.image_size
-        if size is not None and (size <= 0 or size % IMAGE_SIZE_MULTIPLE):
-            raise OptionError(
-                f"--image-size is {size}: expected a multiple of {IMAGE_SIZE_MULTIPLE} pixels, the "
-                "encoder's stride"
-            )
+        self._check_sizes()
         for name in ("min_snr_db", "max_kl_nats", "min_agreement"):
             value = getattr(self, name)
             if value is not None and (value != value or value < 0):
@@ -210,8 +213,32 @@ class ExportOptions:
                 raise _unknown(name, value, allowed, "" if affine else f" with {self.llm_mode}")
             object.__setattr__(self, name, default if value == OWN else value)
 
+    def _check_sizes(self) -> None:
+        if self.image_size is not None and self.image_sizes:
+            raise OptionError(
+                "--image-size and --image-sizes are both given: expected one of them, leave the "
+                "other out"
+            )
+        option = "--image-sizes" if self.image_sizes else "--image-size"
+        for size in self._sizes:
+            if size <= 0 or size % IMAGE_SIZE_MULTIPLE:
+                raise OptionError(
+                    f"{option} is {size}: expected a multiple of {IMAGE_SIZE_MULTIPLE} pixels, the "
+                    "encoder's stride"
+                )
+        if len({*self._sizes}) < len(self._sizes):
+            raise OptionError(
+                f"--image-sizes is {','.join(map(str, self._sizes))}: expected each size once, "
+                "leave out what is there again"
+            )
+
     def _check_encoder(self) -> None:
         if self.layout == "mlx":
+            if self.image_input:
+                raise OptionError(
+                    "--image-input is for Core ML's encoder, and an mlx bundle has none: leave it "
+                    "out"
+                )
             if self.encoder_precision != "fp16":
                 raise OptionError(
                     f"--encoder-precision {self.encoder_precision} is for Core ML's encoder, and "
@@ -236,11 +263,34 @@ class ExportOptions:
                 f"--deployment-target is {target}, which does not load {self.encoder_precision} "
                 f"weights: expected {lowest} or later, or --encoder-precision fp16"
             )
+        if target is not None and target != FUNCTIONS_TARGET and len(self.image_sizes) > 1:
+            raise OptionError(
+                f"--deployment-target is {target}, which loads one input size of an encoder: "
+                f"expected {FUNCTIONS_TARGET}, or --image-size"
+            )
 
     @property
     def target(self) -> str:
         """The first iOS that loads the encoder."""
-        return self.deployment_target or PRECISIONS[self.encoder_precision]
+        lowest = PRECISIONS[self.encoder_precision]
+        if len(self.image_sizes) > 1:
+            lowest = FUNCTIONS_TARGET
+        return self.deployment_target or lowest
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.image_sizes or (() if self.image_size is None else (self.image_size,))
+
+    @property
+    def default_size(self) -> int | None:
+        """The encoder's input in pixels: of several the one that the released encoder has and the
+        demo app asks for, else the largest. None for the checkpoint's own."""
+        return RELEASED_SIZE if RELEASED_SIZE in self._sizes else max(self._sizes, default=None)
+
+    @property
+    def other_sizes(self) -> tuple[int, ...]:
+        """Of several, those besides the default, ascending."""
+        return tuple(sorted({*self._sizes} - {self.default_size}))
 
     @property
     def encoder_bits(self) -> float:
@@ -318,6 +368,20 @@ class ExportOptions:
             data["group_size"] = None
         del data["overwrite"]
         return data
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`512,1024` → (512, 1024).
+
+    Raises:
+        OptionError: not whole numbers with commas between them.
+    """
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise OptionError(
+            f"--image-sizes is {text!r}: expected pixels with commas between, such as 512,1024"
+        ) from error
 
 
 def _unknown(name: str, value: Any, allowed: tuple[Any, ...], context: str = "") -> OptionError:

@@ -78,12 +78,16 @@ def photographs() -> list[GatePicture]:
 
 
 def reference_features(
-    state: dict[str, torch.Tensor], checkpoint: Checkpoint, pictures: Sequence[GatePicture]
+    state: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    pictures: Sequence[GatePicture],
+    image_size: int | None = None,
 ) -> list[Reference]:
     """The unfolded module of the source weights on every picture, in float32.
 
     Args:
         state: FastViTHD's state dict, from `Checkpoint.encoder_state`.
+        image_size: in pixels, in place of the checkpoint's own.
     """
     import torch
 
@@ -94,7 +98,7 @@ def reference_features(
         module = FastViTHD(config.vision)
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
+    process = ImageProcessor(image_size or config.vision.image_size, config.image_aspect_ratio)
     references = []
     with torch.inference_mode():
         for picture in pictures:
@@ -104,7 +108,14 @@ def reference_features(
     return references
 
 
-def source_references(checkpoint: Checkpoint) -> list[Reference]:
-    """`reference_features` of the gates' pictures, the encoder's weights let go of afterwards."""
-    pictures = gate_pictures(checkpoint.config.vision)
-    return reference_features(checkpoint.encoder_state(), checkpoint, pictures)
+def references_of_sizes(
+    state: dict[str, torch.Tensor], checkpoint: Checkpoint, other_sizes: Sequence[int] = ()
+) -> dict[int, list[Reference]]:
+    """`reference_features` of the gates' pictures at each size, the checkpoint's own first."""
+    vision = checkpoint.config.vision
+    return {
+        size: reference_features(
+            state, checkpoint, gate_pictures(replace(vision, image_size=size)), size
+        )
+        for size in (vision.image_size, *other_sizes)
+    }

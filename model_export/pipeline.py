@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastvlm_mlx.bundle import MANIFEST, PACKAGE, Bundle
+from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import (
@@ -22,6 +21,7 @@ from model_export import (
     compress,
     coreml,
     fastvithd,
+    functions,
     layouts,
     llm,
     mlx_layout,
@@ -33,14 +33,14 @@ from model_export.calibration import Calibration, load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.destination import appearing, check_replaceable, resolve
 from model_export.encoder_sensitivity import calibration_pixels
+from model_export.gates import Gate
 from model_export.interruption import Progress, interruptible
 from model_export.manifest import make_manifest
 from model_export.mixed import mixed
 from model_export.options import ExportOptions
-from model_export.pictures import Reference, source_references
+from model_export.pictures import Reference, references_of_sizes
 from model_export.recipes import Scheme
 from model_export.tokenizer import ExportedTokenizer, export_tokenizer, extended
-from model_export.verify import Gate
 
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
@@ -122,7 +122,7 @@ def export(
         destination = resolve(destination)
         check_replaceable(destination, overwrite=options.overwrite)
         checkpoint = Checkpoint(
-            checkpoint_path, base=base, revision=revision, image_size=options.image_size
+            checkpoint_path, base=base, revision=revision, image_size=options.default_size
         )
         check_overlap(destination, checkpoint.directories)
         return build(_job(checkpoint, options, stage), destination, stage)
@@ -188,13 +188,15 @@ def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
         progress("check layout", None)
         _check_layout(bundle, encoder)
         progress("check encoder", None)
-        gates, features = _check_encoder(job.checkpoint, bundle, encoder, job.limits)
+        folded = partial(_folded, job.checkpoint)
+        gates, features = verify.gates_of_sizes(bundle, folded, encoder.references, job.limits)
         progress("check answers", None)
+        seen = encoder.references[job.checkpoint.config.vision.image_size]
         gates += verify.answer_gates(
             job.checkpoint,
             bundle,
             job.tokenizer.tokenizer,
-            encoder.references,
+            seen,
             features,
             job.limits,
             job.source,
@@ -245,9 +247,10 @@ def _write_small_files(job: Job, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class _ExportedEncoder:
-    """What the source's encoder makes of the gates' pictures; an `mlx` bundle has no package."""
+    """What the source's encoder makes of the gates' pictures at each size, the default first; an
+    `mlx` bundle has no package."""
 
-    references: list[Reference]
+    references: dict[int, list[Reference]]
     package: PackageInfo | None
 
 
@@ -255,29 +258,32 @@ def _export_encoder(
     checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
 ) -> _ExportedEncoder:
     progress("reference encoder", None)
-    references = source_references(checkpoint)
+    references = references_of_sizes(checkpoint.encoder_state(), checkpoint, options.other_sizes)
     if options.layout == "mlx":
         return _ExportedEncoder(references, None)
-    module = _folded(checkpoint)
+    vision = checkpoint.config.vision
+    module = _folded(checkpoint, vision)
     compression = _compression(checkpoint, module, options, progress)
-    progress("Core ML encoder", None)
+    progress("Core ML encoder", 0.0 if options.other_sizes else None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
-    info = coreml.export_encoder(
+    info = functions.export_sizes(
         module,
-        checkpoint.config.vision,
+        [replace(vision, image_size=size) for size in references],
         package,
         precision="fp32" if options.encoder_precision == "fp32" else "fp16",
         metadata=metadata,
         compression=compression,
         target=options.target,
+        image_input=options.image_input,
+        progress=partial(progress, "Core ML encoder"),
     )
     return _ExportedEncoder(references, info)
 
 
-def _folded(checkpoint: Checkpoint) -> fastvithd.FastViTHD:
-    return fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
+def _folded(checkpoint: Checkpoint, vision: VisionConfig) -> fastvithd.FastViTHD:
+    return fastvithd.fold(checkpoint.encoder_state(), vision)
 
 
 def _compression(
@@ -309,15 +315,6 @@ def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
         mlx_layout.check_mlx(bundle)
     else:
         layouts.check_app(bundle, encoder.package)
-
-
-def _check_encoder(
-    checkpoint: Checkpoint, bundle: Bundle, encoder: _ExportedEncoder, options: ExportOptions
-) -> tuple[list[Gate], list[np.ndarray]]:
-    if encoder.package is None:
-        return verify.mlx_encoder_gates(bundle, encoder.references, options)
-    folded = partial(_folded, checkpoint)
-    return verify.encoder_gates(bundle.package, folded, encoder.references, options)
 
 
 def counted(progress: Progress, total: int) -> Callable[[int], None]:
@@ -364,8 +361,11 @@ def _check_space(directory: Path, job: Job) -> None:
     language = job.llm_bytes
     if options.method != "rtn":
         language *= 2  # what is calibrated waits beside what is written
-    # coremltools writes the encoder's weights twice, before there is a language model.
-    after = max(language, encoder)
+    # coremltools writes the encoder's weights twice, before there is a language model; where there
+    # are several sizes, beside a package of each.
+    others = len(options.other_sizes)
+    copies = others + 2 if others else 1
+    after = max(language, copies * encoder)
     needed = encoder + after + PACKAGE_OVERHEAD_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:

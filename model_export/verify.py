@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from math import inf, isfinite, log, log10
+from math import inf, log, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +30,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import load_bundle_encoder, placeholder_id
-from fastvlm_mlx.image import ImageProcessor
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
 from model_export.compress import stored_parameters
+from model_export.gates import Gate, Magnitude, overflow_gates
 from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
-from model_export.pictures import (
-    Reference,
-    gate_pictures,
-    reference_features,
-)
+from model_export.pictures import Reference, references_of_sizes
 from model_export.recipes import layer_bits, scheme_of
 from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import extended
@@ -57,31 +54,6 @@ DECIDED_NATS = log(2)
 CONVERSION_SNR_DB = 80.0
 # A token's direction is lost below.
 COMPRESSED_COSINE = 0.5
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One figure and its limit. `limit` is a floor where `at_least`, else a ceiling."""
-
-    name: str
-    value: float
-    unit: str
-    limit: float
-    at_least: bool
-
-    @property
-    def passed(self) -> bool:
-        # A NaN passes neither way.
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        # JSON has neither infinity nor NaN.
-        value = self.value if isfinite(self.value) else str(self.value)
-        return {**asdict(self), "value": value, "passed": self.passed}
-
-    def sentence(self) -> str:
-        side = "below its floor of" if self.at_least else "above its ceiling of"
-        return f"{self.name} is {self.value:.4g} {self.unit}, {side} {self.limit:g} {self.unit}"
 
 
 def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
@@ -114,8 +86,8 @@ def encoder_gates(
     Returns:
         The gates, and the features of every picture.
     """
-    encoder = MLProgramEncoder(package)
-    magnitude = _Magnitude()
+    encoder = MLProgramEncoder(package, references[0].pixels.shape[-1])
+    magnitude = Magnitude()
     features = [encoder.evaluate(r.pixels, round_fp16=True, observe=magnitude) for r in references]
     # numpy's minimum and maximum carry NaN; Python's lose it.
     worst = np.min([snr_db(r.features, f) for r, f in zip(references, features, strict=True)])
@@ -140,7 +112,7 @@ def encoder_gates(
     if sys.platform == "darwin":
         from fastvlm_mlx.vision.coreml import CoreMLEncoder
 
-        coreml = CoreMLEncoder(package, "all")
+        coreml = CoreMLEncoder(package, "all", references[0].pixels.shape[-1])
         worst = np.min([snr_db(r.features, coreml(r.pixels)) for r in references])
         gates.append(Gate("encoder SNR through Core ML", float(worst), "dB", floor, True))
     return gates, features
@@ -171,6 +143,38 @@ def mlx_encoder_gates(
     return gates, features
 
 
+def gates_of_sizes(
+    bundle: Bundle,
+    folded: Callable[[VisionConfig], FastViTHD],
+    references: Mapping[int, Sequence[Reference]],
+    options: ExportOptions,
+) -> tuple[list[Gate], list[np.ndarray]]:
+    """`encoder_gates` or `mlx_encoder_gates` at every size that the encoder takes.
+
+    Args:
+        folded: as in `encoder_gates`, at the size that it is given.
+        references: by size; the default one first, and where there are more, their gates say it.
+
+    Returns:
+        The gates, and the features of every picture at the default size.
+    """
+    gates: list[Gate] = []
+    of_default: list[np.ndarray] | None = None
+    for size, seen in references.items():
+        sized = bundle.at(size)
+        if bundle.layout == "app":
+            module = partial(folded, sized.config.vision)
+            found, features = encoder_gates(bundle.package, module, seen, options)
+        else:
+            found, features = mlx_encoder_gates(sized, seen, options)
+        if of_default is None:
+            of_default = features
+        else:
+            found = [replace(gate, name=f"{gate.name} at {size}") for gate in found]
+        gates += found
+    return gates, of_default or []
+
+
 def _take_stored(module: FastViTHD, constants: Mapping[str, torch.Tensor]) -> float:
     """Put the package's weights into the module; SNR in dB of the one furthest from its own.
 
@@ -194,19 +198,6 @@ def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndar
     images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         return module(images).contiguous().numpy()
-
-
-class _Magnitude:
-    """Observer of every operation's largest magnitude; NaN counts as infinite."""
-
-    def __init__(self) -> None:
-        self.largest = 0.0
-
-    def __call__(self, name: str, kind: str, value: torch.Tensor) -> None:
-        if value.is_floating_point():
-            low, high = (float(extreme) for extreme in flat(value).aminmax())
-            found = max(-low, high)
-            self.largest = max(self.largest, found if found == found else inf)
 
 
 def answer_gates(
@@ -298,6 +289,7 @@ def verify(
     options = replace(
         recorded_options(bundle), **{k: v for k, v in limits.items() if v is not None}
     )
+    other_sizes = _other_sizes(bundle, options)
     if checkpoint_path is None:
         if any(limit is not None for limit in limits.values()):
             raise OptionError(
@@ -305,27 +297,26 @@ def verify(
             )
         progress("check encoder", None)
         exact = options.encoder_format == "fp32"
-        return bundle, [] if exact else [_overflow(bundle, options)]
+        return bundle, [] if exact else overflow_gates(bundle, options, other_sizes)
     progress("checkpoint", None)
     tokenizer = bundle.tokenizer()
     checkpoint = _source(bundle, tokenizer, checkpoint_path, base, revision)
-    pictures = gate_pictures(checkpoint.config.vision)
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
-    references = reference_features(state, checkpoint, pictures)
+    references = references_of_sizes(state, checkpoint, other_sizes)
     progress("check encoder", None)
-    if bundle.layout == "app":
-        fold = partial(_folded, state, bundle, options)
-        gates, features = encoder_gates(bundle.package, fold, references, options)
-    else:
-        gates, features = mlx_encoder_gates(bundle, references, options)
+    fold = partial(_folded, state, bundle, options)
+    gates, features = gates_of_sizes(bundle, fold, references, options)
     del state
     progress("check answers", None)
-    gates += answer_gates(checkpoint, bundle, tokenizer, references, features, options)
+    seen = references[checkpoint.config.vision.image_size]
+    gates += answer_gates(checkpoint, bundle, tokenizer, seen, features, options)
     return bundle, gates
 
 
-def _folded(state: dict[str, torch.Tensor], bundle: Bundle, options: ExportOptions) -> FastViTHD:
+def _folded(
+    state: dict[str, torch.Tensor], bundle: Bundle, options: ExportOptions, vision: VisionConfig
+) -> FastViTHD:
     """The module that the package was made from: of a conversion's weights, what was left of them
     in the bundle that was converted."""
     import torch
@@ -335,7 +326,15 @@ def _folded(state: dict[str, torch.Tensor], bundle: Bundle, options: ExportOptio
     if "converted_from" in (bundle.manifest or {}):
         dtype = getattr(torch, options.dtype)
         state = {name: tensor.to(dtype).float() for name, tensor in state.items()}
-    return fastvithd.fold(state, bundle.config.vision)
+    return fastvithd.fold(state, vision)
+
+
+def _other_sizes(bundle: Bundle, options: ExportOptions) -> list[int]:
+    """What the encoder takes besides its default size: a package says it, else the manifest."""
+    sizes = options.other_sizes
+    if bundle.layout == "app":
+        sizes = tuple(describe(bundle.package).functions.values())
+    return sorted({*sizes} - {bundle.config.vision.image_size})
 
 
 def _source(
@@ -380,6 +379,7 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
     if bundle.manifest is not None:
         recorded = bundle.manifest["options"]
         known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
+        known["image_sizes"] = tuple(known.get("image_sizes", ()))
         if known.get("group_size") is None:
             known.pop("group_size", None)
         if known.get("layout") == "mlx":
@@ -392,18 +392,3 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
         encoder_precision=precision if precision in PRECISIONS else "fp16",  # type: ignore[arg-type]
         layout=bundle.layout,  # type: ignore[arg-type]
     )
-
-
-def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
-    """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
-    config = bundle.config
-    process = ImageProcessor(config.vision.image_size, config.image_aspect_ratio)
-    image = gate_pictures(config.vision)[-1].image
-    if bundle.layout == "mlx":
-        rounded = RoundedEncoder(bundle, options.dtype)
-        rounded(process(image))
-        return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
-    encoder, magnitude = MLProgramEncoder(bundle.package), _Magnitude()
-    pixels = replace(process, size=encoder.image_size)(image)
-    encoder.evaluate(pixels, round_fp16=True, observe=magnitude)
-    return Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False)

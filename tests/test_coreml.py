@@ -260,14 +260,21 @@ class FakeCompiledModel:
     """Stands where Core ML would: evaluates the package whose path the fake compiler wrote down."""
 
     made: list[tuple[str, str]]
+    functions: list[str | None]
 
-    def __init__(self, path: str, compute_units: Any):
+    def __init__(self, path: str, compute_units: Any, function_name: str | None):
         self.made.append((path, compute_units.name))
-        self._encoder = MLProgramEncoder(Path((Path(path) / "source").read_text()))
+        self.functions.append(function_name)
+        package = Path((Path(path) / "source").read_text())
+        size = describe(package).functions[function_name or "main"]
+        self._encoder = MLProgramEncoder(package, size)
 
-    def predict(self, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(self, data: dict[str, Any]) -> dict[str, np.ndarray]:
         [(name, images)] = data.items()
         assert name == "images"
+        if self._encoder.info.inputs[0].dtype == "image":
+            assert (images.mode, images.size) == ("RGB", (self._encoder.image_size,) * 2)
+            images = np.asarray(images, np.float32).transpose(2, 0, 1)[None] / 255
         return {"image_features": self._encoder(images)}
 
 
@@ -281,7 +288,7 @@ def fake_core_ml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[
         (Path(destination_path) / "source").write_text(model)
         return destination_path
 
-    FakeCompiledModel.made = []
+    FakeCompiledModel.made, FakeCompiledModel.functions = [], []
     monkeypatch.setattr(ct.utils, "compile_model", compile_model)
     monkeypatch.setattr(ct.models, "CompiledMLModel", FakeCompiledModel)
     monkeypatch.setattr(runtime, "_CACHE", tmp_path / "cache")

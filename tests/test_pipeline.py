@@ -40,7 +40,8 @@ def quick(monkeypatch, demo_bundle):
 
     def encoder(checkpoint, package, options, progress):
         shutil.copytree(demo_bundle / package.name, package)
-        return pipeline._ExportedEncoder([], describe(package))
+        references = {checkpoint.config.vision.image_size: []}
+        return pipeline._ExportedEncoder(references, describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
     monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))

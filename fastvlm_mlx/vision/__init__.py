@@ -29,26 +29,30 @@ class VisionEncoder(Protocol):
         ...
 
 
-def load_encoder(package: Path, compute_units: str = "all") -> VisionEncoder:
+def load_encoder(
+    package: Path, compute_units: str = "all", image_size: int | None = None
+) -> VisionEncoder:
     """Load the encoder in an `.mlpackage`.
 
     Args:
         package: the `.mlpackage` directory.
         compute_units: "all", or to leave out what Core ML may use besides the CPU: "cpu" alone,
             "gpu" and CPU, "ne" (Neural Engine) and CPU. Only Core ML has compute units.
+        image_size: in pixels, where the package takes several; its default one unless given.
 
     Raises:
-        OptionError: unknown compute units, or any but "all" where there is no Core ML.
+        OptionError: unknown compute units, or any but "all" where there is no Core ML; or a size
+            that the package does not take.
         EncoderError: the package is missing, damaged, or refused by Core ML.
     """
     check_compute_units(compute_units)
     if sys.platform == "darwin":
         from fastvlm_mlx.vision.coreml import CoreMLEncoder
 
-        return CoreMLEncoder(package, compute_units)
+        return CoreMLEncoder(package, compute_units, image_size)
     from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 
-    return MLProgramEncoder(package)
+    return MLProgramEncoder(package, image_size)
 
 
 def check_compute_units(compute_units: str) -> None:

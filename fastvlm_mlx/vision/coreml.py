@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.mlprogram import check_features, check_images, encoder_shape
+from fastvlm_mlx.vision.mlprogram import check_features, check_images, encoder_shape, to_bytes
 from fastvlm_mlx.vision.package import (
+    FUNCTION_NAME,
+    IMAGE,
     INPUT_NAME,
     OUTPUT_NAME,
     describe,
@@ -35,17 +38,21 @@ class CoreMLEncoder:
     few stay: what the system prepares for the Neural Engine it keeps by the path of the compiled
     model, and prepares again for another path.
 
+    Args:
+        image_size: S, where the package takes several; its default one's unless given.
+
     Raises:
         EncoderError: the package is missing, damaged, not an encoder's, or refused by Core ML.
+        OptionError: it does not take that size.
     """
 
-    def __init__(self, package: Path, compute_units: str = "all"):
+    def __init__(self, package: Path, compute_units: str = "all", image_size: int | None = None):
         package = Path(package)
-        self.info = describe(package)
+        self.info = describe(package, image_size)
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
         self.backend = f"Core ML ({compute_units})"
         try:
-            self._model = _load(_compiled(package), _UNITS[compute_units])
+            self._model = _load(_compiled(package), _UNITS[compute_units], self.info.function)
         # What Core ML refuses arrives as a RuntimeError with its NSError in the text.
         except RuntimeError as error:
             raise EncoderError(
@@ -65,7 +72,9 @@ class CoreMLEncoder:
             EncoderError: `images` has another shape, or the prediction fails.
         """
         check_images(images, self.image_size)
-        pixels = np.ascontiguousarray(images, dtype=np.float32)
+        pixels: Any = np.ascontiguousarray(images, dtype=np.float32)
+        if self.info.inputs[0].dtype == IMAGE:
+            pixels = Image.fromarray(to_bytes(pixels)[0].transpose(1, 2, 0))
         try:
             made = self._model.predict({INPUT_NAME: pixels})[OUTPUT_NAME]
         except RuntimeError as error:
@@ -120,12 +129,17 @@ def _prune(cache: Path) -> None:
         shutil.rmtree(compiled.parent, ignore_errors=True)
 
 
-def _load(compiled: Path, units: str) -> Any:
+def _load(compiled: Path, units: str, function: str) -> Any:
     with quiet_coremltools():
         import coremltools as ct
 
         try:
-            return ct.models.CompiledMLModel(str(compiled), compute_units=ct.ComputeUnit[units])
+            return ct.models.CompiledMLModel(
+                str(compiled),
+                compute_units=ct.ComputeUnit[units],
+                # Before macOS 15 a function can't be named, and there is one.
+                function_name=None if function == FUNCTION_NAME else function,
+            )
         except RuntimeError:
             # A damaged cache must not be met again; a refusal costs one more compilation.
             shutil.rmtree(compiled.parent, ignore_errors=True)

@@ -19,7 +19,7 @@ import numpy as np
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
 from fastvlm_mlx.vision.package import (
-    FUNCTION_NAME,
+    IMAGE,
     INPUT_NAME,
     OUTPUT_NAME,
     PackageInfo,
@@ -65,30 +65,34 @@ class _Step:
 
 
 class MLProgram:
-    """The main function of an ML Program package, ready to run.
+    """A function of an ML Program package, ready to run.
 
     Weights are widened to fp32 and laid out once, here: 4 bytes a parameter.
+
+    Args:
+        image_size: of the function, where the package has several; else it is the default one.
 
     Raises:
         EncoderError: the package is missing or damaged, or holds an operation, a parameter or a
             type that is not known here.
+        OptionError: it has no function of that size.
     """
 
-    def __init__(self, package: Path):
+    def __init__(self, package: Path, image_size: int | None = None):
         if find_spec("torch") is None:
             raise EncoderError(
                 "torch is not installed, which evaluates an encoder package where Core ML does "
                 'not: expected it here, pip install "fastvlm-mlx[export]"'
             )
         spec = read_spec(package)
-        self.info = describe_spec(spec, package)
-        for op in operations(spec):
+        self.info = describe_spec(spec, package, image_size)
+        for op in operations(spec, self.info.function):
             if op.type not in BUILDERS and op.type != "const" and "constexpr_" not in op.type:
                 raise EncoderError(
                     f"operation {op.type} {op.outputs[0].name!r} is not known: expected an encoder "
                     "exported by fastvlm or by Apple's script, run this package on macOS"
                 )
-        function = _load_function(spec, package)
+        function = _load_function(spec, package, self.info.function)
         self._steps, self.constants = _compile(function)
         self.inputs = tuple(str(name) for name in function.inputs)
         self.outputs = tuple(str(v.name) for v in function.outputs)
@@ -103,7 +107,7 @@ class MLProgram:
         """Evaluate the function.
 
         Args:
-            inputs: the function's inputs by name, float32.
+            inputs: the function's inputs by name, float32; a picture's pixels from 0 to 255.
             round_fp16: round what every fp16 operation makes to fp16, overflow included.
             observe: called with name, type and result (not to be written to) of every operation;
                 results are mostly channels-last, for reductions take `flat` of them.
@@ -174,15 +178,21 @@ def _rounded(value: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Ten
 class MLProgramEncoder:
     """The encoder in an `.mlpackage`, on any machine: float32 [1, 3, S, S] → [1, N, C].
 
+    One that takes pictures gets them as Core ML would, in 8 bits: `to_bytes`.
+
+    Args:
+        image_size: S, where the package takes several; its default one's unless given.
+
     Raises:
         EncoderError: the package is missing, damaged, not an encoder's, or uses what is not known
             here.
+        OptionError: it does not take that size.
     """
 
     backend = "ML Program evaluated with torch"
 
-    def __init__(self, package: Path):
-        self._program = MLProgram(Path(package))
+    def __init__(self, package: Path, image_size: int | None = None):
+        self._program = MLProgram(Path(package), image_size)
         self.info = self._program.info
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
         names = (self._program.inputs, self._program.outputs)
@@ -217,6 +227,8 @@ class MLProgramEncoder:
         import torch
 
         check_images(images, self.image_size)
+        if self.info.inputs[0].dtype == IMAGE:
+            images = to_bytes(images)
         x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
         x = x.to(memory_format=torch.channels_last)
         made = self._program.run({INPUT_NAME: x}, round_fp16=round_fp16, observe=observe)
@@ -234,19 +246,24 @@ def encoder_shape(info: PackageInfo) -> tuple[int, int, int]:
     declared = [f"{f.name} {f.dtype} {list(f.shape)}" for f in (*info.inputs, *info.outputs)]
     problem = EncoderError(
         f"the package declares {', '.join(declared) or 'nothing'}: expected {INPUT_NAME} float32 "
-        f"[1, 3, S, S] and {OUTPUT_NAME} float32 [1, N, C], export the encoder again"
+        f"or {IMAGE} [1, 3, S, S] and {OUTPUT_NAME} float32 [1, N, C], export the encoder again"
     )
     if len(info.inputs) != 1 or len(info.outputs) != 1:
         raise problem
     image, features = info.inputs[0], info.outputs[0]
     if (image.name, features.name) != (INPUT_NAME, OUTPUT_NAME):
         raise problem
-    if (image.dtype, features.dtype) != ("float32", "float32"):
+    if image.dtype not in ("float32", IMAGE) or features.dtype != "float32":
         raise problem
     match image.shape, features.shape:
         case (1, 3, height, width), (1, tokens, channels) if height == width:
             return height, tokens, channels
     raise problem
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """float32 in 0 to 1 → uint8: the nearest of 256 levels, which `image.ImageProcessor` makes."""
+    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 def check_images(images: np.ndarray, size: int) -> None:
@@ -275,7 +292,10 @@ def check_features(features: np.ndarray, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _load_function(spec: Any, package: Path) -> Any:
+def _load_function(spec: Any, package: Path, name: str) -> Any:
+    """One of the functions; the others go from `spec`, since the loader reads weights for each."""
+    for other in set(spec.mlProgram.functions) - {name}:
+        del spec.mlProgram.functions[other]
     with quiet_coremltools():
         from coremltools.converters.mil.frontend.milproto.load import load
 
@@ -287,7 +307,7 @@ def _load_function(spec: Any, package: Path) -> Any:
                 f"the program in {package} can't be read ({one_line(error)}): expected one "
                 "written by coremltools, export it again"
             ) from error
-    return program.functions[FUNCTION_NAME]
+    return program.functions[name]
 
 
 def _compile(function: Any) -> tuple[list[_Step], dict[str, torch.Tensor]]:

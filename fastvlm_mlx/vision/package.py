@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.errors import EncoderError, OptionError
 from fastvlm_mlx.imports import part
+from fastvlm_mlx.vision.blobs import check_weights
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "image_features"
 FUNCTION_NAME = "main"
 MIXED = "mixed"
+# What `Feature.dtype` says of an input that takes 8-bit RGB pictures and no array.
+IMAGE = "image"
 
 # coremltools/__init__.py: specification versions that hold an ML Program.
 _TARGETS = {
@@ -42,10 +44,9 @@ _ARRAY_TYPES = {
     131104: "int32",
     131080: "int8",
 }
+# FeatureTypes.proto, ImageFeatureType.ColorSpace.
+_RGB = 20
 _UNCOMPRESSED = ("fp16", "fp32")
-# MILBlob's header of one blob: sentinel, data type, bytes, offset of the data.
-_BLOB_HEADER = struct.Struct("<IIQQ")
-_BLOB_SENTINEL = 0xDEADBEEF
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,18 @@ class Feature:
 
 @dataclass(frozen=True)
 class PackageInfo:
-    """What an ML Program package says about itself.
+    """What an ML Program package says about itself, and about one of its functions.
 
+    `function` is the one that `inputs`, `outputs`, `precision` and `ops` are of: the default one,
+    unless another was asked for. `functions` has the input size in pixels of each.
     `precision` is that of the weights of the convolutions: fp32, fp16, or what they are compressed
     to (int8, int4, palette6 …, mixed where some differ from others), whatever small ones were left
-    as they are. `ops` counts the operations of the main function by type, constants
-    left out. `bytes` is the size of the package on disk.
+    as they are. `ops` counts the operations by type, constants left out. `bytes` is the size of
+    the package on disk.
     """
 
+    function: str
+    functions: dict[str, int]
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
     specification_version: int
@@ -174,23 +179,28 @@ def read_spec(package: Path) -> Any:
             f"{path} has specification version {spec.specificationVersion}: expected one of "
             f"{min(_TARGETS)} to {max(_TARGETS)}, export it again"
         )
-    _check_weights(spec, path.parent)
+    check_weights(spec, path.parent)
     return spec
 
 
-def operations(spec: Any) -> Any:
-    """The operations of the main function, in order.
+def operations(spec: Any, name: str | None = None) -> Any:
+    """The operations of a function, in order; of the default one unless named.
 
     Raises:
-        EncoderError: there is no main function.
+        EncoderError: there is no such function.
     """
-    function = spec.mlProgram.functions.get(FUNCTION_NAME)
+    name = name or default_function(spec)
+    function = spec.mlProgram.functions.get(name)
     if function is None or function.opset not in function.block_specializations:
         raise EncoderError(
-            f"the package has no function {FUNCTION_NAME!r}: expected an encoder package, export "
-            "it again"
+            f"the package has no function {name!r}: expected an encoder package, export it again"
         )
     return function.block_specializations[function.opset].operations
+
+
+def default_function(spec: Any) -> str:
+    """What runs where no function is named."""
+    return str(spec.description.defaultFunctionName) or FUNCTION_NAME
 
 
 def weights_dir(package: Path) -> Path:
@@ -198,25 +208,46 @@ def weights_dir(package: Path) -> Path:
     return model_path(package).parent / "weights"
 
 
-def describe(package: Path) -> PackageInfo:
+def describe(package: Path, image_size: int | None = None) -> PackageInfo:
     """Read what a package declares, without loading its weights.
+
+    Args:
+        image_size: whose function is described, in pixels; the default one's unless given.
 
     Raises:
         EncoderError: the package is missing, damaged, or holds no ML Program.
+        OptionError: it has no function of that size.
     """
-    return describe_spec(read_spec(package), package)
+    return describe_spec(read_spec(package), package, image_size)
 
 
-def describe_spec(spec: Any, package: Path) -> PackageInfo:
+def describe_spec(spec: Any, package: Path, image_size: int | None = None) -> PackageInfo:
     """`describe` for a specification already read."""
+    # Before iOS 18 there was one function, and the package's own description was its.
+    declared = {f.name: f for f in spec.description.functions} or {FUNCTION_NAME: spec.description}
+    sizes = {name: _input_size(function) for name, function in declared.items()}
+    name = default_function(spec)
+    if image_size is not None and image_size != sizes.get(name):
+        of_size = {size: other for other, size in sizes.items()}
+        if image_size not in of_size:
+            raise OptionError(
+                f"image size {image_size} was asked for and {package} takes "
+                f"{' or '.join(map(str, sorted(of_size)))}: choose what it takes, or export the "
+                "checkpoint with --image-sizes"
+            )
+        name = of_size[image_size]
+    made = operations(spec, name)
+    function = declared.get(name, spec.description)
     metadata = spec.description.metadata
     return PackageInfo(
-        inputs=tuple(_feature(f) for f in spec.description.input),
-        outputs=tuple(_feature(f, _made_shape(spec, f.name)) for f in spec.description.output),
+        function=name,
+        functions=sizes,
+        inputs=tuple(_feature(f) for f in function.input),
+        outputs=tuple(_feature(f, _made_shape(made, f.name)) for f in function.output),
         specification_version=spec.specificationVersion,
         deployment_target=_TARGETS[spec.specificationVersion],
-        precision=_precision(spec),
-        ops=dict(sorted(Counter(op.type for op in operations(spec) if op.type != "const").items())),
+        precision=_precision(made),
+        ops=dict(sorted(Counter(op.type for op in made if op.type != "const").items())),
         author=metadata.author,
         license=metadata.license,
         version=metadata.versionString,
@@ -226,9 +257,35 @@ def describe_spec(spec: Any, package: Path) -> PackageInfo:
     )
 
 
-def _made_shape(spec: Any, name: str) -> tuple[int, ...]:
-    """The static shape of what the program makes under `name`, or nothing."""
-    for op in operations(spec):
+def fits_app(info: PackageInfo) -> dict[str, Any]:
+    """What the manifest and `inspect` say of Apple's demo app, as Apple publishes it."""
+    misfit = app_misfit(info)
+    return {"fits_unmodified_app": misfit is None} | ({"misfit": misfit} if misfit else {})
+
+
+def app_misfit(info: PackageInfo) -> str | None:
+    """Why the demo app can't run the encoder; None if it can.
+
+    It calls the default function with an MLMultiArray, and asserts the features' shape.
+    """
+    features = info.outputs[0].shape if info.outputs else ()
+    if features != (1, 256, 3072):
+        _, tokens, channels = features if len(features) == 3 else (1, 0, 0)
+        return f"it makes {tokens} tokens of {channels} channels and the app asserts 256 of 3072"
+    if info.inputs[0].dtype == IMAGE:
+        return "it takes pictures (--image-input) and the app hands over an MLMultiArray"
+    return None
+
+
+def _input_size(function: Any) -> int:
+    """In pixels along one side; 0 where the input has no fixed shape."""
+    shapes = [_feature(feature).shape for feature in function.input]
+    return shapes[0][-1] if shapes and shapes[0] else 0
+
+
+def _made_shape(operations: Any, name: str) -> tuple[int, ...]:
+    """The static shape of what is made under `name`, or nothing."""
+    for op in operations:
         for output in op.outputs:
             if output.name == name:
                 return tuple(d.constant.size for d in output.type.tensorType.dimensions)
@@ -237,6 +294,10 @@ def _made_shape(spec: Any, name: str) -> tuple[int, ...]:
 
 def _feature(feature: Any, made: tuple[int, ...] = ()) -> Feature:
     kind = feature.type.WhichOneof("Type")
+    if kind == "imageType" and feature.type.imageType.colorSpace == _RGB:
+        image = feature.type.imageType
+        shape = (1, 3, image.height, image.width)
+        return Feature(feature.name, IMAGE, shape, feature.shortDescription)
     if kind != "multiArrayType":
         return Feature(feature.name, kind or "none", (), feature.shortDescription)
     array = feature.type.multiArrayType
@@ -244,19 +305,10 @@ def _feature(feature: Any, made: tuple[int, ...] = ()) -> Feature:
     return Feature(feature.name, dtype, tuple(array.shape) or made, feature.shortDescription)
 
 
-def _values(operation: Any) -> Iterator[Any]:
-    """Every value an operation holds: a const's under attributes, a constexpr's under inputs."""
-    yield from operation.attributes.values()
-    for argument in operation.inputs.values():
-        for binding in argument.arguments:
-            if binding.WhichOneof("binding") == "value":
-                yield binding.value
-
-
-def _precision(spec: Any) -> str:
-    makers = {output.name: op for op in operations(spec) for output in op.outputs}
+def _precision(operations: Any) -> str:
+    makers = {output.name: op for op in operations for output in op.outputs}
     found: Counter[str] = Counter()
-    for op in operations(spec):
+    for op in operations:
         if op.type not in ("conv", "linear"):
             continue
         bindings = op.inputs["weight"].arguments if "weight" in op.inputs else ()
@@ -308,41 +360,3 @@ def _type_name(tensor_type: Any) -> str:
     types = part("coremltools.proto").MIL_pb2.DataType.DESCRIPTOR
     known = types.values_by_number.get(tensor_type.dataType)
     return known.name.lower() if known else f"type {tensor_type.dataType}"
-
-
-def _check_weights(spec: Any, directory: Path) -> None:
-    """Compare the header of every blob with the file it should lie in."""
-    blobs: dict[str, list[tuple[str, int]]] = {}
-    for function in spec.mlProgram.functions.values():
-        for block in function.block_specializations.values():
-            for op in block.operations:
-                if not op.outputs:
-                    raise EncoderError(
-                        f"operation {op.type or 'without a type'} has no result: expected an "
-                        "encoder's, export it again"
-                    )
-                for value in _values(op):
-                    if value.WhichOneof("value") == "blobFileValue":
-                        blob = value.blobFileValue
-                        blobs.setdefault(blob.fileName, []).append(
-                            (op.outputs[0].name, blob.offset)
-                        )
-    for file_name, entries in blobs.items():
-        path = directory / file_name.removeprefix("@model_path/")
-        if not path.is_file():
-            raise EncoderError(
-                f"{path} is missing: expected the weights of the encoder package, export it again"
-            )
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for name, offset in entries:
-                file.seek(offset)
-                header = file.read(_BLOB_HEADER.size)
-                if len(header) == _BLOB_HEADER.size:
-                    sentinel, _, length, start = _BLOB_HEADER.unpack(header)
-                    if sentinel == _BLOB_SENTINEL and start + length <= size:
-                        continue
-                raise EncoderError(
-                    f"{path} has {size} bytes and no room for {name} at {offset}: expected the "
-                    "whole file of weights, export it again"
-                )
