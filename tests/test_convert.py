@@ -60,14 +60,12 @@ def copy(mlx_bundle, tmp_path):
 def few_pictures(monkeypatch):
     """The gates look at one picture, not at nine."""
     every = pictures.gate_pictures
-    for module in (pictures, verify):
-        monkeypatch.setattr(module, "gate_pictures", lambda vision: every(vision)[:1])
+    monkeypatch.setattr(pictures, "gate_pictures", lambda vision: every(vision)[:1])
 
 
 @pytest.fixture
 def no_gates(monkeypatch):
-    for name in ("encoder_gates", "mlx_encoder_gates"):
-        monkeypatch.setattr(pipeline.verify, name, lambda *arguments: ([], []))
+    monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([], []))
     monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
 
 
@@ -77,9 +75,9 @@ def quick(monkeypatch, converted, no_gates):
 
     def encoder(checkpoint, package, options, progress):
         if options.layout == "mlx":
-            return pipeline._ExportedEncoder([], None)
+            return pipeline._ExportedEncoder({256: []}, None)
         shutil.copytree(converted / package.name, package)
-        return pipeline._ExportedEncoder([], describe(package))
+        return pipeline._ExportedEncoder({256: []}, describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
 
