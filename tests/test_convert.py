@@ -493,7 +493,7 @@ class TestDestination:
 class TestGates:
     def test_a_failed_one_leaves_nothing(self, mlx_bundle, tmp_path, quick, monkeypatch):
         gate = verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
-        monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([gate], []))
+        monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([gate], []))
         with pytest.raises(GateError, match=r"below its floor of 35 dB\): export the checkpoint"):
             convert(mlx_bundle, tmp_path / "out", "app")
         assert list(tmp_path.iterdir()) == []

@@ -163,10 +163,10 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
         # Made from these alone; converting the same ones again would tell nothing new.
         states.append(checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
-        return pipeline._ExportedEncoder([], describe(package))
+        return pipeline._ExportedEncoder({256: []}, describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
-    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))
+    monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([], []))
     monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
     reference, options = source(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
