@@ -221,7 +221,7 @@ class ExportOptions:
             )
         option = "--image-sizes" if self.image_sizes else "--image-size"
         for size in self._sizes:
-            if size <= 0 or size % IMAGE_SIZE_MULTIPLE:
+            if type(size) is not int or size <= 0 or size % IMAGE_SIZE_MULTIPLE:
                 raise OptionError(
                     f"{option} is {size}: expected a multiple of {IMAGE_SIZE_MULTIPLE} pixels, the "
                     "encoder's stride"

@@ -141,7 +141,7 @@ def run(
         subject = of_bundle(path)
     else:
         options = ExportOptions(**given)
-        checkpoint = Checkpoint(path, base=base, image_size=options.image_size)
+        checkpoint = Checkpoint(path, base=base, image_size=options.default_size)
         subject = of_checkpoint(checkpoint, options)
         export = exporter(checkpoint, options)
     if context is None:

@@ -49,7 +49,18 @@ def run(arguments: list[str], folder: Path) -> str:
 
 def test_the_commands_print_what_the_readme_shows(folder):
     shown = examples()
-    verbs = ["demo", "export", "verify", "sweep", "plan", "generate", "export", "convert", "push"]
+    verbs = [
+        "demo",
+        "export",
+        "verify",
+        "sweep",
+        "export",
+        "plan",
+        "generate",
+        "export",
+        "convert",
+        "push",
+    ]
     assert [command.split()[1] for command, _ in shown] == verbs
     for command, output in shown:
         found = words(run(shlex.split(command)[1:], folder))
