@@ -214,6 +214,11 @@ class ExportOptions:
             object.__setattr__(self, name, default if value == OWN else value)
 
     def _check_sizes(self) -> None:
+        if not isinstance(self.image_sizes, list | tuple):
+            raise OptionError(
+                f"--image-sizes is {self.image_sizes!r}: expected a list of pixels, as [512, 1024]"
+            )
+        object.__setattr__(self, "image_sizes", tuple(self.image_sizes))
         if self.image_size is not None and self.image_sizes:
             raise OptionError(
                 "--image-size and --image-sizes are both given: expected one of them, leave the "

@@ -379,7 +379,6 @@ def recorded_options(bundle: Bundle) -> ExportOptions:
     if bundle.manifest is not None:
         recorded = bundle.manifest["options"]
         known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
-        known["image_sizes"] = tuple(known.get("image_sizes", ()))
         if known.get("group_size") is None:
             known.pop("group_size", None)
         if known.get("layout") == "mlx":
