@@ -30,6 +30,7 @@ from fastvlm_mlx.vision.package import PackageInfo, describe
 from model_export import reference
 from model_export.coreml import EncoderMetadata, check_graph, export_encoder
 from model_export.fastvithd import ChannelNorm, FastViTHD, fold
+from model_export.functions import export_sizes
 
 CONFIG = VisionConfig(image_size=128, layers=(1, 2, 1, 2, 1), embed_dims=(16, 32, 64, 64, 128))
 METADATA = EncoderMetadata(
@@ -309,12 +310,32 @@ def test_core_ml_gets_the_compiled_package_once(
         assert (encoder.image_size, encoder.num_tokens, encoder.hidden_size) == (128, 4, 256)
         assert encoder(images).shape == (1, 4, 256)
     assert [units for _, units in fake_core_ml] == list(names.values())
+    assert FakeCompiledModel.functions == [None] * 4
     [path] = {path for path, _ in fake_core_ml}
     assert path.endswith("fastvithd.mlmodelc")
     assert runtime.cache_key(packages["fp16"]) in path
     assert runtime.cache_key(packages["fp16"]) != runtime.cache_key(packages["fp32"])
     with pytest.raises(EncoderError, match=r"expected \[1, 3, 128, 128\]"):
         encoder(images[:, :, :64, :64])
+
+
+def test_core_ml_is_asked_for_a_function_and_given_a_picture(
+    fake_core_ml: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    package = tmp_path / "pictures.mlpackage"
+    module = fold(encoder_state_dict(CONFIG), CONFIG)
+    sizes = [CONFIG, replace(CONFIG, image_size=64)]
+    export_sizes(module, sizes, package, precision="fp32", metadata=METADATA, image_input=True)
+    found = {}
+    for size in (None, 128, 64):
+        encoder = runtime.CoreMLEncoder(package, image_size=size)
+        pixels = np.random.default_rng(1).random((1, 3, size or 128, size or 128), np.float32)
+        found[size] = encoder(pixels)
+        np.testing.assert_array_equal(found[size], MLProgramEncoder(package, size)(pixels))
+    assert FakeCompiledModel.functions == ["size_128", "size_128", "size_64"]
+    assert len({path for path, _ in fake_core_ml}) == 1
+    np.testing.assert_array_equal(found[None], found[128])
+    assert found[64].shape == (1, 1, 256)
 
 
 def test_the_cache_keeps_the_last_few(
