@@ -22,7 +22,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format
-from model_export.checkpoint import Checkpoint, magnitude, to_torch
+from model_export.checkpoint import Checkpoint, magnitude
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.recipes import PROJECTOR, Scheme, is_matrix, path_of
 from model_export.tensors import ALL, row_blocks, safe_tensors
@@ -137,8 +137,9 @@ def convert(
     ahead: mx.array | None = None
     rest: list[list[mx.array]] = []
     for rows in [ALL] if spec.axes is not None else row_blocks(spec.shape):
-        weight = checkpoint.array(spec.source, rows)
-        check_range(spec.source, to_torch(weight), dtype)
+        # What MLX quantizes fastest on a CPU, and numpy knows: it has no bfloat16.
+        weight = checkpoint.array(spec.source, rows).astype(mx.float32)
+        check_range(spec.source, np.asarray(weight), dtype)
         if spec.axes is not None:
             weight = weight.transpose(spec.axes)
         first, *others = finish(weight, form, dtype)
@@ -154,7 +155,7 @@ def convert(
         yield from later
 
 
-def check_range(name: str, weight: torch.Tensor, dtype: str) -> None:
+def check_range(name: str, weight: torch.Tensor | np.ndarray, dtype: str) -> None:
     """Raises CheckpointError, OptionError: as `convert`."""
     largest = magnitude(name, weight)
     if dtype == "float16" and largest > FLOAT16_MAX:

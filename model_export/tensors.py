@@ -184,14 +184,14 @@ def from_torch(tensor: torch.Tensor) -> mx.array:
     return mx.array(tensor.numpy())
 
 
-def magnitude(name: str, tensor: torch.Tensor) -> float:
+def magnitude(name: str, tensor: torch.Tensor | np.ndarray) -> float:
     """The largest magnitude in the tensor of this name.
 
     Raises:
         CheckpointError: it holds NaN or infinity.
     """
     # The extremes carry NaN and infinity, and unlike isfinite() need no temporary.
-    low, high = (float(extreme) for extreme in tensor.aminmax())
+    low, high = float(tensor.min()), float(tensor.max())
     if not isfinite(low) or not isfinite(high):
         raise CheckpointError(
             f"{name} holds NaN or infinity, expected finite weights: the checkpoint is damaged, or "
