@@ -112,8 +112,10 @@ def read_choices(file: Path | None, layout: str) -> Mapping[str, Mapping[str, An
     """The layout's own set, or a JSON file of name → options.
 
     Raises:
-        OptionError: the file is not that.
+        OptionError: the file is not that, or there is no such layout.
     """
+    if layout not in CHOICES:
+        raise OptionError(f"--layout is {layout}: expected one of {', '.join(CHOICES)}")
     if file is None:
         return CHOICES[layout]
     try:

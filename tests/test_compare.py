@@ -217,6 +217,11 @@ def test_a_file_of_choices(tmp_path):
             sweep.read_choices(file, "app")
 
 
+def test_a_layout_that_is_none():
+    with pytest.raises(OptionError, match="--layout is swift: expected one of app, mlx"):
+        sweep.read_choices(None, "swift")
+
+
 def test_our_own_choices_are_options():
     for layout, choices in sweep.CHOICES.items():
         for fields in choices.values():
