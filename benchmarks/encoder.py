@@ -32,7 +32,7 @@ import numpy as np
 from fastvlm_mlx.config import VisionConfig
 
 PLAIN, FOLDED, PACKAGE = "torch", "torch folded", "mlpackage"
-# The issue's: evaluating the package against the plain torch module.
+# What it must reach: evaluating the package against the plain torch module.
 MAX_RATIO = 1.5
 
 

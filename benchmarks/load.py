@@ -42,7 +42,7 @@ else:
     import os
     print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 """
-# The issue's: a load at 0.5B.
+# What it must reach: a load at 0.5B.
 MAX_SECONDS = 1.5
 
 
