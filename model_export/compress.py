@@ -110,6 +110,9 @@ class Histogram:
             importance = None
         weights = None if importance is None else importance.numpy().ravel()
         counts = np.bincount(codes, weights, minlength=2**16).astype(np.float64)
+        # Minus zero is zero.
+        counts[0] += counts[0x8000]
+        counts[0x8000] = 0
         present = np.flatnonzero(counts > 0)
         values = present.astype(np.uint16).view(np.float16).astype(np.float64)
         if not np.isfinite(values).all():

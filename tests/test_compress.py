@@ -102,6 +102,10 @@ class TestPalettes:
         if len(np.unique(values)) <= 2**bits:
             assert error == 0
 
+    def test_minus_zero_takes_no_level_of_its_own(self):
+        values = torch.tensor([0.0, -0.0, *range(1, 16)])
+        assert Histogram.of(values).palette(4)[1] == 0
+
     def test_what_counts_more_is_met_more_closely(self):
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(4000, generator=generator)
