@@ -50,12 +50,7 @@ def compare(
     models = [path for path in paths if Path(path).name != RESULTS]
     with report.stages() as progress:
         rows = run(models, reference, questions, count, progress)
-    if plot is not None:
-        chart.draw(rows, plot)
-    if as_json:
-        print_json({"rows": [row.to_dict() for row in rows]})
-    else:
-        print_rows(rows)
+    _deliver(rows, plot, as_json, {})
 
 
 def sweep(
@@ -83,14 +78,20 @@ def sweep(
     wanted = read_choices(choices, layout)
     with report.stages() as progress:
         rows, refused = run(checkpoint, out, wanted, layout, questions, count, progress)
+    _deliver(rows, plot, as_json, {"refused": refused})
+    for name, reason in refused.items():
+        report.note(f"{name}: {reason}")
+
+
+def _deliver(rows: list[Row], plot: Path | None, as_json: bool, more: dict[str, Any]) -> None:
+    from model_export import chart
+
     if plot is not None:
         chart.draw(rows, plot)
     if as_json:
-        print_json({"rows": [row.to_dict() for row in rows], "refused": refused})
-        return
-    print_rows(rows)
-    for name, reason in refused.items():
-        report.note(f"{name}: {reason}")
+        print_json({"rows": [row.to_dict() for row in rows], **more})
+    else:
+        print_rows(rows)
 
 
 def print_rows(rows: list[Row]) -> None:

@@ -9,6 +9,8 @@ whoever it is, and then runs as it would have.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from threading import RLock
@@ -31,16 +33,21 @@ class _Postponed(ModuleType):
                     return spec.submodule_search_locations
                 if not self._open:
                     self._open = True
-                    try:
+                    with _forgotten_if_it_fails(self.__name__):
                         spec.loader.exec_module(self)
-                    except BaseException:
-                        # What a failed import does, so that the next one starts afresh.
-                        sys.modules.pop(self.__name__, None)
-                        raise
                     self.__path__ = list(spec.submodule_search_locations or ())
                     self.__class__ = ModuleType  # type: ignore[assignment]
                     del self._open
         return ModuleType.__getattribute__(self, name)
+
+
+@contextmanager
+def _forgotten_if_it_fails(name: str) -> Iterator[None]:
+    """What the import system does with a module whose import fails: the next one starts afresh."""
+    with ExitStack() as undo:
+        undo.callback(sys.modules.pop, name, None)
+        yield
+        undo.pop_all()
 
 
 def part(name: str) -> Any:

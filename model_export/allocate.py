@@ -80,5 +80,5 @@ def _solve(parts: Sequence[Sequence[Choice]], budget: int, most: float) -> list[
     starts = np.cumsum([0, *map(len, kept)])
     return [
         indices[int(np.argmax(solved.x[start : start + len(indices)]))]
-        for start, indices in zip(starts, kept, strict=False)
+        for start, indices in zip(starts[:-1], kept, strict=True)
     ]

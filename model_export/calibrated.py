@@ -160,7 +160,7 @@ def gptq_layer(inputs: Inputs) -> Finished:
             key, hessian = f"{name}.weight", moments[awq.READS[name]]
             coded = gptq.quantize(layer.get_parameter(key), hessian, form, dtype)
             finished[key] = coded.arrays()
-            layer.load_state_dict({key: coded.float()}, strict=False, assign=True)
+            qwen2.replace_weight(layer, key, coded.float())
     for sample, hidden in zip(inputs.samples, inputs.outputs(), strict=True):
         sample.hidden = hidden
     return finished
@@ -245,6 +245,8 @@ def _rounded(name: str, weight: Tensor, formats: awq.Formats) -> Tensor:
 def _named(prefix: str, finished: Finished) -> Iterator[tuple[str, mx.array]]:
     """The arrays of each tensor, one or a quantized weight's three, under a bundle's names."""
     for name, arrays in finished.items():
-        stem = prefix + name.removesuffix("weight")
-        names = [prefix + name, stem + "scales", stem + "biases"]
-        yield from zip(names, arrays, strict=False)
+        names = [prefix + name]
+        if len(arrays) > 1:
+            stem = prefix + name.removesuffix("weight")
+            names += [stem + "scales", stem + "biases"]
+        yield from zip(names, arrays, strict=True)

@@ -324,7 +324,9 @@ def _corrected(
     Returns:
         The new guess, and whether it has ended (True), was cut off (False) or goes on (None).
     """
-    wrong = next((i for i, (a, b) in enumerate(zip(guess, chosen, strict=False)) if a != b), None)
+    # The last choice is of what follows the guess.
+    pairs = enumerate(zip(guess, chosen[:-1], strict=True))
+    wrong = next((i for i, (a, b) in pairs if a != b), None)
     place = len(guess) if wrong is None else wrong
     if chosen[place] == end_id:
         return guess[:place], True

@@ -260,6 +260,18 @@ def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
         return Qwen2DecoderLayer(_settings(config), 0)
 
 
+def replace_weight(layer: nn.Module, key: str, weight: Tensor) -> None:
+    """Put another tensor of the same shape where the layer holds `key`.
+
+    Raises:
+        AttributeError: the layer holds no such parameter. ValueError: its shape is another.
+    """
+    if layer.get_parameter(key).shape != weight.shape:
+        raise ValueError(f"{key} can't become {list(weight.shape)}")
+    owner, _, name = key.rpartition(".")
+    setattr(layer.get_submodule(owner), name, nn.Parameter(weight, requires_grad=False))
+
+
 def rotary_embedding(config: TextConfig) -> Qwen2RotaryEmbedding:
     return Qwen2RotaryEmbedding(_settings(config))
 

@@ -76,12 +76,8 @@ def search(
         OptionError: the calibration data can't be used, or the size can't be reached.
     """
     calibration = load_calibration(options.calibration, checkpoint.config.vision)
-    formats = [
-        Format(bits, options.group_size)
-        for bits in MODES["affine"][0]
-        if _divides(checkpoint.llm_specs, options.group_size)
-    ]
-    if not formats:
+    formats = [Format(bits, options.group_size) for bits in MODES["affine"][0]]
+    if not _divides(checkpoint.llm_specs, options.group_size):
         raise OptionError(
             f"group size {options.group_size} does not divide the widths of this model: choose "
             "another --group-size"

@@ -34,6 +34,7 @@ from model_export.qwen2 import (
     dequantize,
     look_up,
     project,
+    replace_weight,
     rotary_embedding,
 )
 from model_export.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR
@@ -202,10 +203,10 @@ def _advance(
     for name in matrices:
         kept = state[f"{name}.weight"]
         changed = study.quantized(prefix + name, kept, inputs.pop(name))
-        layer.load_state_dict({f"{name}.weight": changed}, strict=False, assign=True)
+        replace_weight(layer, f"{name}.weight", changed)
         for sample, source in zip(samples, before, strict=True):
             sample.add(prefix + name, _run(layer, source, sample))
-        layer.load_state_dict({f"{name}.weight": kept}, strict=False, assign=True)
+        replace_weight(layer, f"{name}.weight", kept)
 
 
 def _run(layer: nn.Module, hidden: Tensor, sample: _Sample) -> Tensor:
