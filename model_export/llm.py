@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain, cycle
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +42,8 @@ DTYPES: dict[str, tuple[mx.Dtype, str, int]] = {
 # Metadata that mlx-lm and the Swift loaders look for in a file of MLX weights.
 FILE_METADATA = {"format": "mlx"}
 SHARD_BYTES = 5_000_000_000
+# Arrays that are computed while one is written: a matrix makes three, most of them small.
+AHEAD = 6
 
 # By a tensor's name in the bundle: the file that its finished form waits in.
 Ready = Mapping[str, Path]
@@ -134,7 +138,6 @@ def convert(
         yield mx.zeros(spec.shape, DTYPES[dtype][0])
         return
     form = format_of(spec, chosen)
-    ahead: mx.array | None = None
     rest: list[list[mx.array]] = []
     for rows in [ALL] if spec.axes is not None else row_blocks(spec.shape):
         # What MLX quantizes fastest on a CPU, and numpy knows: it has no bfloat16.
@@ -142,17 +145,20 @@ def convert(
         check_range(spec.source, np.asarray(weight), dtype)
         if spec.axes is not None:
             weight = weight.transpose(spec.axes)
-        first, *others = finish(weight, form, dtype)
-        # Computed while the block before is written and the next one is read.
+        with mx.stream(next(_streams())):
+            first, *others = finish(weight, form, dtype)
         mx.async_eval(first, *others)
-        if ahead is not None:
-            yield ahead
-        ahead = first
+        yield first
         rest.append(others)
-    if ahead is not None:
-        yield ahead
     for later in zip(*rest, strict=True):
         yield from later
+
+
+@cache
+def _streams() -> Iterator[mx.Stream]:
+    """Where blocks are computed, in turn. On a CPU a stream is a thread: what is read and checked
+    in the meantime has its own."""
+    return cycle([mx.new_stream(mx.default_device()) for _ in range(2)])
 
 
 def check_range(name: str, weight: torch.Tensor | np.ndarray, dtype: str) -> None:
@@ -232,10 +238,9 @@ def write_parts(
         weight_map |= {entry.name: name for entry in plan}
         with (directory / name).open("wb") as stream:
             stream.write(header(plan))
-            for part in shard:
-                for array in part.arrays():
-                    progress(_write_array(stream, array))
-                mx.clear_cache()
+            for array in _ahead(chain.from_iterable(part.arrays() for part in shard)):
+                progress(_write_array(stream, array))
+        mx.clear_cache()
     total = sum(part.bytes for part in parts)
     encoder = sum(part.bytes for spec, part in zip(specs, parts, strict=True) if in_encoder(spec))
     if len(shards) > 1:
@@ -248,6 +253,16 @@ def write_parts(
         unquantized=_unquantized(specs, chosen),
         files=tuple(names),
     )
+
+
+def _ahead(arrays: Iterator[mx.array]) -> Iterator[mx.array]:
+    """The same arrays, the next ones begun before one is handed on."""
+    begun: deque[mx.array] = deque()
+    for array in arrays:
+        begun.append(array)
+        if len(begun) > AHEAD:
+            yield begun.popleft()
+    yield from begun
 
 
 def take(file: Path, entries: list[Stored]) -> Iterator[mx.array]:
