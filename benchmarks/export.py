@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.synthetic import write_checkpoint
+from benchmarks.synthetic import make
 from model_export import llm
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = (arguments.checkpoint or Path(temporary) / "checkpoint").absolute()
         if not (checkpoint / "config.json").exists():
-            write_checkpoint(checkpoint, arguments.size)
+            make(checkpoint, arguments.size)
         out, tensors = Path(temporary) / "bundle", Path(temporary) / "tensors"
         turns: dict[str, list[str]] = {}
         if arguments.peer:

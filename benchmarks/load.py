@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.encoder import machine
-from benchmarks.synthetic import write_checkpoint
+from benchmarks.synthetic import make
 
 # Run with the bundle's path as the only argument.
 PARTS = {
@@ -69,7 +69,7 @@ def measure(code: str, bundle: Path) -> dict[str, float]:
 def export(directory: Path) -> Path:
     """The 4-bit bundle of a synthetic 0.5B checkpoint, below `directory`."""
     checkpoint, bundle = directory / "checkpoint", directory / "bundle"
-    write_checkpoint(checkpoint, "0.5b")
+    make(checkpoint, "0.5b")
     command = [sys.executable, "-m", "fastvlm_mlx", "export", str(checkpoint), str(bundle)]
     subprocess.run([*command, "--llm-bits", "4"], check=True, stdout=subprocess.DEVNULL)
     return bundle

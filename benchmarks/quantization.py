@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.export import measure
-from benchmarks.synthetic import SIZES, write_checkpoint
+from benchmarks.synthetic import SIZES, make
 from model_export.compare import QUESTIONS, compare
 from model_export.demo import scenes
 from model_export.options import METHODS
@@ -54,7 +54,7 @@ def main() -> None:
         checkpoint = arguments.checkpoint
         if arguments.synthetic:
             checkpoint = Path(temporary) / "checkpoint"
-            write_checkpoint(checkpoint, arguments.synthetic)
+            make(checkpoint, arguments.synthetic)
         rows = {}
         for bits in arguments.bits:
             for method in arguments.methods:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,6 +287,13 @@ def _write_tokenizer(directory: Path) -> None:
 
 def _dump(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def make(directory: Path, size: str) -> None:
+    """`write_checkpoint` in a process of its own: on Linux the peak memory of a process counts as
+    that of those it starts."""
+    command = [sys.executable, "-m", "benchmarks.synthetic", str(directory), "--size", size]
+    subprocess.run(command, check=True)
 
 
 def main() -> None:
