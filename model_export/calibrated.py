@@ -2,7 +2,8 @@
 
 The pictures go through the source's encoder and projector once. Then each layer is loaded, reads
 what comes out of those before it, is quantized, and is put into a file where the writer finds its
-tensors. Resident are one layer in float32, what it reads, and the second moments of that.
+tensors. Resident are one layer in float32, what it reads, and the second moments of that. Some
+pictures are kept back: where plain rounding loses less on those, it is what the bundle gets.
 
 mlx-lm has both, over whole models in MLX; on a CPU MLX takes hours for them. These are in torch, on
 the layers that the gates run, and held to mlx-lm's by a test.
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format
-from model_export import awq, gptq, llm, qwen2
+from model_export import awq, gptq, judge, llm, qwen2
 from model_export.affine import round_weight
 from model_export.calibration import Calibration
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
-from model_export.pictures import GATE_PIXELS, GatePicture, reference_features
+from model_export.pictures import GATE_PIXELS, GatePicture, Reference, reference_features
 from model_export.recipes import PREFIX, Scheme
 from model_export.sensitivity import recorded
 from model_export.tensors import from_torch
@@ -35,6 +36,9 @@ from model_export.weights import LAYER
 
 # What the encoder looks at: so many pictures at 1024×1024, or the same pixels in smaller ones.
 PICTURES = 16
+JUDGES = 4
+# One picture in so many is kept back.
+KEPT_BACK = 4
 # AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
 AWQ_TOKENS = 2_048
 LAYERS = PREFIX + "model.layers."
@@ -89,19 +93,31 @@ def check(chosen: Scheme, method: str) -> None:
         )
 
 
-def used(calibration: Calibration, image_size: int) -> tuple[GatePicture, ...]:
-    """The pictures that are looked at."""
-    return calibration.spread(max(1, PICTURES * GATE_PIXELS // image_size**2))
+@dataclass(frozen=True)
+class Calibrated:
+    """What the method made, if it loses less than plain rounding, and what is to be said of it."""
+
+    ready: llm.Ready
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
 
 
-def record(calibration: Calibration, method: str, image_size: int) -> dict[str, Any]:
-    """For the manifest."""
-    return {
-        "method": method,
-        "sha256": calibration.digest,
-        "pictures": len(used(calibration, image_size)),
-        "skipped": list(calibration.skipped),
-    }
+def split(
+    calibration: Calibration, image_size: int
+) -> tuple[tuple[GatePicture, ...], tuple[GatePicture, ...]]:
+    """The pictures that a method looks at, and those that its result is judged by.
+
+    Where there are too few to keep any back, it is judged by what it looked at.
+    """
+
+    def some(pictures: Sequence[GatePicture], at_1024: int) -> tuple[GatePicture, ...]:
+        count = max(1, at_1024 * GATE_PIXELS // image_size**2)
+        return Calibration(tuple(pictures), ()).spread(count)
+
+    pictures = calibration.pictures
+    kept_back = pictures[KEPT_BACK - 1 :: KEPT_BACK]
+    seen = [picture for i, picture in enumerate(pictures, 1) if i % KEPT_BACK]
+    return some(seen, PICTURES), some(kept_back or pictures, JUDGES)
 
 
 @torch.inference_mode()
@@ -113,7 +129,7 @@ def quantize(
     options: ExportOptions,
     directory: Path,
     progress: Callable[[str, float | None], None],
-) -> llm.Ready:
+) -> Calibrated:
     """Quantize the layers that `chosen` quantizes, into files in `directory`.
 
     Args:
@@ -122,9 +138,42 @@ def quantize(
     Raises:
         CheckpointError, OptionError: as `llm.convert`.
     """
-    method, dtype = options.method, options.dtype
+    method = options.method
     progress("calibration pictures", None)
-    samples = samples_of(checkpoint, tokenizer, calibration)
+    seen, judges = split(calibration, checkpoint.config.vision.image_size)
+    references = reference_features(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
+    samples = samples_of(checkpoint, tokenizer, references[: len(seen)])
+    ready = _layers(checkpoint, samples, chosen, options, directory, progress)
+    progress(f"{method.upper()} or rounding", None)
+    source = qwen2.SourceWeights(checkpoint)
+    candidates = [judge.Candidate(source, chosen, made) for made in ({}, ready)]
+    rounding, found = judge.losses(checkpoint, tokenizer, references[len(seen) :], candidates)
+    facts = {
+        "method": method if found < rounding else "rtn",
+        "kl_nats": {"rtn": rounding, method: found},
+        "sha256": calibration.digest,
+        "pictures": len(seen),
+        "judged_on": [picture.name for picture in judges],
+        "skipped": list(calibration.skipped),
+    }
+    if found < rounding:
+        return Calibrated(ready, facts, ())
+    note = (
+        f"{method.upper()} loses {found:.3g} nats on pictures that it was not shown and plain "
+        f"rounding {rounding:.3g}: the bundle has plain rounding"
+    )
+    return Calibrated({}, facts, (note,))
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    chosen: Scheme,
+    options: ExportOptions,
+    directory: Path,
+    progress: Callable[[str, float | None], None],
+) -> llm.Ready:
+    method, dtype = options.method, options.dtype
     source = qwen2.SourceWeights(checkpoint)
     layer = qwen2.decoder_layer(checkpoint.config.text)
     ready: dict[str, Path] = {}
@@ -198,15 +247,14 @@ def awq_layer(inputs: Inputs) -> Finished:
 
 
 def samples_of(
-    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, calibration: Calibration
+    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, references: Sequence[Reference]
 ) -> list[Sample]:
     """What the first layer reads of each picture and its questions."""
     vision, text = checkpoint.config.vision, checkpoint.config.text
-    pictures = used(calibration, vision.image_size)
     rotary = qwen2.rotary_embedding(text)
     source = qwen2.SourceWeights(checkpoint)
     samples = []
-    for reference in reference_features(checkpoint.encoder_state(), checkpoint, pictures):
+    for reference in references:
         dialogue = qwen2.Dialogue.build(
             tokenizer.tokenizer,
             reference.picture.questions,

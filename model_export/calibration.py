@@ -69,13 +69,13 @@ class Calibration:
         """At most `count` of the pictures, evenly over all of them."""
         return tuple(_spread(self.pictures, count))
 
-    def note(self) -> str | None:
-        """What was skipped, in one line."""
+    def notes(self) -> list[str]:
+        """What was skipped, in one line; nothing if nothing was."""
         if not self.skipped:
-            return None
+            return []
         more = f" and {len(self.skipped) - LISTED} more" if len(self.skipped) > LISTED else ""
         listed = "; ".join(self.skipped[:LISTED])
-        return f"calibration: {len(self.skipped)} skipped ({listed}{more})"
+        return [f"calibration: {len(self.skipped)} skipped ({listed}{more})"]
 
 
 def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:
@@ -104,7 +104,7 @@ def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibrati
     if not pictures:
         raise OptionError(
             f"--calibration {path} holds no picture that can be used"
-            + (f" ({found.note()})" if skipped else "")
+            + "".join(f" ({note})" for note in found.notes())
             + ": expected pictures, or JSON lines of image, prompt and answer"
         )
     return found

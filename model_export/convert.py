@@ -27,7 +27,7 @@ from model_export.checkpoint import Checkpoint
 from model_export.destination import check_replaceable, resolve
 from model_export.interruption import Progress, interruptible
 from model_export.options import ENCODER_SNR_DB, LLM_AGREEMENT, LLM_KL_NATS, ExportOptions
-from model_export.pipeline import ExportResult, Job, build, check_overlap, counted
+from model_export.pipeline import ExportResult, Job, Written, build, check_overlap, counted
 from model_export.recipes import Scheme
 from model_export.sources import Source
 from model_export.tensors import ALL, FORMATS, SafeTensor, row_blocks, safe_tensors
@@ -101,20 +101,21 @@ def _job(bundle: Bundle) -> Job:
         min_agreement=LLM_AGREEMENT[16],
     )
     facts = (bundle.manifest or {}).get("llm", {})
+    kept = {key: facts[key] for key in ("search", "calibration") if key in facts}
     return Job(
         checkpoint=checkpoint,
+        calibration=None,
         source=bundle,
         tokenizer=tokenizer,
         chosen=chosen,
         options=_options(bundle, chosen, limits),
         limits=limits,
         llm_bytes=total,
-        write_llm=lambda directory, progress: llm.write_parts(
-            specs, parts, chosen, directory, counted(progress, total)
+        write_llm=lambda directory, progress: Written(
+            llm.write_parts(specs, parts, chosen, directory, counted(progress, total)), kept
         ),
         own_gates=lambda written: [changed_tensors(copied, written)],
         origin=lambda: _origin(bundle, checkpoint),
-        llm_facts={key: facts[key] for key in ("search", "calibration") if key in facts},
         remedy=EXPORT_AGAIN.format("app"),
     )
 

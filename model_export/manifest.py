@@ -13,10 +13,9 @@ from fastvlm_mlx.vision.package import PackageInfo, fits_app
 from model_export import mlx_layout, recipes
 from model_export.checkpoint import Checkpoint
 from model_export.gates import Gate
-from model_export.llm import Summary
 
 if TYPE_CHECKING:
-    from model_export.pipeline import Job
+    from model_export.pipeline import Job, Written
 
 TOOLS = (
     "fastvlm-mlx",
@@ -36,7 +35,7 @@ RECORDED = ("weight_formats", "calibration")
 def make_manifest(
     job: Job,
     info: PackageInfo | None,
-    summary: Summary,
+    written: Written,
     gates: list[Gate],
     directory: Path,
 ) -> dict[str, Any]:
@@ -46,6 +45,7 @@ def make_manifest(
         info: of the encoder's package; an `mlx` bundle has none.
     """
     checkpoint, chosen, options = job.checkpoint, job.chosen, job.options
+    summary = written.summary
     vision = checkpoint.config.vision
     return {
         "schema_version": SCHEMA_VERSION,
@@ -70,7 +70,7 @@ def make_manifest(
             "bytes": summary.bytes,
             "bits_per_weight": round(summary.bits_per_weight, 3),
             "left_unquantized": summary.unquantized,
-            **job.llm_facts,
+            **written.facts,
         },
         **_fits(checkpoint, info),
         "gates": [gate.to_dict() for gate in gates],

@@ -171,15 +171,20 @@ class ExportOptions:
         if self.min_agreement is not None and self.min_agreement > 1:
             raise OptionError(f"--min-agreement is {self.min_agreement}: expected a share up to 1")
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything looks at calibration data."""
+        searched = self.llm_bpw is not None
+        return searched or self.method != "rtn" or self.encoder_precision == "mixed"
+
     def _check_search(self) -> None:
         """A search decides every matrix's bits; calibration data is for it, or for a method."""
+        if self.calibration is not None and not self.calibrates:
+            raise OptionError(
+                "--calibration is given and nothing looks at it: add --llm-bpw, --method awq or "
+                "gptq, or --encoder-precision mixed"
+            )
         if self.llm_bpw is None:
-            idle = self.method == "rtn" and self.encoder_precision != "mixed"
-            if self.calibration is not None and idle:
-                raise OptionError(
-                    "--calibration is given and nothing looks at it: add --llm-bpw, --method awq "
-                    "or gptq, or --encoder-precision mixed"
-                )
             return
         if not 0 < self.llm_bpw < inf:
             raise OptionError(f"--llm-bpw is {self.llm_bpw}: expected bits per weight above zero")

@@ -54,6 +54,7 @@ class Job:
 
     Attributes:
         checkpoint: the configuration, the encoder's weights, and what the gates compare with.
+        calibration: what measuring and calibrating look at, where anything does.
         source: the bundle that has the language model that they compare with, if it is not the
             checkpoint's files.
         tokenizer: of the checkpoint, with `<image>`.
@@ -61,27 +62,34 @@ class Job:
         options: as the manifest records them.
         limits: the options that the gates judge by.
         llm_bytes: what `write_llm` will write, headers left out.
-        write_llm: into a directory.
+        write_llm: into a directory; there are minutes of work in it where a method is used.
         own_gates: what is checked of the written bundle besides encoder and answers.
         origin: the manifest's sections on where the bundle comes from.
-        llm_facts: what the manifest says besides of the language model.
         remedy: what to do about a failed gate.
-        note: what the user should be told besides.
     """
 
     checkpoint: Checkpoint
+    calibration: Calibration | None
     source: Bundle | None
     tokenizer: ExportedTokenizer
     chosen: Scheme
     options: ExportOptions
     limits: ExportOptions
     llm_bytes: int
-    write_llm: Callable[[Path, Progress], llm.Summary]
+    write_llm: Callable[[Path, Progress], Written]
     own_gates: Callable[[Bundle], list[Gate]]
     origin: Callable[[], dict[str, Any]]
-    llm_facts: dict[str, Any]
     remedy: str
-    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """The language model's files, what the manifest says of how they were found, and what the user
+    should be told."""
+
+    summary: llm.Summary
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,32 +140,37 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
-    found = _search(checkpoint, tokenizer, options, progress)
+    calibration, found = None, None
+    if options.calibrates:
+        calibration = load_calibration(options.calibration, checkpoint.config.vision)
+    if calibration and options.llm_bpw is not None:
+        found = search.search(
+            checkpoint, tokenizer, calibration, options, options.llm_bpw, progress
+        )
     chosen = (
         found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
     )
-    calibration = _calibration(checkpoint, chosen, options)
+    if options.method != "rtn":
+        calibrated.check(chosen, options.method)
     total = llm.total_bytes(checkpoint, chosen, options)
+    facts: dict[str, Any] = {"search": found.to_dict()} if found else {}
+    notes = tuple(calibration.notes()) if calibration else ()
 
-    def write_llm(directory: Path, progress: Progress) -> llm.Summary:
+    def write_llm(directory: Path, progress: Progress) -> Written:
+        write = partial(llm.write, checkpoint, chosen, options, directory)
+        if calibration is None or options.method == "rtn":
+            return Written(write(counted(progress, total)), facts, notes)
         # What the method makes waits there; it is gone before the bundle is complete.
         with tempfile.TemporaryDirectory(dir=directory) as waiting:
-            ready: llm.Ready = {}
-            if calibration is not None:
-                ready = calibrated.quantize(
-                    checkpoint, tokenizer, calibration, chosen, options, Path(waiting), progress
-                )
-            return llm.write(
-                checkpoint, chosen, options, directory, counted(progress, total), ready
+            made = calibrated.quantize(
+                checkpoint, tokenizer, calibration, chosen, options, Path(waiting), progress
             )
+            summary = write(counted(progress, total), made.ready)
+        return Written(summary, facts | {"calibration": made.facts}, (*notes, *made.notes))
 
-    facts: dict[str, Any] = {"search": found.to_dict()} if found else {}
-    if calibration is not None:
-        size = checkpoint.config.vision.image_size
-        facts["calibration"] = calibrated.record(calibration, options.method, size)
-    data = calibration or (found.calibration if found else None)
     return Job(
         checkpoint=checkpoint,
+        calibration=calibration,
         source=None,
         tokenizer=tokenizer,
         chosen=chosen,
@@ -167,9 +180,7 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
         write_llm=write_llm,
         own_gates=lambda bundle: [],
         origin=lambda: {"source": checkpoint.source()},
-        llm_facts=facts,
         remedy="choose more bits, or keep it with --allow-failed-gates",
-        note=data.note() if data else None,
     )
 
 
@@ -182,8 +193,8 @@ def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
     with appearing(destination) as directory:
         _check_space(directory, job)
         _write_small_files(job, directory)
-        encoder = _export_encoder(job.checkpoint, directory / PACKAGE, job.options, progress)
-        summary = job.write_llm(directory, progress)
+        encoder = _export_encoder(job, directory / PACKAGE, progress)
+        written = job.write_llm(directory, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         _check_layout(bundle, encoder)
@@ -204,31 +215,9 @@ def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
         gates += job.own_gates(bundle)
         _judge(gates, job)
         progress("manifest", None)
-        manifest = make_manifest(job, encoder.package, summary, gates, directory)
+        manifest = make_manifest(job, encoder.package, written, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    notes = () if job.note is None else (job.note,)
-    return ExportResult(destination, manifest, tuple(gates), notes)
-
-
-def _calibration(
-    checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions
-) -> Calibration | None:
-    """What the method looks at, read and checked before any work."""
-    if options.method == "rtn":
-        return None
-    calibrated.check(chosen, options.method)
-    return load_calibration(options.calibration, checkpoint.config.vision)
-
-
-def _search(
-    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, options: ExportOptions, progress: Progress
-) -> search.Found | None:
-    if options.llm_bpw is None:
-        return None
-    placeholder = tokenizer.image_token_id
-    return search.search(
-        checkpoint, tokenizer.tokenizer, placeholder, options, options.llm_bpw, progress
-    )
+    return ExportResult(destination, manifest, tuple(gates), written.notes)
 
 
 def _write_small_files(job: Job, directory: Path) -> None:
@@ -254,16 +243,15 @@ class _ExportedEncoder:
     package: PackageInfo | None
 
 
-def _export_encoder(
-    checkpoint: Checkpoint, package: Path, options: ExportOptions, progress: Progress
-) -> _ExportedEncoder:
+def _export_encoder(job: Job, package: Path, progress: Progress) -> _ExportedEncoder:
+    checkpoint, options = job.checkpoint, job.options
     progress("reference encoder", None)
     references = references_of_sizes(checkpoint.encoder_state(), checkpoint, options.other_sizes)
     if options.layout == "mlx":
         return _ExportedEncoder(references, None)
     vision = checkpoint.config.vision
     module = _folded(checkpoint, vision)
-    compression = _compression(checkpoint, module, options, progress)
+    compression = _compression(job, module, progress)
     progress("Core ML encoder", 0.0 if options.other_sizes else None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
@@ -286,24 +274,18 @@ def _folded(checkpoint: Checkpoint, vision: VisionConfig) -> fastvithd.FastViTHD
     return fastvithd.fold(checkpoint.encoder_state(), vision)
 
 
-def _compression(
-    checkpoint: Checkpoint,
-    module: fastvithd.FastViTHD,
-    options: ExportOptions,
-    progress: Progress,
-) -> compress.Compression:
+def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> compress.Compression:
     """How the encoder's weights are stored. A mixed choice writes what it rounds into `module`."""
 
     def advance(done: float) -> None:
         progress("compress encoder", done)
 
+    options, calibration, config = job.options, job.calibration, job.checkpoint.config
     if not options.compressed:
         return coreml.NOT_COMPRESSED
     advance(0.0)
-    if options.encoder_precision != "mixed":
+    if calibration is None or options.encoder_precision != "mixed":
         return compress.uniform(module, options.encoder_precision, advance)
-    config = checkpoint.config
-    calibration = load_calibration(options.calibration, config.vision)
     pixels = calibration_pixels(calibration, config.vision, config.image_aspect_ratio)
     chosen = mixed(module, pixels, options.encoder_bits, advance)
     record = {"sha256": calibration.digest, "skipped": list(calibration.skipped)}

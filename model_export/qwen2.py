@@ -235,6 +235,11 @@ class Outcome:
     log_probabilities: Tensor
     largest: float
 
+    def divergence(self, source: Outcome) -> Tensor:
+        """KL divergence from `source` at each scored place, in nats: [P]."""
+        expected = source.log_probabilities
+        return (expected.exp() * (expected - self.log_probabilities)).sum(1)
+
 
 @torch.inference_mode()
 def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:

@@ -19,18 +19,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import MODES, Format
 from model_export import llm, sensitivity
 from model_export.allocate import Choice, allocate
-from model_export.calibration import Calibration, load_calibration
+from model_export.calibration import Calibration
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.pictures import reference_features
 from model_export.recipes import Scheme, is_matrix, path_of
 from model_export.sensitivity import Losses
+from model_export.tokenizer import ExportedTokenizer
 from model_export.weights import TensorSpec
 
 # What is measured; the other widths follow from it.
@@ -64,8 +63,8 @@ class Found:
 
 def search(
     checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    image_token_id: int,
+    tokenizer: ExportedTokenizer,
+    calibration: Calibration,
     options: ExportOptions,
     target: float,
     progress: Callable[[str, float | None], None],
@@ -73,9 +72,8 @@ def search(
     """The scheme of `target` bits per weight, or the nearest below, that loses least.
 
     Raises:
-        OptionError: the calibration data can't be used, or the size can't be reached.
+        OptionError: the size can't be reached, or the group size does not fit.
     """
-    calibration = load_calibration(options.calibration, checkpoint.config.vision)
     formats = [Format(bits, options.group_size) for bits in MODES["affine"][0]]
     if not _divides(checkpoint.llm_specs, options.group_size):
         raise OptionError(
@@ -93,8 +91,8 @@ def search(
         references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
         losses = sensitivity.measure(
             checkpoint,
-            tokenizer,
-            image_token_id,
+            tokenizer.tokenizer,
+            tokenizer.image_token_id,
             references,
             formats,
             Format(MEASURED_BITS, options.group_size),
@@ -190,9 +188,8 @@ def _divides(specs: Sequence[TensorSpec], group_size: int) -> bool:
 
 def _cache() -> Path:
     """Where what has been measured is kept, by the platform's custom."""
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/fastvlm-mlx/sensitivities").expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    custom = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    home = os.environ.get("XDG_CACHE_HOME") or custom
     return Path(home).expanduser() / "fastvlm-mlx" / "sensitivities"
 
 

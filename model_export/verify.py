@@ -240,11 +240,10 @@ def answer_gates(
             qwen2.Side(written, torch.from_numpy(found)),
         ]
         p, q = qwen2.run(text, dialogue, sides)
-        expected, got = p.log_probabilities, q.log_probabilities
-        divergence.append((expected.exp() * (expected - got)).sum(1))
-        top = expected.topk(2, 1)
+        divergence.append(q.divergence(p))
+        top = p.log_probabilities.topk(2, 1)
         decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
-        agreed.append(top.indices[:, 0] == got.argmax(1))
+        agreed.append(top.indices[:, 0] == q.log_probabilities.argmax(1))
         largest = float(np.maximum(largest, q.largest))
     kl = float(torch.cat(divergence).mean())
     bits = layer_bits(scheme_of(bundle), checkpoint.llm_specs)

@@ -21,7 +21,7 @@ def test_without_data_there_are_scenes_or_a_photograph_and_none_of_the_gates():
         assert all(picture.questions for picture in own.pictures)
         assert not {p.name for p in own.pictures} & {p.name for p in gate_pictures(vision)}
         assert own.digest == calibration.load_calibration(None, vision).digest
-        assert own.note() is None
+        assert own.notes() == []
 
 
 def test_a_directory(tmp_path):
@@ -34,8 +34,8 @@ def test_a_directory(tmp_path):
     assert [p.name for p in found.pictures] == ["a.png", "below/b.JPG"]
     assert found.pictures[0].image.size == (512, 171)
     assert len(found.skipped) == 1
-    assert "c.jpg" in found.note()
-    assert "1 skipped" in found.note()
+    assert "c.jpg" in found.notes()[0]
+    assert "1 skipped" in found.notes()[0]
 
 
 def test_lines(tmp_path):
@@ -51,9 +51,9 @@ def test_lines(tmp_path):
     found = calibration.load_calibration(file, SMALL)
     assert [p.questions for p in found.pictures] == [(("One?", "Yes."), ("Two?", "No."))]
     assert len(found.skipped) == 3
-    assert "line 4" in found.note()
-    assert "line 6 is not JSON" in found.note()
-    assert "gone.png" in found.note()
+    assert "line 4" in found.notes()[0]
+    assert "line 6 is not JSON" in found.notes()[0]
+    assert "gone.png" in found.notes()[0]
 
 
 def test_a_large_collection_is_read_in_part(tmp_path):

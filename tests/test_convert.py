@@ -73,8 +73,8 @@ def no_gates(monkeypatch):
 def quick(monkeypatch, converted, no_gates):
     """Conversions whose encoder is copied and whose gates are skipped: for what surrounds them."""
 
-    def encoder(checkpoint, package, options, progress):
-        if options.layout == "mlx":
+    def encoder(job, package, progress):
+        if job.options.layout == "mlx":
             return pipeline._ExportedEncoder({256: []}, None)
         shutil.copytree(converted / package.name, package)
         return pipeline._ExportedEncoder({256: []}, describe(package))
@@ -246,7 +246,7 @@ def test_a_float32_bundle_stays_exact(copy, tmp_path, quick, monkeypatch):
     asked = []
     encoder = pipeline._export_encoder
     monkeypatch.setattr(
-        pipeline, "_export_encoder", lambda *given: (asked.append(given[2]), encoder(*given))[1]
+        pipeline, "_export_encoder", lambda *given: (asked.append(given[0].options), encoder(*given))[1]
     )
     edit_weights(copy, widen)
     result = convert(copy, tmp_path / "out", "app")

@@ -159,9 +159,9 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
 ):
     states = []
 
-    def encoder(checkpoint, package, options, progress):
+    def encoder(job, package, progress):
         # Made from these alone; converting the same ones again would tell nothing new.
-        states.append(checkpoint.encoder_state())
+        states.append(job.checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
         return pipeline._ExportedEncoder({256: []}, describe(package))
 

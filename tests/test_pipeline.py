@@ -38,9 +38,9 @@ def quick(monkeypatch, demo_bundle):
 
     from fastvlm_mlx.vision.package import describe
 
-    def encoder(checkpoint, package, options, progress):
+    def encoder(job, package, progress):
         shutil.copytree(demo_bundle / package.name, package)
-        references = {checkpoint.config.vision.image_size: []}
+        references = {job.checkpoint.config.vision.image_size: []}
         return pipeline._ExportedEncoder(references, describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
@@ -139,10 +139,10 @@ class TestDestination:
         shards = sorted(path.name for path in out.glob("model-*.safetensors"))
         encoder, found = pipeline._export_encoder, []
 
-        def fill(checkpoint, package, options, progress):
+        def fill(job, package, progress):
             # Every write to /dev/full fails as on a full disk.
             (package.parent / shards[2]).symlink_to("/dev/full")
-            return encoder(checkpoint, package, options, progress)
+            return encoder(job, package, progress)
 
         def look(stage, done):
             for directory in tmp_path.glob(".*.partial-*"):
