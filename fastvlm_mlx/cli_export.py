@@ -57,7 +57,9 @@ def export(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="rtn (default) rounds; awq, gptq look at calibration data to lose less."),
+        typer.Option(
+            help="rtn (default) rounds; awq, gptq, dwq look at calibration data to lose less."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,

@@ -27,12 +27,16 @@ def grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, torch.where(whole == 0, 0.0, edge)
 
 
+def encode(groups: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+    """The codes of groups [..., G] on their grids, float32."""
+    return ((groups - bias) / scale).round_().clamp_(0, 2**bits - 1)
+
+
 def round_weight(weight: Tensor, bits: int, group: int) -> Tensor:
     """A weight as `mlx.core.quantize` (affine) keeps it."""
     groups = weight.unflatten(-1, (-1, group))
     scale, bias = grid(groups, bits)
-    codes = ((groups - bias) / scale).round_().clamp_(0, 2**bits - 1)
-    return codes.mul_(scale).add_(bias).flatten(-2)
+    return encode(groups, scale, bias, bits).mul_(scale).add_(bias).flatten(-2)
 
 
 @dataclass(frozen=True)

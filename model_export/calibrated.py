@@ -1,18 +1,20 @@
-"""AWQ and GPTQ of the language model's layers, one layer at a time, on pictures and questions.
+"""AWQ, GPTQ and DWQ of the language model's layers, a layer at a time, on pictures and questions.
 
 The pictures go through the source's encoder and projector once. Then each layer is loaded, reads
 what comes out of those before it, is quantized, and is put into a file where the writer finds its
-tensors. Resident are one layer in float32, what it reads, and the second moments of that. Some
-pictures are kept back: where plain rounding loses less on those, it is what the bundle gets.
+tensors. Resident are one layer in float32, what it reads, and the second moments of that. DWQ goes
+through all of them many times. Some pictures are kept back: where plain rounding loses less on
+those, it is what the bundle gets.
 
-mlx-lm has both, over whole models in MLX; on a CPU MLX takes hours for them. These are in torch, on
+mlx-lm has these, over whole models in MLX; on a CPU MLX takes hours for them. Ours are in torch, on
 the layers that the gates run, and held to mlx-lm's by a test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format
-from model_export import awq, gptq, judge, llm, qwen2
+from model_export import awq, dwq, gptq, judge, llm, qwen2
 from model_export.affine import round_weight
 from model_export.calibration import Calibration
 from model_export.checkpoint import Checkpoint
@@ -55,10 +57,12 @@ class Sample:
     Attributes:
         hidden: [1, L, D], what the next layer reads.
         around: the attention's mask and the rotary embedding, by a layer's argument.
+        scored: the places whose next token belongs to an answer.
     """
 
     hidden: Tensor
     around: dict[str, Any]
+    scored: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def split(
     return some(seen, PICTURES), some(kept_back or pictures, JUDGES)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
@@ -133,7 +137,7 @@ def quantize(
     """Quantize the layers that `chosen` quantizes, into files in `directory`.
 
     Args:
-        options: `method` is "awq" or "gptq".
+        options: `method` is "awq", "gptq" or "dwq".
 
     Raises:
         CheckpointError, OptionError: as `llm.convert`.
@@ -142,10 +146,17 @@ def quantize(
     progress("calibration pictures", None)
     seen, judges = split(calibration, checkpoint.config.vision.image_size)
     references = reference_features(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
-    samples = samples_of(checkpoint, tokenizer, references[: len(seen)])
-    ready = _layers(checkpoint, samples, chosen, options, directory, progress)
-    progress(f"{method.upper()} or rounding", None)
     source = qwen2.SourceWeights(checkpoint)
+    samples = samples_of(checkpoint, tokenizer, references[: len(seen)], source)
+    job = Job(checkpoint, chosen, options, directory, partial(progress, method.upper()))
+    if method == "dwq":
+        rounded = judge.Candidate(source, chosen)
+        ready = _train(
+            job, samples, samples_of(checkpoint, tokenizer, references[: len(seen)], rounded)
+        )
+    else:
+        ready = _layer_by_layer(job, samples)
+    progress(f"{method.upper()} or rounding", None)
     candidates = [judge.Candidate(source, chosen, made) for made in ({}, ready)]
     rounding, found = judge.losses(checkpoint, tokenizer, references[len(seen) :], candidates)
     facts = {
@@ -165,34 +176,99 @@ def quantize(
     return Calibrated({}, facts, (note,))
 
 
-def _layers(
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    chosen: Scheme,
-    options: ExportOptions,
-    directory: Path,
-    progress: Callable[[str, float | None], None],
-) -> llm.Ready:
-    method, dtype = options.method, options.dtype
-    source = qwen2.SourceWeights(checkpoint)
-    layer = qwen2.decoder_layer(checkpoint.config.text)
-    ready: dict[str, Path] = {}
-    count = checkpoint.config.text.num_hidden_layers
-    for index in range(count):
-        progress(method.upper(), index / count)
-        prefix = f"{LAYERS}{index}."
-        state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
-        for name, tensor in state.items():
-            llm.check_range((prefix + name).removeprefix(PREFIX), tensor, dtype)
-        layer.load_state_dict(state, strict=True, assign=True)
-        formats = {name: chosen[prefix + name] for name in MATRICES}
-        inputs = Inputs(layer, samples, formats, dtype)
-        finished = gptq_layer(inputs) if method == "gptq" else awq_layer(inputs)
-        file = directory / f"{index}.safetensors"
+@dataclass(frozen=True)
+class Job:
+    """What is to be quantized, in which form, and the directory that the results wait in."""
+
+    checkpoint: Checkpoint
+    chosen: Scheme
+    options: ExportOptions
+    directory: Path
+    progress: Callable[[float], None]
+
+    @property
+    def count(self) -> int:
+        return self.checkpoint.config.text.num_hidden_layers
+
+    def layers(self) -> Iterator[tuple[str, awq.State]]:
+        """The source's layers, float32: the prefix of each one's names, its tensors.
+
+        Raises:
+            CheckpointError, OptionError: as `llm.convert`.
+        """
+        source = qwen2.SourceWeights(self.checkpoint)
+        for index in range(self.count):
+            prefix = f"{LAYERS}{index}."
+            state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
+            for name, tensor in state.items():
+                llm.check_range((prefix + name).removeprefix(PREFIX), tensor, self.options.dtype)
+            yield prefix, state
+
+    def formats(self, prefix: str) -> awq.Formats:
+        return {name: self.chosen[prefix + name] for name in MATRICES}
+
+    def save(self, prefix: str, finished: Finished) -> llm.Ready:
+        file = self.directory / f"{prefix}safetensors"
         mx.save_safetensors(str(file), dict(_named(prefix, finished)))
-        ready |= dict.fromkeys((prefix + name for name in finished), file)
-    progress(method.upper(), 1.0)
+        return dict.fromkeys((prefix + name for name in finished), file)
+
+
+def _layer_by_layer(job: Job, samples: Sequence[Sample]) -> llm.Ready:
+    """AWQ, GPTQ."""
+    layer = qwen2.decoder_layer(job.checkpoint.config.text)
+    method = gptq_layer if job.options.method == "gptq" else awq_layer
+    ready: dict[str, Path] = {}
+    for index, (prefix, state) in enumerate(job.layers()):
+        job.progress(index / job.count)
+        layer.load_state_dict(state, strict=True, assign=True)
+        inputs = Inputs(layer, samples, job.formats(prefix), job.options.dtype)
+        ready |= job.save(prefix, method(inputs))
+    job.progress(1.0)
     return ready
+
+
+def _train(job: Job, taught: Sequence[Sample], learning: Sequence[Sample]) -> llm.Ready:
+    """DWQ.
+
+    Args:
+        taught: what the source's first layer reads; it goes on to the last one.
+        learning: what that of the bundle reads.
+    """
+    job.progress(0.0)
+    checkpoint = job.checkpoint
+    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    source = qwen2.SourceWeights(checkpoint)
+    layer = qwen2.decoder_layer(text)
+    layers: dict[str, dwq.Layer] = {}
+    for prefix, state in job.layers():
+        layer.load_state_dict(state, strict=True, assign=True)
+        for sample in taught:
+            sample.hidden = layer(sample.hidden, **sample.around)
+        groups = {
+            f"{name}.weight": dwq.Groups(
+                state[f"{name}.weight"], form, job.directory / f"{prefix}{name}"
+            )
+            for name, form in job.formats(prefix).items()
+            if form is not None
+        }
+        rest = [name for name in state if name not in groups]
+        layers[prefix] = dwq.Layer(groups, partial(_read, source, prefix, rest))
+    lessons = [
+        dwq.Lesson(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
+        for mine, theirs in zip(learning, taught, strict=True)
+    ]
+    head = dwq.Head(text, source, judge.Candidate(source, job.chosen))
+    dwq.train(layer, list(layers.values()), head, lessons, job.progress)
+    dtype = getattr(torch, job.options.dtype)
+    ready: dict[str, Path] = {}
+    for prefix, each in layers.items():
+        finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}
+        ready |= job.save(prefix, finished)
+    return ready
+
+
+def _read(source: qwen2.Weights, prefix: str, names: Sequence[str]) -> awq.State:
+    return {name: source.matrix(prefix + name).float() for name in names}
 
 
 def gptq_layer(inputs: Inputs) -> Finished:
@@ -247,12 +323,18 @@ def awq_layer(inputs: Inputs) -> Finished:
 
 
 def samples_of(
-    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, references: Sequence[Reference]
+    checkpoint: Checkpoint,
+    tokenizer: ExportedTokenizer,
+    references: Sequence[Reference],
+    weights: qwen2.Weights,
 ) -> list[Sample]:
-    """What the first layer reads of each picture and its questions."""
+    """What the first layer reads of each picture and its questions.
+
+    Args:
+        weights: the embedding and the projector.
+    """
     vision, text = checkpoint.config.vision, checkpoint.config.text
     rotary = qwen2.rotary_embedding(text)
-    source = qwen2.SourceWeights(checkpoint)
     samples = []
     for reference in references:
         dialogue = qwen2.Dialogue.build(
@@ -261,10 +343,10 @@ def samples_of(
             tokenizer.image_token_id,
             vision.num_tokens,
         )
-        hidden = qwen2.embed(qwen2.Side(source, torch.from_numpy(reference.features)), dialogue)
+        hidden = qwen2.embed(qwen2.Side(weights, torch.from_numpy(reference.features)), dialogue)
         rotation = rotary(hidden, dialogue.positions[None])
         around = {"attention_mask": dialogue.mask, "position_embeddings": rotation}
-        samples.append(Sample(hidden, around))
+        samples.append(Sample(hidden, around, dialogue.scored))
     return samples
 
 

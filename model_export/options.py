@@ -30,7 +30,7 @@ TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 FUNCTIONS_TARGET = "iOS18"
 DEFAULT_ENCODER_BPW = 6.0
 LAYOUTS = ("app", "mlx")
-METHODS = ("rtn", "awq", "gptq")
+METHODS = ("rtn", "awq", "gptq", "dwq")
 FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 IMAGE_SIZE_MULTIPLE = 64
 RELEASED_SIZE = 1024
@@ -106,7 +106,7 @@ class ExportOptions:
         recipe: a file, or the name of a stock recipe, that says which layer gets which bits.
         llm_bpw: bits per weight, scales and what is not quantized included, for which the best
             assignment of bits is searched.
-        method: how the layers' weights are quantized: rtn rounds each to the nearest, awq and gptq
+        method: how the layers' weights are quantized: rtn rounds each to the nearest, the others
             look at calibration data.
         calibration: pictures or JSON lines that the search and a mixed encoder are measured on, and
             the method looks at.
@@ -129,7 +129,7 @@ class ExportOptions:
     projector_bits: int = 16
     recipe: str | None = None
     llm_bpw: float | None = None
-    method: Literal["rtn", "awq", "gptq"] = "rtn"
+    method: Literal["rtn", "awq", "gptq", "dwq"] = "rtn"
     calibration: str | None = None
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     encoder_precision: Literal["fp16", "fp32", "int8", "palette6", "palette4", "mixed"] = "fp16"
@@ -181,8 +181,8 @@ class ExportOptions:
         """A search decides every matrix's bits; calibration data is for it, or for a method."""
         if self.calibration is not None and not self.calibrates:
             raise OptionError(
-                "--calibration is given and nothing looks at it: add --llm-bpw, --method awq or "
-                "gptq, or --encoder-precision mixed"
+                "--calibration is given and nothing looks at it: add --llm-bpw, a --method, or "
+                "--encoder-precision mixed"
             )
         if self.llm_bpw is None:
             return

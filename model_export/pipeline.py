@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,8 @@ def _check_space(directory: Path, job: Job) -> None:
     language = job.llm_bytes
     if options.method != "rtn":
         language *= 2  # what is calibrated waits beside what is written
+    if options.method == "dwq":
+        language += sum(prod(spec.shape) for spec in job.checkpoint.llm_specs)  # codes, unpacked
     # coremltools writes the encoder's weights twice, before there is a language model; where there
     # are several sizes, beside a package of each.
     others = len(options.other_sizes)

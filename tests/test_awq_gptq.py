@@ -139,7 +139,8 @@ def small():
     hidden = uneven(40, 64)[None]
     mask = torch.full((40, 40), float("-inf")).triu(1)[None, None]
     rotation = qwen2.rotary_embedding(TEXT)(hidden, torch.arange(40)[None])
-    sample = calibrated.Sample(hidden, {"attention_mask": mask, "position_embeddings": rotation})
+    around = {"attention_mask": mask, "position_embeddings": rotation}
+    sample = calibrated.Sample(hidden, around, torch.arange(40))
     with torch.inference_mode():
         seen = awq.Seen(calibrated.seen_by(layer, [sample]), [sample.around])
     block = mlx_qwen2.TransformerBlock(

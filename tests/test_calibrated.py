@@ -1,4 +1,4 @@
-"""AWQ and GPTQ of the demo checkpoint: what is lost, what is written, what is refused."""
+"""AWQ, GPTQ and DWQ of the demo checkpoint: what is lost, what is written, what is refused."""
 
 import json
 from dataclasses import replace
@@ -126,7 +126,9 @@ def written(demo, directory, **options):
     [
         ("awq", {"llm_bits": 2, "group_size": 32}),
         ("gptq", {"llm_bits": 2}),
+        ("dwq", {"llm_bits": 2}),
         ("gptq", {"recipe": "mixed_2_6", "layout": "mlx"}),
+        ("dwq", {"recipe": "mixed_2_6", "layout": "mlx"}),
     ],
     ids=str,
 )
@@ -150,7 +152,7 @@ def test_where_rounding_loses_less_the_bundle_has_rounding(demo, tmp_path, metho
 
 
 def test_the_same_input_gives_the_same_bytes(demo, tmp_path):
-    for method in ("awq", "gptq"):
+    for method in ("awq", "gptq", "dwq"):
         files = [tmp_path / f"{method}-{i}" for i in range(2)]
         for directory in files:
             written(demo, directory, llm_bits=2, group_size=32, method=method)
@@ -164,7 +166,7 @@ def test_awq_changes_nothing_before_rounding(demo):
     source = qwen2.SourceWeights(demo.checkpoint)
     state, pictures = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
     references = reference_features(state, demo.checkpoint, pictures)
-    samples = calibrated.samples_of(demo.checkpoint, demo.tokenizer, references)
+    samples = calibrated.samples_of(demo.checkpoint, demo.tokenizer, references, source)
     layer = qwen2.decoder_layer(demo.checkpoint.config.text)
     formats = dict.fromkeys(calibrated.MATRICES, Format(3, 64))
     changed = {}
@@ -245,7 +247,7 @@ def test_the_command(demo_checkpoint, tmp_path):
     assert facts["llm"]["method"] == recorded["method"]
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "dwq"])
 def test_a_weight_that_can_t_be_stored_is_named(demo, edit_checkpoint, tmp_path, method):
     def enlarge(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
@@ -260,8 +262,8 @@ def test_a_weight_that_can_t_be_stored_is_named(demo, edit_checkpoint, tmp_path,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "nf4"}, "--method is nf4: expected one of rtn, awq, gptq"),
-        ({"calibration": "pictures"}, "nothing looks at it: add --llm-bpw, --method awq or gptq"),
+        ({"method": "nf4"}, "--method is nf4: expected one of rtn, awq, gptq, dwq"),
+        ({"calibration": "pictures"}, "nothing looks at it: add --llm-bpw, a --method, or"),
         ({"method": "gptq", "llm_bits": 16}, "--method gptq is given and no layer is quantized"),
         (
             {"method": "awq", "llm_mode": "mxfp4", "layout": "mlx"},

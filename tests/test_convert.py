@@ -246,7 +246,9 @@ def test_a_float32_bundle_stays_exact(copy, tmp_path, quick, monkeypatch):
     asked = []
     encoder = pipeline._export_encoder
     monkeypatch.setattr(
-        pipeline, "_export_encoder", lambda *given: (asked.append(given[0].options), encoder(*given))[1]
+        pipeline,
+        "_export_encoder",
+        lambda *given: (asked.append(given[0].options), encoder(*given))[1],
     )
     edit_weights(copy, widen)
     result = convert(copy, tmp_path / "out", "app")
