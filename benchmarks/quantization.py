@@ -1,11 +1,12 @@
-"""What AWQ and GPTQ gain over plain rounding at the same bits, and what they take.
+"""What AWQ, GPTQ and DWQ gain over plain rounding at the same bits, and what they take.
 
     python -m benchmarks.quantization [CHECKPOINT] [--synthetic 0.5b] [--bits 4 3 2] [--json FILE]
 
 The checkpoint is the demo's unless another is given, or made with random weights. Each row is one
 `fastvlm export`, a process of its own, every gate included; then `fastvlm compare` holds all of
 them to the checkpoint, encoder and language model together, on pictures that nothing was calibrated
-on. Seconds are the processor's, of both cores, which other work on the machine changes little.
+on. In brackets is what the bundle has where plain rounding lost less on those that were kept back.
+Seconds are the processor's, of both cores, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ def export(checkpoint: Path, out: Path, bits: int, method: str, rest: list[str])
     command = [sys.executable, "-m", "fastvlm_mlx", "export", str(checkpoint), str(out)]
     command += ["--llm-bits", str(bits), "--method", method, "--allow-failed-gates", *rest]
     run = measure(command)
+    facts = json.loads((out / "manifest.json").read_text())["llm"]
     return {
         "bits": bits,
         "method": method,
+        "used": facts.get("calibration", {}).get("method", method),
         "cpu_seconds": run["cpu_seconds"],
         "peak_bytes": run["peak_bytes"],
     }
@@ -72,8 +75,9 @@ def main() -> None:
             continue
         row = rows[found.name]
         row |= {key: value for key, value in found.to_dict().items() if key not in ("name", "best")}
+        used = "" if row["used"] == row["method"] else f" ({row['used']})"
         print(
-            f"| {row['bits']} | {row['method']} | {found.bits_per_weight:.2f} "
+            f"| {row['bits']} | {row['method']}{used} | {found.bits_per_weight:.2f} "
             f"| {found.kl_nats:.3g} | {found.agreement:.4f} "
             f"| {found.changed} of {found.questions} "
             f"| {row['cpu_seconds']:.0f} | {row['peak_bytes'] / 1e9:.2f} |"
