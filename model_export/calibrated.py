@@ -148,14 +148,14 @@ def quantize(
     references = reference_features(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
     source = qwen2.SourceWeights(checkpoint)
     samples = samples_of(checkpoint, tokenizer, references[: len(seen)], source)
-    job = Job(checkpoint, chosen, options, directory, partial(progress, method.upper()))
+    work = Work(checkpoint, chosen, options, directory, partial(progress, method.upper()))
     if method == "dwq":
         rounded = judge.Candidate(source, chosen)
         ready = _train(
-            job, samples, samples_of(checkpoint, tokenizer, references[: len(seen)], rounded)
+            work, samples, samples_of(checkpoint, tokenizer, references[: len(seen)], rounded)
         )
     else:
-        ready = _layer_by_layer(job, samples)
+        ready = _layer_by_layer(work, samples)
     progress(f"{method.upper()} or rounding", None)
     candidates = [judge.Candidate(source, chosen, made) for made in ({}, ready)]
     rounding, found = judge.losses(checkpoint, tokenizer, references[len(seen) :], candidates)
@@ -170,14 +170,14 @@ def quantize(
     if found < rounding:
         return Calibrated(ready, facts, ())
     note = (
-        f"{method.upper()} loses {found:.3g} nats on pictures that it was not shown and plain "
-        f"rounding {rounding:.3g}: the bundle has plain rounding"
+        f"{method.upper()} loses {found:.3g} nats on the pictures that judge it and plain rounding "
+        f"{rounding:.3g}: the bundle has plain rounding"
     )
     return Calibrated({}, facts, (note,))
 
 
 @dataclass(frozen=True)
-class Job:
+class Work:
     """What is to be quantized, in which form, and the directory that the results wait in."""
 
     checkpoint: Checkpoint
@@ -213,42 +213,42 @@ class Job:
         return dict.fromkeys((prefix + name for name in finished), file)
 
 
-def _layer_by_layer(job: Job, samples: Sequence[Sample]) -> llm.Ready:
+def _layer_by_layer(work: Work, samples: Sequence[Sample]) -> llm.Ready:
     """AWQ, GPTQ."""
-    layer = qwen2.decoder_layer(job.checkpoint.config.text)
-    method = gptq_layer if job.options.method == "gptq" else awq_layer
+    layer = qwen2.decoder_layer(work.checkpoint.config.text)
+    method = gptq_layer if work.options.method == "gptq" else awq_layer
     ready: dict[str, Path] = {}
-    for index, (prefix, state) in enumerate(job.layers()):
-        job.progress(index / job.count)
+    for index, (prefix, state) in enumerate(work.layers()):
+        work.progress(index / work.count)
         layer.load_state_dict(state, strict=True, assign=True)
-        inputs = Inputs(layer, samples, job.formats(prefix), job.options.dtype)
-        ready |= job.save(prefix, method(inputs))
-    job.progress(1.0)
+        inputs = Inputs(layer, samples, work.formats(prefix), work.options.dtype)
+        ready |= work.save(prefix, method(inputs))
+    work.progress(1.0)
     return ready
 
 
-def _train(job: Job, taught: Sequence[Sample], learning: Sequence[Sample]) -> llm.Ready:
+def _train(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> llm.Ready:
     """DWQ.
 
     Args:
         taught: what the source's first layer reads; it goes on to the last one.
         learning: what that of the bundle reads.
     """
-    job.progress(0.0)
-    checkpoint = job.checkpoint
+    work.progress(0.0)
+    checkpoint = work.checkpoint
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     source = qwen2.SourceWeights(checkpoint)
     layer = qwen2.decoder_layer(text)
     layers: dict[str, dwq.Layer] = {}
-    for prefix, state in job.layers():
+    for prefix, state in work.layers():
         layer.load_state_dict(state, strict=True, assign=True)
         for sample in taught:
             sample.hidden = layer(sample.hidden, **sample.around)
         groups = {
             f"{name}.weight": dwq.Groups(
-                state[f"{name}.weight"], form, job.directory / f"{prefix}{name}"
+                state[f"{name}.weight"], form, work.directory / f"{prefix}{name}"
             )
-            for name, form in job.formats(prefix).items()
+            for name, form in work.formats(prefix).items()
             if form is not None
         }
         rest = [name for name in state if name not in groups]
@@ -257,13 +257,13 @@ def _train(job: Job, taught: Sequence[Sample], learning: Sequence[Sample]) -> ll
         dwq.Lesson(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
         for mine, theirs in zip(learning, taught, strict=True)
     ]
-    head = dwq.Head(text, source, judge.Candidate(source, job.chosen))
-    dwq.train(layer, list(layers.values()), head, lessons, job.progress)
-    dtype = getattr(torch, job.options.dtype)
+    head = dwq.Head(text, source, judge.Candidate(source, work.chosen))
+    dwq.train(layer, list(layers.values()), head, lessons, work.progress)
+    dtype = getattr(torch, work.options.dtype)
     ready: dict[str, Path] = {}
     for prefix, each in layers.items():
         finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}
-        ready |= job.save(prefix, finished)
+        ready |= work.save(prefix, finished)
     return ready
 
 

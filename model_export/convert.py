@@ -26,8 +26,9 @@ from model_export import llm, recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.destination import check_replaceable, resolve
 from model_export.interruption import Progress, interruptible
+from model_export.job import Job, Written
 from model_export.options import ENCODER_SNR_DB, LLM_AGREEMENT, LLM_KL_NATS, ExportOptions
-from model_export.pipeline import ExportResult, Job, Written, build, check_overlap, counted
+from model_export.pipeline import ExportResult, build, check_overlap, counted
 from model_export.recipes import Scheme
 from model_export.sources import Source
 from model_export.tensors import ALL, FORMATS, SafeTensor, row_blocks, safe_tensors

@@ -6,16 +6,14 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastvlm_mlx.bundle import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
 from model_export import mlx_layout, recipes
 from model_export.checkpoint import Checkpoint
 from model_export.gates import Gate
-
-if TYPE_CHECKING:
-    from model_export.pipeline import Job, Written
+from model_export.job import Job, Written
 
 TOOLS = (
     "fastvlm-mlx",
