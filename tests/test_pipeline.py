@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from PIL import Image
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, OptionError
@@ -86,6 +87,18 @@ def test_two_exports_are_the_same_bytes(demo_checkpoint, demo_bundle, tmp_path, 
     first = {k: v[0] for k, v in fingerprint(demo_bundle).items() if k != "manifest.json"}
     second = {k: v[0] for k, v in fingerprint(tmp_path / "again").items() if k != "manifest.json"}
     assert first == second
+
+
+def test_calibration_that_can_t_be_read_is_told(demo_checkpoint, tmp_path, quick):
+    """Whoever looks at it; here it is the encoder's measuring."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (40, 30), "red").save(pictures / "red.png")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    options = ExportOptions(encoder_precision="mixed", calibration=str(pictures))
+    (note,) = export(demo_checkpoint, tmp_path / "out", options).notes
+    assert note.startswith("calibration: 1 skipped")
+    assert "broken.png" in note
 
 
 def test_the_source_is_not_touched(demo_checkpoint, demo_bundle, tmp_path, quick):
