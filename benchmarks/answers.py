@@ -1,6 +1,6 @@
 """What each choice of bits costs in answers: the demo checkpoint on 1,000 held-out questions.
 
-    python -m benchmarks.answers [--questions 1000] [--json FILE]
+    python -m benchmarks.answers [--questions 1000] [--only CHOICE …] [--json FILE]
 
 PyTorch answers from the source checkpoint (transformers' Qwen2 on the unfolded encoder); every
 bundle answers through the runtime. Lost are the answers that PyTorch has right and the bundle has
@@ -26,11 +26,11 @@ from fastvlm_mlx.fastvlm import ImageFeatures
 from fastvlm_mlx.generate import Timings
 from model_export.demo import scenes
 from model_export.demo.model import DemoModel, to_pixels
-from model_export.options import ExportOptions
+from model_export.options import ExportOptions, preset
 from model_export.pipeline import export
 
 CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
-CHOICES = (
+PLAIN = (
     (16, "fp32"),
     (16, "fp16"),
     (16, "int8"),
@@ -43,6 +43,10 @@ CHOICES = (
     (4, "fp16"),
     (3, "fp16"),
 )
+CHOICES = {
+    **{f"{p}-{bits}": {"encoder_precision": p, "llm_bits": bits} for bits, p in PLAIN},
+    **{name: preset(name, {}) for name in ("balanced", "phone")},
+}
 
 
 def right(texts: list[str], pairs: list[tuple[scenes.Scene, scenes.Question]]) -> np.ndarray:
@@ -69,6 +73,7 @@ def bundle_answers(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--only", nargs="+", choices=CHOICES, help="of the choices these")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     pairs = scenes.held_out(arguments.questions)
@@ -82,23 +87,24 @@ def main() -> None:
             texts += source.answer(seen, [question.prompt for _, question in part])
     before = right(texts, pairs)
     print(f"{platform.platform()}, {len(pairs)} questions, PyTorch right: {before.sum()}")
-    print("encoder   LLM bits  bits/weight  bundle MB  right  lost  KL nats  encoder SNR dB")
+    print("choice       bits/weight  bundle MB  right  lost  KL nats  encoder SNR dB")
     rows = []
     features: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for bits, precision in CHOICES:
-            out = Path(folder) / f"{bits}-{precision}"
+        for name, fields in CHOICES.items():
+            if arguments.only and name not in arguments.only:
+                continue
+            out = Path(folder) / name
             started = time.perf_counter()
-            options = ExportOptions(
-                llm_bits=bits, encoder_precision=precision, allow_failed_gates=True
-            )
+            options = ExportOptions(**fields, allow_failed_gates=True)
             manifest = export(CHECKPOINT, out, options).manifest
             exported_s = time.perf_counter() - started
             after = right(bundle_answers(out, pairs, features), pairs)
             gates = {gate["name"]: gate["value"] for gate in manifest["gates"]}
             row = {
-                "encoder": precision,
-                "llm_bits": bits,
+                "choice": name,
+                "encoder": options.encoder_precision,
+                "llm_bits": options.llm_bits,
                 "bits_per_weight": manifest["llm"]["bits_per_weight"],
                 "bundle_bytes": sum(f["bytes"] for f in manifest["files"].values()),
                 "right": int(after.sum()),
@@ -109,7 +115,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{precision:8}  {bits:8}  {row['bits_per_weight']:11}  "
+                f"{name:11}  {row['bits_per_weight']:11}  "
                 f"{row['bundle_bytes'] / 1e6:9.2f}  {row['right']:5}  {row['lost']:4}  "
                 f"{row['kl_nats']:7.2g}  {row['snr_db']:.1f}",
                 flush=True,
