@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def quantize(
     rounding, found = judge.losses(checkpoint, tokenizer, references[len(seen) :], candidates)
     facts = {
         "method": method if found < rounding else "rtn",
-        "kl_nats": {"rtn": rounding, method: found},
+        # JSON has no NaN, which is where a training ends that diverges.
+        "kl_nats": {"rtn": rounding, method: found if isfinite(found) else None},
         "sha256": calibration.digest,
         "pictures": len(seen),
         "judged_on": [picture.name for picture in judges],

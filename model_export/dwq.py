@@ -69,16 +69,6 @@ class Layer:
     def state(self) -> dict[str, Tensor]:
         return self.rest() | {name: part() for name, part in self.groups.items()}
 
-    def optimizer(self) -> torch.optim.Adam:
-        parts = [
-            {
-                "params": list(part.parameters()),
-                "lr": RATE * float(part.scales.detach().abs().mean()),
-            }
-            for part in self.groups.values()
-        ]
-        return torch.optim.Adam(parts)
-
 
 @dataclass(frozen=True)
 class Lesson:
@@ -144,14 +134,18 @@ def train(
     Args:
         layer: a decoder layer, whose parameters are given with each call.
     """
-    optimizers = [each.optimizer() for each in layers]
-    schedules = [LinearLR(optimizer, 1, 0, STEPS) for optimizer in optimizers]
+    groups = [part for each in layers for part in each.groups.values()]
+    optimizer = torch.optim.Adam(
+        {"params": part.parameters(), "lr": RATE * float(part.scales.detach().abs().mean())}
+        for part in groups
+    )
+    schedule = LinearLR(optimizer, 1, 0, STEPS)
     for step in range(STEPS):
-        passed = backward(layer, layers, head, lessons[step % len(lessons)])
-        for index in passed:
-            optimizers[index].step()
-            optimizers[index].zero_grad()
-            schedules[index].step()
+        for _ in backward(layer, layers, head, lessons[step % len(lessons)]):
+            # Of this layer: no other has gradients now.
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
         progress((step + 1) / STEPS)
 
 

@@ -13,7 +13,7 @@ from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format
-from model_export import awq, calibrated, judge, llm, qwen2, recipes
+from model_export import awq, calibrated, dwq, judge, llm, qwen2, recipes
 from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
@@ -186,6 +186,28 @@ def test_awq_changes_nothing_before_rounding(demo):
     ]
     expected, found = (o.log_probabilities for o in qwen2.run(demo.text, dialogue, sides))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_layers_that_are_not_quantized_are_left_out(demo, tmp_path):
+    """Of those that are, one has other bits than the rest."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"model.layers.1.*": 16, "model.layers.2.*": 3}))
+    asked = ExportOptions(llm_bits=2, recipe=str(recipe), layout="mlx", method="dwq")
+    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    made = quantize(demo, chosen, asked, tmp_path)
+    assert made.facts["method"] == "dwq"
+    assert {name.split(".")[3] for name in made.ready} == {"0", "2", "3"}
+
+
+def test_a_method_that_diverges_is_not_used(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(dwq, "RATE", 1e30)
+    asked = ExportOptions(llm_bits=3, method="dwq")
+    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    made = quantize(demo, chosen, asked, tmp_path)
+    assert made.ready == {}
+    assert made.facts["method"] == "rtn"
+    assert made.facts["kl_nats"]["dwq"] is None
+    json.dumps(made.facts, allow_nan=False)
 
 
 def test_what_is_judged_is_what_is_written(demo, tmp_path):
