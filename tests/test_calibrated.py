@@ -53,6 +53,14 @@ def demo(demo_checkpoint):
     )
 
 
+@pytest.fixture
+def brief(demo, monkeypatch):
+    """The same with few scenes and steps: for what does not hang on how well a method does."""
+    monkeypatch.setattr(dwq, "STEPS", 8)
+    few = replace(demo.calibration, pictures=demo.calibration.pictures[:8])
+    return SimpleNamespace(**vars(demo) | {"calibration": few})
+
+
 class _Held:
     """A matrix in memory."""
 
@@ -151,11 +159,11 @@ def test_where_rounding_loses_less_the_bundle_has_rounding(demo, tmp_path, metho
     assert made.notes[0].endswith("the bundle has plain rounding")
 
 
-def test_the_same_input_gives_the_same_bytes(demo, tmp_path):
+def test_the_same_input_gives_the_same_bytes(brief, tmp_path):
     for method in ("awq", "gptq", "dwq"):
         files = [tmp_path / f"{method}-{i}" for i in range(2)]
         for directory in files:
-            written(demo, directory, llm_bits=2, group_size=32, method=method)
+            written(brief, directory, llm_bits=2, group_size=32, method=method)
         first, second = ((f / "model.safetensors").read_bytes() for f in files)
         assert first == second
 
@@ -188,22 +196,22 @@ def test_awq_changes_nothing_before_rounding(demo):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_layers_that_are_not_quantized_are_left_out(demo, tmp_path):
+def test_layers_that_are_not_quantized_are_left_out(brief, tmp_path):
     """Of those that are, one has other bits than the rest."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"model.layers.1.*": 16, "model.layers.2.*": 3}))
     asked = ExportOptions(llm_bits=2, recipe=str(recipe), layout="mlx", method="dwq")
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
-    made = quantize(demo, chosen, asked, tmp_path)
+    chosen = recipes.scheme(brief.checkpoint.llm_specs, brief.checkpoint.config, asked)
+    made = quantize(brief, chosen, asked, tmp_path)
     assert made.facts["method"] == "dwq"
     assert {name.split(".")[3] for name in made.ready} == {"0", "2", "3"}
 
 
-def test_a_method_that_diverges_is_not_used(demo, tmp_path, monkeypatch):
+def test_a_method_that_diverges_is_not_used(brief, tmp_path, monkeypatch):
     monkeypatch.setattr(dwq, "RATE", 1e30)
     asked = ExportOptions(llm_bits=3, method="dwq")
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
-    made = quantize(demo, chosen, asked, tmp_path)
+    chosen = recipes.scheme(brief.checkpoint.llm_specs, brief.checkpoint.config, asked)
+    made = quantize(brief, chosen, asked, tmp_path)
     assert made.ready == {}
     assert made.facts["method"] == "rtn"
     assert made.facts["kl_nats"]["dwq"] is None
