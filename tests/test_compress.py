@@ -360,7 +360,7 @@ class TestOptions:
             ({"encoder_precision": "mixed", "encoder_bpw": 3.0}, "expected 4 bits or more"),
             ({"encoder_precision": "mixed", "encoder_bpw": float("nan")}, "expected 4 bits"),
             ({"layout": "mlx", "encoder_precision": "mixed"}, "use --dtype"),
-            ({"calibration": "pictures"}, "or gptq, or --encoder-precision mixed"),
+            ({"calibration": "pictures"}, "a --method, or --encoder-precision mixed"),
             ({"layout": "mlx", "deployment_target": "iOS18"}, "leave it out"),
         ],
     )
