@@ -159,6 +159,9 @@ def _facts(manifest: Mapping[str, Any]) -> str:
     form = ", ".join(f"{name} ({n} matrices)" for name, n in forms.most_common())
     if len(forms) < 2:
         form = next(iter(forms), llm["dtype"])
+    method = llm.get("calibration", {}).get("method", "rtn")
+    if method != "rtn":
+        form += f" by {method.upper()}"
     sizes = f"{llm['parameters']:,} parameters, {shown_bytes(llm['bytes'])}"
     rows.append(("language model", f"{form}: {llm['bits_per_weight']:g} bits per weight, {sizes}"))
     if forms:

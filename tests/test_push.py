@@ -304,6 +304,11 @@ class TestCard:
         assert "and compared with the mlx bundle it was converted from. Every gate" in text
         assert "Measured on these files against the bundle converted: encoder" in text
 
+    @pytest.mark.parametrize(("used", "shown"), [("gptq", " by GPTQ: "), ("rtn", ": ")])
+    def test_the_method_that_the_weights_are_by(self, card, manifest, used, shown):
+        _, text = card(llm=manifest["llm"] | {"calibration": {"method": used}})
+        assert f"| language model | 4 bits in groups of 64{shown}" in text
+
     def test_several_formats(self, card, manifest):
         formats = dict(manifest["llm"]["formats"])
         first, *_ = (path for path, form in formats.items() if form)
