@@ -26,8 +26,9 @@ from fastvlm_mlx.fastvlm import ImageFeatures
 from fastvlm_mlx.generate import Timings
 from model_export.demo import scenes
 from model_export.demo.model import DemoModel, to_pixels
-from model_export.options import ExportOptions, preset
+from model_export.options import ExportOptions
 from model_export.pipeline import export
+from model_export.presets import preset
 
 CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
 PLAIN = (

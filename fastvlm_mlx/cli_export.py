@@ -111,8 +111,8 @@ def export(
     """Turn a checkpoint into a verified bundle for the app, a Mac and Linux."""
     with needs_export_extra():
         from model_export.options import ExportOptions, parse_sizes
-        from model_export.options import preset as with_preset
         from model_export.pipeline import export as run
+        from model_export.presets import preset as with_preset
 
     from fastvlm_mlx import report
 

@@ -16,7 +16,7 @@ Progress = Callable[[str, float | None], None]
 def interruptible(progress: Progress) -> Iterator[Progress]:
     """A progress callback that raises the interruption that somebody else caught.
 
-    coremltools' imports are in `try … except:`, and a Ctrl-C during one of them is lost. SIGTERM
+    coremltools catches whatever its imports raise, and a Ctrl-C during one of them is lost. SIGTERM
     and SIGHUP unwind like Ctrl-C, so that nothing is left behind; a second signal changes nothing.
     """
     pressed: BaseException | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
@@ -50,47 +49,6 @@ WEIGHTS_SNR_DB = {"int8": 30.0, "palette6": 20.0, "palette4": 10.0, "mixed": 5.0
 ENCODER_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "palette6": 6, "palette4": 4}
 LLM_KL_NATS = {2: 5.0, 3: 2.0, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.1, 8: 0.05, 16: 0.01}
 LLM_AGREEMENT = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9, 6: 0.95, 7: 0.95, 8: 0.95, 16: 0.99}
-
-
-# Named sets of options, and what they are for. Strict limits: half of what the bits are given.
-PRESETS: dict[str, dict[str, Any]] = {
-    # The smallest that passes them.
-    "phone": {
-        "llm_bits": 4,
-        "method": "gptq",
-        "encoder_precision": "mixed",
-        "max_kl_nats": 0.25,
-        "min_agreement": 0.9,
-    },
-    # No answer is expected to change, at half the size.
-    "balanced": {
-        "llm_bits": 8,
-        "encoder_precision": "int8",
-        "max_kl_nats": 0.025,
-        "min_agreement": 0.97,
-    },
-    # The checkpoint's own precision.
-    "exact": {"llm_bits": 16, "encoder_precision": "fp16"},
-}
-# In place of a preset's bits and method, where one of them is given.
-LLM_CHOICES = ("llm_mode", "recipe", "llm_bpw", "method")
-
-
-def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ExportOptions` that a preset and what is given beside it come to.
-
-    Raises:
-        OptionError: there is no such preset.
-    """
-    if name not in PRESETS:
-        raise _unknown("preset", name, tuple(PRESETS))
-    fields = dict(PRESETS[name])
-    if any(choice in given for choice in LLM_CHOICES):
-        fields = {key: value for key, value in fields.items() if key not in ("llm_bits", "method")}
-    if given.get("layout") == "mlx":
-        # Its encoder has the type of everything else.
-        fields.pop("encoder_precision")
-    return {"preset": name, **fields, **given}
 
 
 @dataclass(frozen=True)
@@ -160,7 +118,7 @@ class ExportOptions:
         ):
             value = getattr(self, name)
             if value not in allowed and not (value is None and name in _OPTIONAL):
-                raise _unknown(name, value, allowed)
+                raise unknown(name, value, allowed)
         self._check_search()
         self._check_encoder()
         self._check_sizes()
@@ -205,7 +163,7 @@ class ExportOptions:
     def _resolve_format(self) -> None:
         """Put the mode's own numbers where none were given, and check those that were."""
         if self.llm_mode not in MODES:
-            raise _unknown("llm_mode", self.llm_mode, tuple(MODES))
+            raise unknown("llm_mode", self.llm_mode, tuple(MODES))
         bits, groups = MODES[self.llm_mode]
         affine = self.llm_mode == "affine"
         own = DEFAULT_FORMAT if affine else Format(bits[0], groups[0], self.llm_mode)
@@ -215,7 +173,7 @@ class ExportOptions:
         ):
             value = getattr(self, name)
             if value not in (OWN, *allowed):
-                raise _unknown(name, value, allowed, "" if affine else f" with {self.llm_mode}")
+                raise unknown(name, value, allowed, "" if affine else f" with {self.llm_mode}")
             object.__setattr__(self, name, default if value == OWN else value)
 
     def _check_sizes(self) -> None:
@@ -394,7 +352,8 @@ def parse_sizes(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _unknown(name: str, value: Any, allowed: tuple[Any, ...], context: str = "") -> OptionError:
+def unknown(name: str, value: Any, allowed: tuple[Any, ...], context: str = "") -> OptionError:
+    """For raising: the option has none of the values that there are."""
     return OptionError(
         f"--{name.replace('_', '-')} is {value}{context}: expected one of "
         f"{', '.join(map(str, allowed))}"

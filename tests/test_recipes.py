@@ -11,8 +11,9 @@ from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format, Quantization
 from model_export import recipes, verify
 from model_export.checkpoint import Checkpoint
-from model_export.options import PRESETS, ExportOptions, preset
+from model_export.options import ExportOptions
 from model_export.pipeline import export
+from model_export.presets import PRESETS, preset
 
 LAYER = "language_model.model.layers."
 QUESTION = "Describe the image."
