@@ -89,10 +89,12 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
         module,
         config,
         package,
-        precision="fp16",
-        metadata=coreml.EncoderMetadata("synthetic", "none: random weights"),
-        compression=compression,
-        target=options.target,
+        coreml.Form(
+            "fp16",
+            coreml.EncoderMetadata("synthetic", "none: random weights"),
+            compression,
+            options.target,
+        ),
     )
     return {
         "choice": choice,

@@ -81,7 +81,7 @@ def export(config: VisionConfig, package: Path, precision: str) -> dict[str, Any
 
     from benchmarks.synthetic import encoder_state_dict
     from fastvlm_mlx.vision.package import quiet_coremltools
-    from model_export.coreml import EncoderMetadata, export_encoder
+    from model_export.coreml import EncoderMetadata, Form, export_encoder
     from model_export.fastvithd import fold
 
     with quiet_coremltools():
@@ -95,7 +95,7 @@ def export(config: VisionConfig, package: Path, precision: str) -> dict[str, Any
     del state
     metadata = EncoderMetadata("synthetic", "none: random weights")
     export_s, info = timed(
-        lambda: export_encoder(module, config, package, precision=precision, metadata=metadata)
+        lambda: export_encoder(module, config, package, Form(precision, metadata))
     )
     return {
         "import_s": import_s,

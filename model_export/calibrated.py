@@ -201,7 +201,7 @@ class Work:
         source = qwen2.SourceWeights(self.checkpoint)
         for index in range(self.count):
             prefix = f"{LAYERS}{index}."
-            state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
+            state = qwen2.layer_state(source, prefix)
             for name, tensor in state.items():
                 llm.check_range((prefix + name).removeprefix(PREFIX), tensor, self.options.dtype)
             yield prefix, state
@@ -254,7 +254,7 @@ def _train(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> 
             if form is not None
         }
         rest = [name for name in state if name not in groups]
-        layers[prefix] = dwq.Layer(groups, partial(_read, source, prefix, rest))
+        layers[prefix] = dwq.Layer(groups, partial(qwen2.layer_state, source, prefix, rest))
     lessons = [
         dwq.Lesson(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
         for mine, theirs in zip(learning, taught, strict=True)
@@ -267,10 +267,6 @@ def _train(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> 
         finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}
         ready |= work.save(prefix, finished)
     return ready
-
-
-def _read(source: qwen2.Weights, prefix: str, names: Sequence[str]) -> awq.State:
-    return {name: source.matrix(prefix + name).float() for name in names}
 
 
 def gptq_layer(inputs: Inputs) -> Finished:

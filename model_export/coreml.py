@@ -61,16 +61,29 @@ class EncoderMetadata:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How an encoder is written.
+
+    Attributes:
+        precision: fp16 or fp32, what the program computes in; input and output are float32 either
+            way.
+        metadata: where it comes from.
+        compression: how the weights of an fp16 program are stored.
+        target: the first iOS that loads it, iOS15 to iOS18; compressed weights need iOS16, several
+            functions iOS18.
+        image_input: it takes 8-bit RGB pictures and divides by 255 itself, in float32.
+    """
+
+    precision: str
+    metadata: EncoderMetadata
+    compression: Compression = NOT_COMPRESSED
+    target: str = "iOS15"
+    image_input: bool = False
+
+
 def export_encoder(
-    module: FastViTHD,
-    config: VisionConfig,
-    package: Path,
-    *,
-    precision: str,
-    metadata: EncoderMetadata,
-    compression: Compression = NOT_COMPRESSED,
-    target: str = "iOS15",
-    image_input: bool = False,
+    module: FastViTHD, config: VisionConfig, package: Path, form: Form
 ) -> PackageInfo:
     """Convert the folded encoder and write it to `package`.
 
@@ -80,12 +93,6 @@ def export_encoder(
         module: float32 [1, 3, S, S] → [1, N, C], from `model_export.fastvithd.fold`.
         config: the module's shape.
         package: a path ending in `.mlpackage` that does not exist.
-        precision: fp16 or fp32, what the program computes in; input and output are float32 either
-            way.
-        metadata: where it comes from.
-        compression: how the weights of an fp16 program are stored.
-        target: the first iOS that loads it, iOS15 to iOS18; compressed weights need iOS16.
-        image_input: it takes 8-bit RGB pictures and divides by 255 itself, in float32.
 
     Returns:
         What was written, read back from disk.
@@ -95,12 +102,12 @@ def export_encoder(
         DestinationError: `package` exists, has another suffix, or there is no room for it.
         GateError: the graph is not the one that the Neural Engine runs in one piece.
     """
-    if precision not in ("fp16", "fp32"):
-        raise OptionError(f"encoder precision {precision!r} is unknown: choose fp16 or fp32")
+    if form.precision not in ("fp16", "fp32"):
+        raise OptionError(f"encoder precision {form.precision!r} is unknown: choose fp16 or fp32")
     with appearing_package(package):
-        _convert(module, config, package, precision, metadata, compression, target, image_input)
+        _convert(module, config, package, form)
         info = describe(package)
-        check_graph(info, config, precision, compression.precision, image_input)
+        check_graph(info, config, form)
     return info
 
 
@@ -134,19 +141,8 @@ def appearing_package(package: Path) -> Iterator[None]:
             shutil.rmtree(package, ignore_errors=True)
 
 
-def check_graph(
-    info: PackageInfo,
-    config: VisionConfig,
-    precision: str,
-    weights: str = "fp16",
-    image_input: bool = False,
-) -> None:
+def check_graph(info: PackageInfo, config: VisionConfig, form: Form) -> None:
     """Compare the exported graph with its budget of operations, and both ends with the contract.
-
-    Args:
-        precision: what it computes in.
-        weights: what an fp16 program's are stored as.
-        image_input: it takes pictures.
 
     Raises:
         GateError: a channel norm was not fused, a transpose or a cast was inserted, or an input or
@@ -157,7 +153,7 @@ def check_graph(
         for count, mixer in zip(config.layers, config.token_mixers, strict=True)
         if mixer == "attention"
     )
-    casts = 2 if precision == "fp16" else 0
+    casts = 2 if form.precision == "fp16" else 0
     counts = {name: info.ops.get(name, 0) for name in ("layer_norm", "transpose", "cast")}
     if (
         counts["layer_norm"] != norms
@@ -172,7 +168,7 @@ def check_graph(
     ends = [(f.name, f.dtype, f.shape) for f in (*info.inputs, *info.outputs)]
     size = config.image_size
     expected = [
-        (INPUT_NAME, IMAGE if image_input else "float32", (1, 3, size, size)),
+        (INPUT_NAME, IMAGE if form.image_input else "float32", (1, 3, size, size)),
         (OUTPUT_NAME, "float32", (1, config.num_tokens, config.hidden_size)),
     ]
     if ends != expected:
@@ -180,7 +176,8 @@ def check_graph(
             f"the exported encoder declares {ends}: expected {expected}, use the tested versions "
             "of torch and coremltools"
         )
-    expected_weights = weights if precision == "fp16" else precision
+    half = form.precision == "fp16"
+    expected_weights = form.compression.precision if half else form.precision
     if info.precision != expected_weights:
         raise GateError(
             f"the exported encoder holds {info.precision} weights: expected {expected_weights}, "
@@ -188,16 +185,7 @@ def check_graph(
         )
 
 
-def _convert(
-    module: FastViTHD,
-    config: VisionConfig,
-    package: Path,
-    precision: str,
-    metadata: EncoderMetadata,
-    compression: Compression,
-    target: str,
-    image_input: bool,
-) -> None:
+def _convert(module: FastViTHD, config: VisionConfig, package: Path, form: Form) -> None:
     with quiet_coremltools(), temporary_files_in(package.parent):
         import coremltools as ct
 
@@ -209,23 +197,23 @@ def _convert(
             convert_to="mlprogram",
             inputs=[
                 ct.ImageType(INPUT_NAME, shape, scale=1 / 255, color_layout=ct.colorlayout.RGB)
-                if image_input
+                if form.image_input
                 # Without a dtype, an fp16 program's ends become float16 from iOS 16 on.
                 else ct.TensorType(INPUT_NAME, shape, dtype=np.float32)
             ],
             outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
-            minimum_deployment_target=getattr(ct.target, target),
+            minimum_deployment_target=getattr(ct.target, form.target),
             compute_precision=(
-                ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32
+                ct.precision.FLOAT16 if form.precision == "fp16" else ct.precision.FLOAT32
             ),
             skip_model_load=True,
-            package_dir=None if compression.formats else str(package),
+            package_dir=None if form.compression.formats else str(package),
         )
-        if compression.formats:
-            model = compressed(model, compression)
+        if form.compression.formats:
+            model = compressed(model, form.compression)
             model.save(str(package))
         spec = model.get_spec()
-    _write_metadata(spec, config, precision, metadata, compression, image_input)
+    _write_metadata(spec, config, form)
     normalize(spec, package)
 
 
@@ -245,19 +233,13 @@ def temporary_files_in(directory: Path) -> Iterator[None]:
             tempfile.tempdir = earlier
 
 
-def _write_metadata(
-    spec: Any,
-    config: VisionConfig,
-    precision: str,
-    metadata: EncoderMetadata,
-    compression: Compression,
-    image_input: bool,
-) -> None:
+def _write_metadata(spec: Any, config: VisionConfig, form: Form) -> None:
+    metadata, compression = form.metadata, form.compression
     size, tokens, channels = config.image_size, config.num_tokens, config.hidden_size
     description = spec.description
     description.input[0].shortDescription = (
         f"RGB picture, {size}×{size}, 8 bits a channel"
-        if image_input
+        if form.image_input
         else f"RGB picture, [1, 3, {size}, {size}], channel, row, column; values from 0 to 1, no "
         "mean subtracted"
     ) + "; the checkpoint's own padding or crop comes before"
@@ -267,9 +249,10 @@ def _write_metadata(
     )
     about = description.metadata
     about.shortDescription = (
-        f"FastViTHD, the vision encoder of FastVLM, at {size}×{size}: computes in {precision}, "
+        f"FastViTHD, the vision encoder of FastVLM, at {size}×{size}: "
+        f"computes in {form.precision}, "
         + (f"weights stored as {compression.precision}, " if compression.formats else "")
-        + ("pictures in, float32 out" if image_input else "float32 in and out")
+        + ("pictures in, float32 out" if form.image_input else "float32 in and out")
     )
     about.author = metadata.author
     about.license = metadata.license
@@ -279,7 +262,7 @@ def _write_metadata(
         **metadata.options,
         **compression.metadata(),
         "source": metadata.source,
-        "precision": precision,
+        "precision": form.precision,
         "image_size": str(size),
         "tokens": str(tokens),
         "vision_config": json.dumps(config.to_dict(), sort_keys=True),

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.vision.package import PackageInfo, describe, quiet_coremltools, read_spec
-from model_export.compress import Compression
 from model_export.coreml import (
-    NOT_COMPRESSED,
-    EncoderMetadata,
+    Form,
     appearing_package,
     check_graph,
     export_encoder,
@@ -30,12 +28,7 @@ def export_sizes(
     module: FastViTHD,
     configs: Sequence[VisionConfig],
     package: Path,
-    *,
-    precision: str,
-    metadata: EncoderMetadata,
-    compression: Compression = NOT_COMPRESSED,
-    target: str = "iOS18",
-    image_input: bool = False,
+    form: Form,
     progress: Callable[[float], None] = lambda done: None,
 ) -> PackageInfo:
     """Write an encoder that takes pictures of several sizes; of one, `coreml.export_encoder`.
@@ -43,22 +36,12 @@ def export_sizes(
     Args:
         module: of any size.
         configs: one for each size; the first is that of the default function.
-        target: iOS18, the first that loads several functions, where there are several.
 
     The rest, what is returned and what is raised are `coreml.export_encoder`'s.
     """
 
     def convert(config: VisionConfig, path: Path) -> PackageInfo:
-        return export_encoder(
-            resized(module, config),
-            config,
-            path,
-            precision=precision,
-            metadata=metadata,
-            compression=compression,
-            target=target,
-            image_input=image_input,
-        )
+        return export_encoder(resized(module, config), config, path, form)
 
     if len(configs) == 1:
         return convert(configs[0], package)
@@ -74,7 +57,7 @@ def export_sizes(
         _join(parts, [config.image_size for config in configs], package)
         for config in configs:
             info = describe(package, config.image_size)
-            check_graph(info, config, precision, compression.precision, image_input)
+            check_graph(info, config, form)
     return describe(package)
 
 

@@ -13,7 +13,6 @@ from model_export import llm, qwen2
 from model_export.checkpoint import Checkpoint
 from model_export.pictures import Reference
 from model_export.recipes import Scheme
-from model_export.sensitivity import rounded
 from model_export.tensors import ALL, safe_tensors
 from model_export.tokenizer import ExportedTokenizer
 
@@ -26,7 +25,7 @@ class RoundedMatrix(qwen2.Matrix):
 
     def float(self, rows: slice = ALL) -> Tensor:
         weight = super().float(rows)
-        return weight if self.rounding is None else rounded(weight, self.rounding)
+        return weight if self.rounding is None else qwen2.rounded(weight, self.rounding)
 
 
 @dataclass(frozen=True)

@@ -213,16 +213,19 @@ def _export_encoder(job: Job, package: Path, progress: Progress) -> _ExportedEnc
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
-    info = functions.export_sizes(
-        module,
-        [replace(vision, image_size=size) for size in references],
-        package,
+    form = coreml.Form(
         precision="fp32" if options.encoder_precision == "fp32" else "fp16",
         metadata=metadata,
         compression=compression,
         target=options.target,
         image_input=options.image_input,
-        progress=partial(progress, "Core ML encoder"),
+    )
+    info = functions.export_sizes(
+        module,
+        [replace(vision, image_size=size) for size in references],
+        package,
+        form,
+        partial(progress, "Core ML encoder"),
     )
     return _ExportedEncoder(references, info)
 

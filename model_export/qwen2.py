@@ -7,8 +7,8 @@ packed integers are unpacked here, by MLX's documented layout and not by its ker
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf
 from typing import Protocol
@@ -28,8 +28,9 @@ from fastvlm_mlx.prompt import encode_prompt
 from fastvlm_mlx.quantization import Format
 from model_export.checkpoint import Checkpoint, to_torch
 from model_export.tensors import ALL, SourceTensor, row_blocks, safe_tensors
-from model_export.weights import EMBEDDING, HEAD, NORM
+from model_export.weights import EMBEDDING, HEAD, LAYER, NORM
 
+LAYER_NAMES = tuple(name for name, _ in LAYER)
 # The sixteen numbers of E2M1, OCP Microscaling Formats 1.0, 5.3.3.
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _E2M1 = torch.cat([_E2M1, -_E2M1])
@@ -77,6 +78,11 @@ def dequantize(
     if biases is not None:
         grouped.add_(to_torch(biases).float()[..., None])
     return grouped.view(codes.shape)
+
+
+def rounded(weight: Tensor, form: Format) -> Tensor:
+    """A float32 weight as MLX's quantization keeps it."""
+    return dequantize(form, *mx.quantize(mx.array(weight.numpy()), **asdict(form)))
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -263,6 +269,13 @@ def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
     """transformers' layer, without weights: one layer's after the other's are put into it."""
     with torch.device("meta"):
         return Qwen2DecoderLayer(_settings(config), 0)
+
+
+def layer_state(
+    weights: Weights, prefix: str, names: Iterable[str] = LAYER_NAMES
+) -> dict[str, Tensor]:
+    """Tensors of the layer whose names begin so, float32."""
+    return {name: weights.matrix(prefix + name).float() for name in names}
 
 
 def replace_weight(layer: nn.Module, key: str, weight: Tensor) -> None:

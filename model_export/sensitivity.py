@@ -13,9 +13,8 @@ proportional to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -31,14 +30,15 @@ from model_export.qwen2 import (
     Side,
     SourceWeights,
     decoder_layer,
-    dequantize,
+    layer_state,
     look_up,
     project,
     replace_weight,
     rotary_embedding,
+    rounded,
 )
 from model_export.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR
-from model_export.weights import LAYER, NORM
+from model_export.weights import NORM
 
 # Rows of the batch that go through a layer together.
 BATCH = 8
@@ -133,11 +133,6 @@ class _Study:
         return kept
 
 
-def rounded(weight: Tensor, form: Format) -> Tensor:
-    """A float32 weight as MLX's quantization keeps it."""
-    return dequantize(form, *mx.quantize(mx.array(weight.numpy()), **asdict(form)))
-
-
 def _start(
     checkpoint: Checkpoint,
     weights: SourceWeights,
@@ -190,7 +185,7 @@ def _advance(
     study: _Study,
 ) -> None:
     """Every row through one layer, then a row for each of the layer's matrices."""
-    state = {name: weights.matrix(prefix + name).float() for name, _ in LAYER}
+    state = layer_state(weights, prefix)
     layer.load_state_dict(state, strict=True, assign=True)
     matrices = [name.removesuffix(".weight") for name in state if state[name].ndim == 2]
     before = [sample.hidden[:1] for sample in samples]

@@ -58,10 +58,7 @@ def write(module, checkpoint, path, compression, target="iOS16"):
         module,
         checkpoint.config.vision,
         path,
-        precision="fp16",
-        metadata=METADATA,
-        compression=compression,
-        target=target,
+        coreml.Form("fp16", METADATA, compression, target),
     )
 
 

@@ -28,7 +28,7 @@ from fastvlm_mlx.vision import load_encoder
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import PackageInfo, describe
 from model_export import reference
-from model_export.coreml import EncoderMetadata, check_graph, export_encoder
+from model_export.coreml import EncoderMetadata, Form, check_graph, export_encoder
 from model_export.fastvithd import ChannelNorm, FastViTHD, fold
 from model_export.functions import export_sizes
 
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 def export(path: Path, precision: str, module: FastViTHD | None = None) -> PackageInfo:
     module = module or fold(encoder_state_dict(CONFIG), CONFIG)
-    return export_encoder(module, CONFIG, path, precision=precision, metadata=METADATA)
+    return export_encoder(module, CONFIG, path, Form(precision, METADATA))
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +217,9 @@ def test_the_budget_of_operations(
     ops: dict[str, int], message: str, packages: dict[str, Path]
 ) -> None:
     info = describe(packages["fp16"])
-    check_graph(info, CONFIG, "fp16")
+    check_graph(info, CONFIG, Form("fp16", METADATA))
     with pytest.raises(GateError, match=message):
-        check_graph(replace(info, ops={**info.ops, **ops}), CONFIG, "fp16")
+        check_graph(replace(info, ops={**info.ops, **ops}), CONFIG, Form("fp16", METADATA))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_budget_of_operations(
 )
 def test_the_contract_at_both_ends(change: dict[str, Any], packages: dict[str, Path]) -> None:
     with pytest.raises(GateError):
-        check_graph(replace(describe(packages["fp16"]), **change), CONFIG, "fp16")
+        check_graph(replace(describe(packages["fp16"]), **change), CONFIG, Form("fp16", METADATA))
 
 
 def test_bad_destinations_and_options(tmp_path: Path) -> None:
@@ -325,7 +325,8 @@ def test_core_ml_is_asked_for_a_function_and_given_a_picture(
     package = tmp_path / "pictures.mlpackage"
     module = fold(encoder_state_dict(CONFIG), CONFIG)
     sizes = [CONFIG, replace(CONFIG, image_size=64)]
-    export_sizes(module, sizes, package, precision="fp32", metadata=METADATA, image_input=True)
+    form = Form("fp32", METADATA, target="iOS18", image_input=True)
+    export_sizes(module, sizes, package, form)
     found = {}
     for size in (None, 128, 64):
         encoder = runtime.CoreMLEncoder(package, image_size=size)

@@ -31,7 +31,7 @@ from fastvlm_mlx.vision.package import (
     read_spec,
 )
 from model_export import reference
-from model_export.coreml import EncoderMetadata, export_encoder
+from model_export.coreml import EncoderMetadata, Form, export_encoder
 from model_export.fastvithd import fold
 
 with quiet_coremltools():
@@ -56,9 +56,7 @@ def one_thread() -> Iterator[None]:
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "encoder.mlpackage"
     module = fold(encoder_state_dict(CONFIG), CONFIG)
-    export_encoder(
-        module, CONFIG, path, precision="fp16", metadata=EncoderMetadata("random", "none")
-    )
+    export_encoder(module, CONFIG, path, Form("fp16", EncoderMetadata("random", "none")))
     return path
 
 

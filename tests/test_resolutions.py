@@ -36,7 +36,7 @@ from fastvlm_mlx.vision.package import (
 )
 from model_export import install, layouts, reference, verify
 from model_export.compress import Compression, uniform
-from model_export.coreml import EncoderMetadata
+from model_export.coreml import EncoderMetadata, Form
 from model_export.demo import scenes
 from model_export.fastvithd import fold
 from model_export.functions import export_sizes
@@ -56,18 +56,18 @@ def bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def written(path: Path, weights: str = "fp16", **options: Any) -> PackageInfo:
+def written(
+    path: Path, weights: str = "fp16", sizes: tuple[int, ...] = SIZES, **options: Any
+) -> PackageInfo:
     """The small encoder at both of its sizes."""
     module = fold(encoder_state_dict(SMALL), SMALL)
+    options = {"target": "iOS18", **options}
     compression = Compression() if weights == "fp16" else uniform(module, weights)
     return export_sizes(
         module,
-        [replace(SMALL, image_size=size) for size in options.pop("sizes", SIZES)],
+        [replace(SMALL, image_size=size) for size in sizes],
         path,
-        precision="fp16",
-        metadata=EncoderMetadata("random", "none"),
-        compression=compression,
-        **options,
+        Form("fp16", EncoderMetadata("random", "none"), compression, **options),
     )
 
 

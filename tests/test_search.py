@@ -72,7 +72,7 @@ class _OneRounded(qwen2.SourceWeights):
         found = super().matrix(name)
         if name != f"{self._path}.weight":
             return found
-        return _Held(sensitivity.rounded(found.float(), self._form))
+        return _Held(qwen2.rounded(found.float(), self._form))
 
 
 def _divergence(checkpoint, tokenizer, references, path, form):

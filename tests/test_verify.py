@@ -62,9 +62,7 @@ def test_a_damaged_package_fails_the_encoder_gate(
     module = fastvithd.fold(state, checkpoint.config.vision)
     package = tmp_path / "fastvithd.mlpackage"
     metadata = coreml.EncoderMetadata(source="test", license="MIT")
-    coreml.export_encoder(
-        module, checkpoint.config.vision, package, precision="fp16", metadata=metadata
-    )
+    coreml.export_encoder(module, checkpoint.config.vision, package, coreml.Form("fp16", metadata))
     if damage == "an op":
         replace_an_op(package)
     gates, _ = verify.encoder_gates(package, folded(checkpoint), references, ExportOptions())
