@@ -1,4 +1,4 @@
-"""A bundle directory: which files it holds, what its manifest says, and whether both agree.
+"""A bundle: its configuration, tokenizer and weights, read from its directory when asked for.
 
 Read by the runtime and written by the exporter. Apple's own bundles (layout `app`) and mlx-vlm's
 conversions (layout `mlx`) have no manifest; they are taken as they are.
@@ -6,24 +6,24 @@ conversions (layout `mlx`) have no manifest; they are taken as they are.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
+from fastvlm_mlx.directory import Directory
 from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.manifest import EXPORT_AGAIN
 from fastvlm_mlx.quantization import Format
+from fastvlm_mlx.schema import TokenId, check
+from fastvlm_mlx.tokenizer import largest_id, read_tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx
     from tokenizers import Tokenizer
 
-MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
 PACKAGE = "fastvithd.mlpackage"
 # Weights of an `mlx` bundle: the encoder's, and the projector's with the model's own names.
 ENCODER_PREFIX = "vision_tower.vision_model."
@@ -34,39 +34,29 @@ MLX_PROJECTOR = {
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Directory):
     """A bundle on disk, its configuration read and nothing else."""
 
-    path: Path
     raw_config: dict[str, Any]
     config: FastVLMConfig
-    manifest: dict[str, Any] | None
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
-        """Read `config.json` and, where there is one, `manifest.json`.
+        """Look at what is at `path`, and read `config.json`.
 
         Raises:
-            BundleError: not a bundle directory, or one of the two can't be read.
+            BundleError: as `Directory.look`; or config.json is not what the manifest says.
             ConfigError: config.json describes something else.
         """
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise BundleError(f"{path} does not exist: expected a bundle made by `fastvlm export`")
-        if not path.is_dir():
-            raise BundleError(f"{path} is a file: expected the bundle's directory")
-        if not (path / "config.json").is_file():
+        found = Directory.look(path)
+        raw = found.read_json("config.json")
+        config = FastVLMConfig.from_dict(raw)
+        bundle = cls(found.path, found.manifest, found.stamps, raw, config)
+        # Of a bundle with a manifest nothing is parsed that was not compared with its hash.
+        if found.manifest is None and any(n.startswith("model.") for n in bundle.tensor_names):
             raise BundleError(
-                f"{path} holds no config.json: expected a bundle made by `fastvlm export`"
-            )
-        raw_config = read_json(path / "config.json")
-        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-        if manifest is not None:
-            _check_manifest(path / MANIFEST, manifest)
-        bundle = cls(path, raw_config, FastVLMConfig.from_dict(raw_config), manifest)
-        if any(key.startswith("model.") for key in bundle.tensors(required=False)):
-            raise BundleError(
-                f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
+                f"{bundle.path} is a checkpoint, not a bundle: run `fastvlm export {bundle.path} "
+                "OUT` first"
             )
         return bundle
 
@@ -84,16 +74,8 @@ class Bundle:
         """`app` or `mlx`: by the manifest, else by where the encoder is."""
         if self.manifest is not None:
             return str(self.manifest["layout"])
-        names = self.tensors(required=False)
-        return "mlx" if any(name.startswith(ENCODER_PREFIX) for name in names) else "app"
-
-    @cached_property
-    def files(self) -> list[str]:
-        """Its files by relative name: the manifest and what it lists; without one, every file."""
-        if self.manifest is not None:
-            return sorted([*self.manifest["files"], MANIFEST])
-        found = (file for file in self.path.rglob("*") if file.is_file())
-        return sorted(file.relative_to(self.path).as_posix() for file in found)
+        holds_encoder = any(name.startswith(ENCODER_PREFIX) for name in self.tensor_names)
+        return "mlx" if holds_encoder else "app"
 
     @cached_property
     def package(self) -> Path:
@@ -102,14 +84,19 @@ class Bundle:
         Raises:
             BundleError: there is none, or more than one.
         """
-        found = sorted(self.path.glob("*.mlpackage"))
+        first = {PurePosixPath(name).parts[0] for name in self.stamps}
+        found = sorted(name for name in first if name.endswith(".mlpackage"))
         if len(found) != 1:
-            listing = ", ".join(p.name for p in found) or "none"
             raise BundleError(
-                f"{self.path} holds {len(found)} encoders ({listing}): expected one, {PACKAGE}; "
-                "export the checkpoint again"
+                f"{self.path} holds {len(found)} encoders ({', '.join(found) or 'none'}): expected "
+                f"one, {PACKAGE}; {EXPORT_AGAIN}"
             )
-        return found[0]
+        return self.path / found[0]
+
+    @cached_property
+    def package_files(self) -> list[str]:
+        """The relative names of the package's files. Errors as `package`."""
+        return [name for name in self.stamps if name.startswith(f"{self.package.name}/")]
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -118,31 +105,44 @@ class Bundle:
         Raises:
             BundleError: there is none.
         """
-        found = sorted(self.path.rglob("*.safetensors"))
+        found = sorted(self.path / name for name in self.stamps if name.endswith(".safetensors"))
         if not found:
-            raise BundleError(
-                f"{self.path} holds no .safetensors file: export the checkpoint again"
-            )
+            raise BundleError(f"{self.path} holds no .safetensors file: {EXPORT_AGAIN}")
         return found
 
-    def tensors(self, *, required: bool = True) -> dict[str, mx.array]:
-        """The weights by name, unevaluated: headers are read, data when it is used.
-
-        A new map each time, as an array that was evaluated stays in its map, and memory.
+    @cached_property
+    def tensor_names(self) -> frozenset[str]:
+        """The names of all tensors, from the headers; none where there are no weights.
 
         Raises:
-            BundleError: a file is damaged, or, where `required`, there is none.
+            BundleError: a file is damaged, or two hold a tensor of the same name.
+        """
+        if not any(name.endswith(".safetensors") for name in self.stamps):
+            return frozenset()
+        return frozenset(_header_names(self.weight_files))
+
+    def tensors(self) -> dict[str, mx.array]:
+        """The weights by name, unevaluated: headers are read, data when it is used.
+
+        A new map each time, as an array that was evaluated stays in its map, and memory. Whoever
+        has evaluated them calls `check_unchanged`.
+
+        Raises:
+            BundleError: there is none, a file is damaged, or has changed since it was opened.
         """
         import mlx.core as mx
 
+        _ = self.weight_files, self.tensor_names
         arrays: dict[str, mx.array] = {}
-        for file in self.weight_files if required else sorted(self.path.rglob("*.safetensors")):
+        for file in self.weight_files:
             try:
                 arrays |= mx.load(str(file))  # type: ignore[arg-type]
-            except RuntimeError as error:
+            # A name that is no text, for example, is a ValueError.
+            except (RuntimeError, ValueError) as error:
                 raise BundleError(
-                    f"{file} is not a whole safetensors file ({error}): export the checkpoint again"
+                    f"{file} is not a safetensors file that MLX reads ({error}): {EXPORT_AGAIN}"
                 ) from error
+        self.check_unchanged(file.relative_to(self.path).as_posix() for file in self.weight_files)
         return arrays
 
     def model_tensors(self) -> dict[str, mx.array]:
@@ -169,129 +169,71 @@ class Bundle:
             if name.startswith(ENCODER_PREFIX)
         }
 
-    @cached_property
+    @property
     def tokenizer_file(self) -> Path:
-        file = self.path / "tokenizer.json"
-        if not file.is_file():
-            raise BundleError(
-                f"{self.path} holds no tokenizer.json: expected the tokenizer in the form that "
-                "Swift reads, export the checkpoint again"
-            )
-        return file
+        return self.path / "tokenizer.json"
 
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer.json; an `app` bundle's is checked for the placeholder.
 
         Raises:
-            BundleError: it can't be read, or its `<image>` is not what config.json says.
+            BundleError: it can't be read, its `<image>` is not what config.json says, or it has a
+                token without a row in the embedding.
         """
-        from tokenizers import Tokenizer
-
-        file = self.tokenizer_file
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        # tokenizers raises no class of its own.
-        except Exception as error:
+        file, rows = self.tokenizer_file, self.config.text.vocab_size
+        if file.name not in self.stamps:
             raise BundleError(
-                f"{file} can't be read as a tokenizer ({error}): export the checkpoint again"
-            ) from error
-        # A tokenizer.json may ask for either; a prompt is neither cut nor filled up.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+                f"{self.path} holds no tokenizer.json: expected the tokenizer in the form that "
+                f"Swift reads, {EXPORT_AGAIN}"
+            )
+        data = self.read(file.name)
+        tokenizer = read_tokenizer(data, str(file), BundleError, remedy=EXPORT_AGAIN)
+        token, largest = largest_id(tokenizer)
+        if largest >= rows:
+            raise BundleError(
+                f"{file} gives {token!r} the id {largest:,} and the embedding has {rows:,} rows: "
+                f"expected the tokenizer of this model, {EXPORT_AGAIN}"
+            )
         if self.layout == "mlx":
             return tokenizer
         found, expected = tokenizer.token_to_id(IMAGE_TOKEN), self.config.image_token_index
         if found != expected:
             raise BundleError(
                 f"{file} gives {IMAGE_TOKEN} the id {found} where config.json says {expected}: "
-                "export the checkpoint again"
+                f"{EXPORT_AGAIN}"
             )
         return tokenizer
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
-        file = self.path / "preprocessor_config.json"
-        if file.is_file():
-            return read_json(file)
+        if "preprocessor_config.json" in self.stamps:
+            return self.read_json("preprocessor_config.json")
         # transformers 5, and with it mlx-vlm's conversions, put one inside the other.
-        file = self.path / "processor_config.json"
-        processor = read_json(file) if file.is_file() else {}
+        present = "processor_config.json" in self.stamps
+        processor = self.read_json("processor_config.json") if present else {}
         inside = processor.get("image_processor")
         return {**processor, **inside} if isinstance(inside, dict) else {}
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """The ids that end an answer: generation_config.json's and config.json's together."""
-        file = self.path / "generation_config.json"
-        ids: set[int] = set()
-        for source in (read_json(file) if file.is_file() else {}, self.raw_config):
-            found = source.get("eos_token_id")
-            listed = found if isinstance(found, list) else [] if found is None else [found]
-            if not all(type(token_id) is int for token_id in listed):
-                raise BundleError(f"eos_token_id of {self.path} is {found!r}: expected token ids")
-            ids.update(listed)
-        return frozenset(ids)
-
-    def check_files(self) -> None:
-        """Compare every file with the manifest's sizes and SHA-256; without a manifest, nothing.
+        """The ids that end an answer: generation_config.json's and config.json's together.
 
         Raises:
-            BundleError: naming the first file that is missing or has changed.
+            BundleError: one is no id of the embedding's rows.
         """
-        if self.manifest is None:
-            return
-        recorded: dict[str, dict[str, Any]] = self.manifest["files"]
-        for name, entry in recorded.items():
-            file = self.path / name
-            if not file.is_file():
-                raise BundleError(
-                    f"{file} is missing, the manifest lists it with {entry['bytes']:,} bytes: "
-                    "export the checkpoint again, or copy the file back"
-                )
-            if file.stat().st_size != entry["bytes"]:
-                raise BundleError(
-                    f"{file} has {file.stat().st_size:,} bytes where the manifest says "
-                    f"{entry['bytes']:,}: it changed since export, export again"
-                )
-        # hashlib lets go of the interpreter lock, so threads hash in parallel.
-        with ThreadPoolExecutor() as pool:
-            hashes = pool.map(lambda name: sha256(self.path / name), recorded)
-            for (name, entry), found in zip(recorded.items(), hashes, strict=True):
-                if found != entry["sha256"]:
-                    raise BundleError(
-                        f"{self.path / name} has SHA-256 {found[:12]}… where the manifest says "
-                        f"{entry['sha256'][:12]}…: it changed since export, export again"
-                    )
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_tree(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below `directory` but the manifest, by relative name."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {
-        file.relative_to(directory).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": sha256(file),
-        }
-        for file in files
-    }
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises BundleError if `file` is not a JSON object."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(
-            f"{file} can't be read as JSON ({error}): export the checkpoint again"
-        ) from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+        name, rows = "generation_config.json", self.config.text.vocab_size
+        ids: set[int] = set()
+        for source in (self.read_json(name) if name in self.stamps else {}, self.raw_config):
+            found = source.get("eos_token_id")
+            listed = found if isinstance(found, list) else [] if found is None else [found]
+            where = f"eos_token_id of {self.path}"
+            ids.update(check(listed, list[TokenId], where, BundleError, remedy=EXPORT_AGAIN))
+        if ids and max(ids) >= rows:
+            raise BundleError(
+                f"eos_token_id of {self.path} is {max(ids)} and the embedding has {rows:,} rows: "
+                f"expected the ids of this model's tokens, {EXPORT_AGAIN}"
+            )
+        return frozenset(ids)
 
 
 def model_name(stored: str) -> str:
@@ -310,21 +252,25 @@ def stored_name(name: str, layout: str) -> str:
     return name
 
 
-def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise BundleError(
-            f"{file} has schema version {manifest.get('schema_version')}, expected "
-            f"{SCHEMA_VERSION}: use the release of fastvlm-mlx that wrote it, or export again"
-        )
-    files, parts = manifest.get("files"), ("options", "source", "encoder", "llm")
-    entries = list(files.values()) if isinstance(files, dict) else [None]
-    whole = all(isinstance(manifest.get(part), dict) for part in parts)
-    if not whole or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries
-    ):
-        raise BundleError(f"{file} is not a whole manifest: export the checkpoint again")
-    for name in manifest["files"]:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+def _header_names(files: Iterable[Path]) -> dict[str, Path]:
+    """Each tensor's file. Raises BundleError: one is not whole, or a tensor is in two."""
+    from safetensors import SafetensorError, safe_open
+
+    names: dict[str, Path] = {}
+    for file in files:
+        try:
+            # Checks the header and that it accounts for every byte.
+            with safe_open(str(file), framework="numpy") as stream:
+                found = list(stream.keys())
+        except (SafetensorError, OSError) as error:
             raise BundleError(
-                f"{file} lists {name}, which is not inside the bundle: export the checkpoint again"
-            )
+                f"{file} is not a whole safetensors file ({error}): {EXPORT_AGAIN}"
+            ) from error
+        for name in found:
+            if name in names:
+                raise BundleError(
+                    f"{name} is in both {names[name]} and {file}: expected each tensor once, "
+                    "remove the file that does not belong to this bundle"
+                )
+            names[name] = file
+    return names

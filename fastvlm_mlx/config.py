@@ -7,76 +7,64 @@ Key names are those of Apple's `config.json` (`model_type` `llava_qwen2`) and of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from math import inf
-from types import NoneType
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.quantization import Quantization
+from fastvlm_mlx.schema import Count, Layers, Positive, Width, check
 
 MODEL_TYPE = "llava_qwen2"
 IMAGE_TOKEN = "<image>"
-# What MLX's affine mode has.
+# The encoder's input in pixels along one side: twice what FastVLM was trained at. There attention
+# alone takes 1.6 GB; at twice that size, sixteen times as much.
+MAX_IMAGE_SIZE = 2048
+CORRECT = "correct it"
 # llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
 
 
-def _frozen(value: Any) -> Any:
-    """JSON's lists as tuples; a kernel given as [k, k], as mlx-vlm writes it, as k."""
-    if isinstance(value, list):
-        square = [v[0] if isinstance(v, list) and len({*v}) == 1 else v for v in value]
-        return tuple(square)
-    return value
+ImageSize = Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)]
+Kernel = Annotated[int, Meta(ge=1, le=63)]
+# Whole ones stay whole: widths are multiplied by them.
+Ratio = Annotated[int, Meta(ge=1, le=64)] | Annotated[float, Meta(gt=0, le=64)]
+Stages = Meta(min_length=1, max_length=8)
 
 
-def _number(value: Any, *kinds: type) -> bool:
-    # bool is an int to isinstance; NaN and infinity are floats.
-    return type(value) in kinds and 0 < value < inf
-
-
-def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, tuple) and len(value) > 0 and all(map(fits, value))
-
-
-# What a JSON value must be for each type of field.
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "int": lambda v: _number(v, int),
-    "float": lambda v: _number(v, int, float),
-    "bool": lambda v: isinstance(v, bool),
-    "tuple[int, ...]": lambda v: _all(v, lambda x: _number(x, int)),
-    "tuple[float, ...]": lambda v: _all(v, lambda x: _number(x, int, float)),
-    "tuple[str, ...]": lambda v: _all(v, lambda x: isinstance(x, str)),
-    "tuple[int | None, ...]": lambda v: _all(v, lambda x: x is None or _number(x, int)),
-}
-
-_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
-    "image_aspect_ratio": (str,),
-    "image_token_index": (int,),
-    "torch_dtype": (str,),
-    "dtype": (str,),
-}
+def _one_number(value: Any) -> Any:
+    """A list whose kernels are given as [k, k], as mlx-vlm writes them, with k in their place."""
+    if not isinstance(value, list):
+        return value
+    square = [v for v in value if isinstance(v, list) and len(v) == 2 and v[0] == v[1]]
+    return [v[0] if any(v is pair for pair in square) else v for v in value]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """FastViTHD. The defaults are MobileCLIP-L's (`mobileclip_l_1024`)."""
 
-    image_size: int = 1024
-    layers: tuple[int, ...] = (2, 12, 24, 4, 2)
-    embed_dims: tuple[int, ...] = (96, 192, 384, 768, 1536)
-    mlp_ratios: tuple[float, ...] = (4, 4, 4, 4, 4)
-    token_mixers: tuple[str, ...] = ("repmixer", "repmixer", "repmixer", "attention", "attention")
-    pos_embs_shapes: tuple[int | None, ...] = (None, None, None, 7, 7)
-    repmixer_kernel_size: int = 3
-    down_patch_size: int = 7
-    down_stride: int = 2
-    cls_ratio: float = 2.0
-    head_dim: int = 32
-    projection_dim: int = 768
+    image_size: ImageSize = 1024
+    layers: Annotated[tuple[Annotated[int, Meta(ge=1, le=256)], ...], Stages] = (2, 12, 24, 4, 2)
+    embed_dims: Annotated[tuple[Width, ...], Stages] = (96, 192, 384, 768, 1536)
+    mlp_ratios: Annotated[tuple[Ratio, ...], Stages] = (4, 4, 4, 4, 4)
+    token_mixers: Annotated[tuple[str, ...], Stages] = (
+        "repmixer",
+        "repmixer",
+        "repmixer",
+        "attention",
+        "attention",
+    )
+    pos_embs_shapes: Annotated[tuple[Kernel | None, ...], Stages] = (None, None, None, 7, 7)
+    repmixer_kernel_size: Kernel = 3
+    down_patch_size: Kernel = 7
+    down_stride: Annotated[int, Meta(ge=1, le=8)] = 2
+    cls_ratio: Ratio = 2.0
+    head_dim: Width = 32
+    projection_dim: Width = 768
 
     def __post_init__(self) -> None:
         stages = len(self.layers)
@@ -89,7 +77,7 @@ class VisionConfig:
         widths = (*self.embed_dims, self.hidden_size)
         for narrow, wide in pairwise(widths):
             # The depthwise convolutions between stages widen channel by channel.
-            if wide % narrow:
+            if wide < narrow or wide % narrow:
                 raise ConfigError(
                     f"vision_config has {narrow} channels before {wide}: expected each stage's to "
                     "be a multiple of the one before"
@@ -144,17 +132,8 @@ class VisionConfig:
         """
         if not isinstance(data, dict):
             raise ConfigError(f"vision_config is {data!r}: expected a JSON object")
-        known: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.name in data:
-                value = _frozen(data[field.name])
-                if not _FITS[str(field.type)](value):
-                    raise ConfigError(
-                        f"vision_config.{field.name} is {data[field.name]!r}, expected "
-                        f"{field.type}, more than zero: correct it"
-                    )
-                known[field.name] = value
-        config = cls(**known)
+        known = {f.name: _one_number(data[f.name]) for f in fields(cls) if f.name in data}
+        config = check(known, cls, "vision_config", ConfigError, remedy=CORRECT)
         hidden = data.get("hidden_size")
         if hidden is not None and hidden not in (config.hidden_size, 1024):
             # mlx-vlm's default of 1024 stands in bundles of MobileCLIP-L and means nothing.
@@ -173,7 +152,9 @@ class VisionConfig:
                 f"mm_vision_tower is {name!r}: expected mobileclip_l_SIZE (FastViTHD), or a "
                 "vision_config that describes the encoder"
             )
-        return cls(image_size=int(match.group(1)))
+        size = match.group(1)
+        # A number of five thousand digits is a text that int() refuses.
+        return cls.from_dict({"image_size": int(size) if len(size) < 10 else size})
 
     def to_dict(self) -> dict[str, Any]:
         data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -184,15 +165,15 @@ class VisionConfig:
 class TextConfig:
     """Qwen2, under the keys of its `config.json`."""
 
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    max_position_embeddings: int = 32_768
+    hidden_size: Width
+    num_hidden_layers: Layers
+    intermediate_size: Width
+    num_attention_heads: Width
+    num_key_value_heads: Width
+    vocab_size: Count
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 1_000_000.0
+    max_position_embeddings: Count = 32_768
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -229,18 +210,9 @@ class TextConfig:
                 f"config.json scales RoPE ({scaling}): FastVLM's Qwen2 does not, remove "
                 "rope_scaling"
             )
-        known: dict[str, Any] = {}
-        for field in fields(cls):
-            value: Any = data.get(field.name)
-            if value is None:
-                continue
-            if not _FITS[str(field.type)](value):
-                raise ConfigError(
-                    f"config.json: {field.name} is {value!r}, expected {field.type}, "
-                    "more than zero: correct it"
-                )
-            known[field.name] = value
-        known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+        known = {f.name: v for f in fields(cls) if (v := data.get(f.name)) is not None}
+        if "num_attention_heads" in known:
+            known.setdefault("num_key_value_heads", known["num_attention_heads"])
         missing = [
             name
             for name in (
@@ -256,7 +228,17 @@ class TextConfig:
             raise ConfigError(
                 f"config.json lacks {', '.join(missing)}: expected a Qwen2 configuration"
             )
-        return cls(**known)
+        return check(known, cls, "config.json", ConfigError, remedy=CORRECT)
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """The keys of config.json that are neither the encoder's nor the language model's."""
+
+    image_aspect_ratio: str | None = None
+    image_token_index: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    torch_dtype: str | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -297,17 +279,14 @@ class FastVLMConfig:
                 f"mm_hidden_size is {data['mm_hidden_size']} but the encoder makes "
                 f"{vision.hidden_size} channels: correct config.json"
             )
-        for key, kinds in _CONFIG_KINDS.items():
-            if not isinstance(data.get(key), (*kinds, NoneType)):
-                raise ConfigError(
-                    f"config.json: {key} is {data[key]!r}, expected {kinds[0].__name__}: correct it"
-                )
+        meeting = check(data, _Meeting, "config.json", ConfigError, remedy=CORRECT)
+        index = meeting.image_token_index
         quantization = data.get("quantization")
         return cls(
             text=TextConfig.from_dict(data),
             vision=vision,
-            image_aspect_ratio=data.get("image_aspect_ratio"),
-            image_token_index=data.get("image_token_index", REFERENCE_IMAGE_TOKEN_INDEX),
-            dtype=data.get("torch_dtype") or data.get("dtype") or "float16",
+            image_aspect_ratio=meeting.image_aspect_ratio,
+            image_token_index=REFERENCE_IMAGE_TOKEN_INDEX if index is None else index,
+            dtype=meeting.torch_dtype or meeting.dtype or "float16",
             quantization=None if quantization is None else Quantization.from_dict(quantization),
         )

@@ -2,11 +2,23 @@
 what was expected and what to do, in one sentence; the command line prints it as
 it is and exits with `exit_status`."""
 
+from __future__ import annotations
+
+# What a terminal shows of a message is about this much at a time.
+MAX_CHARACTERS = 1_000
+
 
 class FastVLMError(Exception):
-    """Base of every error raised on purpose by fastvlm_mlx and model_export."""
+    """Base of every error raised on purpose by fastvlm_mlx and model_export.
+
+    Its text is one line that is safe to print, whatever name, key or value of somebody's file
+    stands in it.
+    """
 
     exit_status = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(FastVLMError):
@@ -43,3 +55,18 @@ class GateError(FastVLMError):
 
 class DestinationError(FastVLMError):
     """A destination that exists, or that can't be written."""
+
+
+def printable(text: object, limit: int = MAX_CHARACTERS) -> str:
+    """Somebody's text on one line, of at most `limit` characters.
+
+    Control characters, terminal escapes, marks that turn the direction of writing, line separators
+    and halves of surrogate pairs are written as Python escapes them. The middle of a longer text is
+    left out, since its beginning says what it is and its end what to do.
+    """
+    words = " ".join(str(text).split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    if len(shown) <= limit:
+        return shown
+    half = (limit - 1) // 2
+    return f"{shown[:half]}…{shown[-half:]}"

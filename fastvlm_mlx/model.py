@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.imports import part
 
 qwen2 = part("mlx_lm.models.qwen2")
+
+_LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
 
 
 class MultiModalProjector(nn.Module):
@@ -91,8 +94,9 @@ def load_model(bundle: Bundle) -> Model:
     Raises:
         BundleError: a weight is missing, unknown or of the wrong shape.
     """
-    model = Model(bundle.config)
     weights = bundle.model_tensors()
+    _check_layers(bundle, weights)
+    model = Model(bundle.config)
     if bundle.config.quantization is not None:
 
         def quantized(path: str, _: nn.Module) -> bool | dict[str, Any]:
@@ -109,6 +113,17 @@ def load_model(bundle: Bundle) -> Model:
         mx.disable_compile()
     model.eval()
     return model
+
+
+def _check_layers(bundle: Bundle, weights: dict[str, mx.array]) -> None:
+    """Before a model is built, that it has as many layers as the weights, and not a million."""
+    found = {match.group(1) for name in weights if (match := _LAYER.match(name))}
+    expected = bundle.config.text.num_hidden_layers
+    if len(found) != expected:
+        raise BundleError(
+            f"{bundle.path} holds {len(found)} layers where config.json says num_hidden_layers "
+            f"{expected}: export the checkpoint again"
+        )
 
 
 def _check_names(bundle: Bundle, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:

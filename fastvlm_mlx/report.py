@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, MANIFEST, Bundle
-from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle
+from fastvlm_mlx.errors import BundleError, printable
+from fastvlm_mlx.manifest import MANIFEST
 from fastvlm_mlx.vision.package import IMAGE, describe, fits_app
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def _lines() -> Callable[[str, float | None], None]:
 
 
 def note(text: str) -> None:
-    _stderr.print(text, highlight=False, markup=False, soft_wrap=True)
+    _stderr.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def note_padding(path: Path) -> None:
@@ -310,9 +312,9 @@ def print_bundle(facts: dict[str, Any]) -> None:
             for inner, entry in value.items():
                 if isinstance(entry, dict):
                     entry = ", ".join(f"{k} {_shown('bytes', v)}" for k, v in entry.items())
-                table.add_row(f"{key} {inner}".replace("_", " "), _shown(inner, entry))
+                table.add_row(*_cells(f"{key} {inner}".replace("_", " "), _shown(inner, entry)))
         else:
-            table.add_row(key.replace("_", " "), _shown(key, value))
+            table.add_row(*_cells(key.replace("_", " "), _shown(key, value)))
     _stdout.print(table, soft_wrap=True)
     if facts.get("gates"):
         print_gates(facts["gates"])
@@ -321,8 +323,13 @@ def print_bundle(facts: dict[str, Any]) -> None:
 def print_gates(gates: list[dict[str, Any]]) -> None:
     table = Table("gate", "measured", "limit", "", box=None, pad_edge=False)
     for gate in gates:
-        table.add_row(*gate_cells(gate))
+        table.add_row(*_cells(*gate_cells(gate)))
     _stdout.print(table)
+
+
+def _cells(*texts: str) -> list[Text]:
+    """What may be somebody else's text, as it is: neither markup nor an escape for the terminal."""
+    return [Text(printable(text)) for text in texts]
 
 
 def gate_cells(gate: dict[str, Any]) -> tuple[str, str, str, str]:

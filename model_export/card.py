@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from fastvlm_mlx.bundle import MANIFEST
 from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.manifest import MANIFEST
 from fastvlm_mlx.quantization import Format
 from fastvlm_mlx.report import gate_cells, shown_bytes
 

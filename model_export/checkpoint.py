@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from fastvlm_mlx.bundle import sha256
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, printable
+from fastvlm_mlx.files import MB, Stamp, inside, read_bytes, sha256
 from model_export import weights
 from model_export.lora import is_tied
 from model_export.sources import Source, open_source
@@ -33,6 +33,11 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+
+
+# Names and licences go into manifests, packages and model cards.
+NAME_CHARACTERS = 200
+CARD_BYTES = 10 * MB
 
 
 class Checkpoint:
@@ -72,6 +77,7 @@ class Checkpoint:
         self.path = source.directories[0]
         self.directories = source.directories
         self.tensors: dict[str, SourceTensor] = source.tensors
+        self._stamps = {file: Stamp.of(file) for file in self.weight_files}
         raw = dict(source.raw_config)
         embedding = self.tensors.get(weights.EMBEDDING[0])
         if embedding is not None and embedding.shape:
@@ -169,6 +175,8 @@ class Checkpoint:
             found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
             names = {file.name for file in found}
             if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
+                for file in found:
+                    inside(directory, file, CheckpointError)
                 return found
         raise CheckpointError(
             f"{self.path} holds no tokenizer: expected tokenizer.json, or vocab.json and "
@@ -214,15 +222,26 @@ class Checkpoint:
         Weights released by Apple carry none of these inside the download, so its absence is told.
         """
         if isinstance(self.raw_config.get("license"), str):
-            return self.raw_config["license"]
+            return printable(self.raw_config["license"], NAME_CHARACTERS)
         for directory in self.directories:
             if stated := _license(directory):
                 return stated
         return "not stated by the checkpoint; Apple's FastVLM weights are apple-amlr, research only"
 
     def source(self) -> dict[str, Any]:
-        """What the manifest says of where the weights come from: names, sizes, SHA-256."""
-        return {**_described(self._source, self.weight_files), "license": self.license}
+        """What the manifest says of where the weights come from: names, sizes, SHA-256.
+
+        Raises:
+            CheckpointError: a weight file is another one than when the checkpoint was opened.
+        """
+        described = _described(self._source, self.weight_files)
+        for file, stamp in self._stamps.items():
+            if not file.is_file() or Stamp.of(file) != stamp:
+                raise CheckpointError(
+                    f"{file} changed while it was read, and tensors of two models may be mixed: "
+                    "run the same command again"
+                )
+        return {**described, "license": self.license}
 
 
 def _name(source: Source) -> str:
@@ -230,7 +249,7 @@ def _name(source: Source) -> str:
         return source.hub_id
     # What an adapter's config.json names is its base.
     named = None if source.base else source.raw_config.get("_name_or_path")
-    return str(named or source.directories[0].resolve().name)
+    return printable(named or source.directories[0].resolve().name, NAME_CHARACTERS)
 
 
 def _described(source: Source, weight_files: list[Path]) -> dict[str, Any]:
@@ -252,9 +271,10 @@ def _described(source: Source, weight_files: list[Path]) -> dict[str, Any]:
 def _license(directory: Path) -> str | None:
     card = directory / "README.md"
     if card.is_file():
-        for line in card.read_text(errors="replace").splitlines()[:40]:
+        text = read_bytes(directory, card, CheckpointError, CARD_BYTES).decode(errors="replace")
+        for line in text.splitlines()[:40]:
             if line.startswith("license:"):
-                return line.removeprefix("license:").strip()
+                return printable(line.removeprefix("license:"), NAME_CHARACTERS)
     for name in ("LICENSE", "LICENSE_MODEL", "LICENSE.txt"):
         if (directory / name).is_file():
             return f"see {name} of the source checkpoint"

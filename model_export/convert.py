@@ -16,11 +16,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, hash_tree, model_name
+from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, model_name
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.image import ImageProcessor
+from fastvlm_mlx.manifest import hash_tree
 from fastvlm_mlx.quantization import Format
 from model_export import llm, recipes, weights
 from model_export.checkpoint import Checkpoint

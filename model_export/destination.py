@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastvlm_mlx.bundle import MANIFEST
 from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.manifest import MANIFEST
 
 
 def resolve(path: str | Path) -> Path:

@@ -43,10 +43,20 @@ def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, st
         CheckpointError: no such path, or no such repository, or it can't be downloaded.
         OptionError: a revision of something that has none.
     """
-    path = Path(reference).expanduser()
+    if not isinstance(reference, str | Path):
+        raise CheckpointError(
+            f"a checkpoint was looked for at {reference!r}, a {type(reference).__name__}: expected "
+            "a path or a hub id"
+        )
     match = HUB_ID.fullmatch(str(reference))
-    if path.exists() or match is None:
-        if not path.exists():
+    try:
+        path = Path(reference).expanduser()
+        exists = path.exists()
+    # A NUL in it, a home that nobody has, or a name that is too long.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{reference} is not a path that can be opened ({error})") from error
+    if exists or match is None:
+        if not exists:
             raise CheckpointError(
                 f"{path} does not exist: expected a checkpoint directory, or a hub id such as "
                 "apple/FastVLM-0.5B"

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle import PACKAGE, Bundle, read_json
+from fastvlm_mlx.bundle import PACKAGE, Bundle
 from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE, FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.vision.package import IMAGE, INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
@@ -196,7 +196,7 @@ def _check_processors(bundle: Bundle) -> None:
         (tokenizer, "tokenizer_class", "Qwen2Tokenizer"),
     )
     for name, key, expected in exact:
-        value = read_json(bundle.path / name).get(key)
+        value = bundle.read_json(name).get(key)
         if value != expected:
             raise _broken(bundle, name, f"{key} is {value!r}", repr(expected))
     for key in ("image_mean", "image_std"):

@@ -48,6 +48,9 @@ REFUSED = {
 }
 # Initializations that leave the base as it is; PiSSA, OLoRA, CorDA and others change it.
 INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Of PEFT's patterns, those that Python's engine compares in a time that is no surprise.
+SIMPLE_PATTERN = re.compile(r"[^(){}]{1,200}")
+REPEATS = re.compile(r"[*+?]")
 LORA_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 
 # A tensor's name in an adapter, its prefixes removed → Apple's; None for one that is not FastVLM's.
@@ -338,6 +341,12 @@ def _numbers(file: Path, data: dict[str, Any], key: str, *kinds: type) -> dict[s
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{file}: {key} is {patterns!r}, expected a JSON object")
     for pattern, value in patterns.items():
+        if not SIMPLE_PATTERN.fullmatch(pattern) or len(REPEATS.findall(pattern)) > 2:
+            raise CheckpointError(
+                f"{file}: {key} holds {pattern!r}, which could take forever to compare: expected a "
+                "module's name, or a regular expression without groups and with two repetitions at "
+                "most, merge the adapter into its base with PEFT and export the result"
+            )
         try:
             re.compile(_ending(pattern))
         except re.error as error:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle import SCHEMA_VERSION, hash_tree
+from fastvlm_mlx.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
 from model_export import mlx_layout, recipes
 from model_export.checkpoint import Checkpoint

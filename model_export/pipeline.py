@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -13,9 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle import MANIFEST, PACKAGE, Bundle
+from fastvlm_mlx.bundle import PACKAGE, Bundle
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.errors import DestinationError, GateError
+from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError
+from fastvlm_mlx.files import read_bytes
+from fastvlm_mlx.manifest import MANIFEST
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import (
     calibrated,
@@ -45,6 +48,9 @@ from model_export.tokenizer import export_tokenizer, extended
 
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
+# Any text of a licence with room to spare, and names that no terminal or card is confused by.
+LICENSE_BYTES = 1_000_000
+LICENSE_NAME = re.compile(r"LICENSE[\w.-]{0,100}", re.ASCII)
 # Room for the biases and the few weights that stay fp16 in a compressed encoder.
 UNCOMPRESSED_SHARE = 1.05
 
@@ -187,8 +193,10 @@ def _write_small_files(job: Job, directory: Path) -> None:
         mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, config, directory)
     # The base's first, so that a fine-tune's own stands where both have one.
     for source in reversed(checkpoint.directories):
-        for file in source.glob("LICENSE*"):
-            shutil.copyfile(file, directory / file.name)
+        for file in sorted(source.glob("LICENSE*")):
+            if LICENSE_NAME.fullmatch(file.name):
+                data = read_bytes(source, file, CheckpointError, LICENSE_BYTES)
+                (directory / file.name).write_bytes(data)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.bundle import MANIFEST, Bundle
+from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, DestinationError, GateError, OptionError
+from fastvlm_mlx.manifest import MANIFEST
 from model_export.card import model_card
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle import MANIFEST
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
+from fastvlm_mlx.manifest import MANIFEST
 from model_export import compare
 from model_export.checkpoint import Checkpoint
 from model_export.compare import Bench, Row, open_model, pictures_of

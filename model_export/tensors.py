@@ -15,7 +15,9 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fastvlm_mlx import schema
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.files import inside, left_behind
 
 if TYPE_CHECKING:
     import torch
@@ -201,14 +203,8 @@ def magnitude(name: str, tensor: torch.Tensor | np.ndarray) -> float:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError if `file` is not a JSON object."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} can't be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__}, expected a JSON object")
-    return data
+    """Raises CheckpointError if `file` is not a JSON object, or not a file of its directory."""
+    return schema.read_json(file.parent, file, CheckpointError, remedy="download it again")
 
 
 def read_weights(directory: Path) -> dict[str, SourceTensor]:
@@ -275,7 +271,11 @@ def _weight_files(directory: Path, name: str) -> list[Path]:
     stem, suffix = Path(name).stem, Path(name).suffix
     # Safetensors of any name are weights, as in older exports; pickles of other names are anything.
     found = directory.glob("*.safetensors" if name == SAFETENSORS else f"{stem}*.bin")
-    present = {file.name for file in found if not file.name.startswith(("adapter_", "mm_proj"))}
+    present = {
+        file.name
+        for file in found
+        if not file.name.startswith(("adapter_", "mm_proj")) and not left_behind(file.name)
+    }
     index = directory / f"{name}.index.json"
     if not index.is_file():
         if name in present and any(re.fullmatch(rf"{stem}-\d+-of-\d+{suffix}", n) for n in present):
@@ -314,12 +314,14 @@ def safe_tensors(file: Path) -> dict[str, SafeTensor]:
     Raises:
         CheckpointError: it is not whole.
     """
+    inside(file.parent, file, CheckpointError)
     try:
         # Checks the header and that it accounts for every byte; where these lie it does not say.
         with safe_open(str(file), framework="numpy"), file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             entries = json.loads(stream.read(length))
-    except (SafetensorError, OSError) as error:
+    # The second may meet another file than the first.
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is not a whole safetensors file ({error}): download it again"
         ) from error
@@ -360,6 +362,7 @@ def unpickle(file: Path) -> dict[str, torch.Tensor]:
 
     import torch
 
+    inside(file.parent, file, CheckpointError)
     try:
         data = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -385,6 +388,8 @@ def unpickle(file: Path) -> dict[str, torch.Tensor]:
         )
     for key, value in data.items():
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
+        # One number can stand for any number of them, where its stride is nothing.
+        plain = plain and value.nbytes <= value.untyped_storage().nbytes()
         if not isinstance(key, str) or not plain or value.device.type != "cpu":
             raise CheckpointError(
                 f"{file} holds {key!r} of type {type(value).__name__}, expected named tensors "

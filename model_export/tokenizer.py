@@ -13,12 +13,15 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from fastvlm_mlx.bundle import read_json
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.files import read_bytes
 from fastvlm_mlx.prompt import CHAT_TEMPLATE, TURN_START
+from fastvlm_mlx.tokenizer import no_panic, read_tokenizer
 from model_export.checkpoint import Checkpoint
+from model_export.tensors import read_json
 
+COPY = "copy the files of the model it was trained from"
 REQUIRED = ("<|im_start|>", "<|im_end|>")
 # Rows of an embedding that has to grow, as Qwen2's own vocabularies are padded.
 ROWS_MULTIPLE = 64
@@ -88,18 +91,19 @@ def extended(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int) -> Checkpo
 
 
 def _read(path: Path, names: set[str]) -> Tokenizer:
-    try:
-        if "tokenizer.json" in names:
-            return Tokenizer.from_file(str(path / "tokenizer.json"))
+    if "tokenizer.json" in names:
+        file = path / "tokenizer.json"
+        data = read_bytes(path, file, CheckpointError)
+        return read_tokenizer(data, str(file), CheckpointError, remedy=COPY)
+    for name in sorted(names - {"merges.txt"}):
+        read_json(path / name)
+    with no_panic(f"the tokenizer of {path} can't be read", CheckpointError, COPY):
         from transformers import Qwen2Tokenizer
 
-        return Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
-    # Neither library has an error class for a damaged file.
-    except Exception as error:
-        raise CheckpointError(
-            f"the tokenizer of {path} can't be read ({error}): copy the files of the model it was "
-            "trained from"
-        ) from error
+        read = Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
+        # Once more by the rules for a tokenizer.json.
+        data = read.backend_tokenizer.to_str().encode()
+    return read_tokenizer(data, f"the tokenizer of {path}", CheckpointError, remedy=COPY)
 
 
 def _config(source: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -53,11 +53,13 @@ class TestChanged:
 class TestIncomplete:
     def test_no_encoder(self, bundle_copy):
         shutil.rmtree(bundle_copy / "fastvithd.mlpackage")
+        (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=r"holds 0 encoders \(none\): expected one"):
             fastvlm_mlx.load(bundle_copy)
 
     def test_two_encoders(self, bundle_copy):
         shutil.copytree(bundle_copy / "fastvithd.mlpackage", bundle_copy / "b.mlpackage")
+        (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=r"holds 2 encoders \(b\.mlpackage, fastvithd"):
             fastvlm_mlx.load(bundle_copy)
 
@@ -187,6 +189,7 @@ class TestAppRules:
     )
     def test_a_broken_rule_is_named(self, bundle_copy, name, changes, words):
         edit(bundle_copy, name, **changes)
+        (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=words) as caught:
             self.check(bundle_copy)
         assert "can't be loaded by the demo app" in str(caught.value)
@@ -204,10 +207,12 @@ class TestAppRules:
         import mlx.core as mx
 
         mx.save_safetensors(str(bundle_copy / "more.safetensors"), {"x": mx.zeros((1,))})
+        (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=r"x is \[1\], expected no such weight"):
             self.check(bundle_copy)
 
     def test_another_package_name(self, bundle_copy):
         (bundle_copy / "fastvithd.mlpackage").rename(bundle_copy / "encoder.mlpackage")
+        (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=r"expected fastvithd\.mlpackage"):
             self.check(bundle_copy)

@@ -227,7 +227,7 @@ class TestRefused:
     def test_a_damaged_tokenizer(self, edit_checkpoint):
         path = edit_checkpoint()
         (path / "vocab.json").write_text("[]")
-        with pytest.raises(CheckpointError, match=r"the tokenizer of .* can't be read"):
+        with pytest.raises(CheckpointError, match=r"vocab\.json holds a list"):
             export_tokenizer(Checkpoint(path))
 
     def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(self, edit_checkpoint):

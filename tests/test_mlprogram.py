@@ -299,9 +299,9 @@ def test_an_operation_that_fails_is_named(tmp_path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gone": (shutil.rmtree, "no encoder package"),
     "no manifest": (lambda p: (p / "Manifest.json").unlink(), "has no Manifest.json"),
-    "manifest garbled": (lambda p: (p / "Manifest.json").write_text("{"), "name a model"),
+    "manifest garbled": (lambda p: (p / "Manifest.json").write_text("{"), "read as JSON"),
     "manifest points nowhere": (point_elsewhere, "does not name a model"),
-    "no specification": (lambda p: model_path(p).unlink(), "can't be read"),
+    "no specification": (lambda p: model_path(p).unlink(), "can't be opened"),
     "specification garbled": (
         lambda p: model_path(p).write_bytes(b"\xff" * 1000),
         "is not a Core ML model",

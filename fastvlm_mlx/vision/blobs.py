@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.files import inside
 
 # MILBlob's header of one blob: sentinel, data type, bytes, offset of the data.
 _BLOB_HEADER = struct.Struct("<IIQQ")
 _BLOB_SENTINEL = 0xDEADBEEF
 
 
-def check_weights(spec: Any, directory: Path) -> None:
+def check_weights(spec: Any, package: Path, directory: Path) -> None:
     """Compare the header of every blob that a specification refers to with its file.
 
+    Args:
+        directory: of the specification in `package`, which its file names are relative to.
+
     Raises:
-        EncoderError: a file is missing or too short, or has something else in the blob's place.
+        EncoderError: a file is missing, outside of the package or too short, or has something else
+            in the blob's place.
     """
     blobs: dict[str, list[tuple[str, int]]] = {}
     for function in spec.mlProgram.functions.values():
@@ -41,6 +46,7 @@ def check_weights(spec: Any, directory: Path) -> None:
             raise EncoderError(
                 f"{path} is missing: expected the weights of the encoder package, export it again"
             )
+        path = inside(package, path, EncoderError)
         size = path.stat().st_size
         with path.open("rb") as file:
             for name, offset in entries:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastvlm_mlx.config import MAX_IMAGE_SIZE
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
 from fastvlm_mlx.vision.package import (
@@ -37,16 +39,24 @@ if TYPE_CHECKING:
 
 __all__ = ["MLProgram", "MLProgramEncoder", "PackageInfo", "describe"]
 
-_LOADER_ERRORS = (
+# What coremltools' loader raises of programs that are not well formed, and torch of what they ask.
+_PROGRAM_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
+    ArithmeticError,
     AssertionError,
     AttributeError,
+    NotImplementedError,
     RuntimeError,
+    MemoryError,
+    OSError,
 )
 
 _PIECE = 2**19  # elements
+# Of any operation's result: attention at the largest input size has 0.4 G elements.
+_MAX_ELEMENTS = 2**29
+_MAX_CHANNELS = 2**16
 
 Observe = Callable[[str, str, "torch.Tensor"], None]
 
@@ -92,8 +102,15 @@ class MLProgram:
                     f"operation {op.type} {op.outputs[0].name!r} is not known: expected an encoder "
                     "exported by fastvlm or by Apple's script, run this package on macOS"
                 )
-        function = _load_function(spec, package, self.info.function)
-        self._steps, self.constants = _compile(function)
+            _check_elements(op)
+        try:
+            function = _load_function(spec, package, self.info.function)
+            self._steps, self.constants = _compile(function)
+        except _PROGRAM_ERRORS as error:
+            raise EncoderError(
+                f"the program in {package} can't be read ({one_line(error)}): expected one "
+                "written by coremltools, export it again"
+            ) from error
         self.inputs = tuple(str(name) for name in function.inputs)
         self.outputs = tuple(str(v.name) for v in function.outputs)
 
@@ -125,7 +142,7 @@ class MLProgram:
                 ]
                 try:
                     made = step.compute(*operands)
-                except (RuntimeError, IndexError) as error:
+                except _PROGRAM_ERRORS as error:
                     raise EncoderError(
                         f"operation {step.type} {step.name!r} can't be evaluated "
                         f"({one_line(error)}): expected a package that is whole and memory to "
@@ -256,7 +273,12 @@ def encoder_shape(info: PackageInfo) -> tuple[int, int, int]:
     if image.dtype not in ("float32", IMAGE) or features.dtype != "float32":
         raise problem
     match image.shape, features.shape:
-        case (1, 3, height, width), (1, tokens, channels) if height == width:
+        case (1, 3, height, width), (1, tokens, channels) if (
+            height == width
+            and 1 <= height <= MAX_IMAGE_SIZE
+            and 1 <= tokens <= MAX_IMAGE_SIZE
+            and 1 <= channels <= _MAX_CHANNELS
+        ):
             return height, tokens, channels
     raise problem
 
@@ -299,15 +321,19 @@ def _load_function(spec: Any, package: Path, name: str) -> Any:
     with quiet_coremltools():
         from coremltools.converters.mil.frontend.milproto.load import load
 
-        try:
-            program = load(spec, spec.specificationVersion, str(weights_dir(package)))
-        # The loader has no error class of its own for a program that is not well formed.
-        except _LOADER_ERRORS as error:
-            raise EncoderError(
-                f"the program in {package} can't be read ({one_line(error)}): expected one "
-                "written by coremltools, export it again"
-            ) from error
+        program = load(spec, spec.specificationVersion, str(weights_dir(package)))
     return program.functions[name]
+
+
+def _check_elements(op: Any) -> None:
+    """Raises EncoderError: an operation declares a result that fills the memory."""
+    for output in op.outputs:
+        elements = prod(d.constant.size for d in output.type.tensorType.dimensions)
+        if elements > _MAX_ELEMENTS:
+            raise EncoderError(
+                f"operation {op.type} {output.name!r} makes {elements:,} numbers: expected at most "
+                f"{_MAX_ELEMENTS:,}, export the encoder again"
+            )
 
 
 def _compile(function: Any) -> tuple[list[_Step], dict[str, torch.Tensor]]:

@@ -7,7 +7,6 @@ weights themselves.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import warnings
 from collections import Counter
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError, OptionError
+from fastvlm_mlx.files import inside, read_bytes
 from fastvlm_mlx.imports import part
+from fastvlm_mlx.schema import read_json
 from fastvlm_mlx.vision.blobs import check_weights
 
 INPUT_NAME = "images"
@@ -47,6 +48,7 @@ _ARRAY_TYPES = {
 # FeatureTypes.proto, ImageFeatureType.ColorSpace.
 _RGB = 20
 _UNCOMPRESSED = ("fp16", "fp32")
+COMPLETE = "expected a complete .mlpackage, export it again"
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,16 @@ def model_path(package: Path) -> Path:
             f"no encoder package at {package}: expected an .mlpackage directory, export it again"
         )
     manifest = package / "Manifest.json"
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        path = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
-    except FileNotFoundError as error:
+    if not manifest.is_file():
         raise EncoderError(
             f"{package} has no Manifest.json: expected a complete .mlpackage, export it again"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EncoderError(
-            f"{manifest} does not name a model: expected a complete .mlpackage, export it again"
-        ) from error
-    return package / "Data" / str(path)
+        )
+    content = read_json(package, manifest, EncoderError, remedy=COMPLETE)
+    try:
+        path = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
+        return inside(package, package / "Data" / path, EncoderError)
+    except (KeyError, TypeError) as error:
+        raise EncoderError(f"{manifest} does not name a model: {COMPLETE}") from error
 
 
 def read_spec(package: Path) -> Any:
@@ -159,16 +159,9 @@ def read_spec(package: Path) -> Any:
 
     spec = proto.Model_pb2.Model()
     try:
-        spec.ParseFromString(path.read_bytes())
-    except OSError as error:
-        raise EncoderError(
-            f"{path} can't be read ({error.strerror}): expected a complete .mlpackage, export it "
-            "again"
-        ) from error
+        spec.ParseFromString(read_bytes(package, path, EncoderError))
     except DecodeError as error:
-        raise EncoderError(
-            f"{path} is not a Core ML model: expected a complete .mlpackage, export it again"
-        ) from error
+        raise EncoderError(f"{path} is not a Core ML model: {COMPLETE}") from error
     if spec.WhichOneof("Type") != "mlProgram":
         raise EncoderError(
             f"{path} holds {spec.WhichOneof('Type') or 'no model'}: expected an ML Program, export "
@@ -179,7 +172,7 @@ def read_spec(package: Path) -> Any:
             f"{path} has specification version {spec.specificationVersion}: expected one of "
             f"{min(_TARGETS)} to {max(_TARGETS)}, export it again"
         )
-    check_weights(spec, path.parent)
+    check_weights(spec, package, path.parent)
     return spec
 
 

@@ -6,10 +6,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from fastvlm_mlx import report
-from fastvlm_mlx.bundle import MANIFEST
 from fastvlm_mlx.errors import DestinationError
 from fastvlm_mlx.fastvlm import load
 from fastvlm_mlx.generate import SamplingOptions
+from fastvlm_mlx.manifest import MANIFEST
 from model_export.demo import scenes
 from model_export.options import ExportOptions
 from model_export.pipeline import export
