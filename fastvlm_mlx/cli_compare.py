@@ -98,6 +98,9 @@ def print_rows(rows: list[Row]) -> None:
     """A row for each model; • stands before what no other is both smaller and nearer than."""
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
+
+    from fastvlm_mlx.errors import printable
 
     right = ("encoder", "LLM", "bpw", "SNR", "LLM KL", "KL", "top-1", "changed")
     table = Table(
@@ -108,7 +111,8 @@ def print_rows(rows: list[Row]) -> None:
         pad_edge=False,
     )
     for row in rows:
-        table.add_row("•" if row.best else "", row.name, *_cells(row))
+        # The name is a path, which may hold what rich would take for markup.
+        table.add_row("•" if row.best else "", Text(printable(row.name)), *_cells(row))
     # Wider than the terminal rather than cut.
     width = Console(width=1000).measure(table).maximum
     Console(width=max(Console().width, width), highlight=False).print(table)

@@ -51,8 +51,11 @@ def left_behind(name: str) -> bool:
     return name in _LEFT or name.startswith(_APPLE_DOUBLE)
 
 
-def inside(root: Path, file: Path, error: type[FastVLMError]) -> Path:
+def inside(root: Path | None, file: Path, error: type[FastVLMError]) -> Path:
     """`file` with its links resolved, a regular file in `root` or in the hub's cache of it.
+
+    Args:
+        root: None of a file that the user named, whose links may lead anywhere.
 
     Raises:
         error: it is missing, is no regular file, or a link leads out of `root`.
@@ -63,8 +66,8 @@ def inside(root: Path, file: Path, error: type[FastVLMError]) -> Path:
     # A loop of links is a RuntimeError before Python 3.13; NUL in a name is a ValueError.
     except (OSError, RuntimeError, ValueError) as cause:
         reason = getattr(cause, "strerror", None) or "its links or its name lead nowhere"
-        raise error(f"{file} can't be opened ({reason}): expected a file of {root}") from cause
-    if not any(real.is_relative_to(home) for home in _homes(root)):
+        raise error(f"{file} can't be opened ({reason}): expected a file there") from cause
+    if root is not None and not any(real.is_relative_to(home) for home in _homes(root)):
         raise error(
             f"{file} is a link that leads out of {root}, to {real}, and is not followed: put the "
             "file itself there"
@@ -76,9 +79,9 @@ def inside(root: Path, file: Path, error: type[FastVLMError]) -> Path:
 
 
 def read_bytes(
-    root: Path, file: Path, error: type[FastVLMError], limit: int = SMALL_FILE_BYTES
+    root: Path | None, file: Path, error: type[FastVLMError], limit: int = SMALL_FILE_BYTES
 ) -> bytes:
-    """All of a small file of `root`.
+    """All of a small file of `root`; None as for `inside`.
 
     Raises:
         error: as `inside`; or it can't be read, or has more than `limit` bytes.

@@ -7,8 +7,9 @@ their ranges. Keys that a type does not have are left out.
 from __future__ import annotations
 
 import re
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -31,8 +32,10 @@ Positive = Annotated[float, Meta(gt=0, le=1e30)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-def read_json(root: Path, file: Path, error: type[FastVLMError], *, remedy: str) -> dict[str, Any]:
-    """A file of `root` that holds a JSON object.
+def read_json(
+    root: Path | None, file: Path, error: type[FastVLMError], *, remedy: str
+) -> dict[str, Any]:
+    """A file of `root` that holds a JSON object; None as for `files.inside`.
 
     Raises:
         error: it can't be read, is not JSON, is nested too deeply, or is no object.
@@ -68,6 +71,23 @@ def check(value: Any, kind: type[T], source: str, error: type[FastVLMError], *, 
         if isinstance(cause.__cause__, FastVLMError):
             raise cause.__cause__ from None
         raise error(f"{source}: {_sentence(cause, value)}: {remedy}") from cause
+
+
+def check_fields(instance: Any, error: type[FastVLMError]) -> None:
+    """Hold a frozen dataclass of options to the types of its fields; choices are left to it.
+
+    Raises:
+        error: naming the first option that has another type, or is no finite number.
+    """
+    for name, kind in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        try:
+            msgspec.convert(value, str | None if get_origin(kind) is Literal else kind)
+        except msgspec.ValidationError as cause:
+            wanted = re.sub(r"Expected|`", "", str(cause).partition(", got")[0]).strip()
+            raise error(f"--{name.replace('_', '-')} is {value!r}: expected {wanted}") from cause
+        if isinstance(value, float) and not isfinite(value):
+            raise error(f"--{name.replace('_', '-')} is {value}: expected a finite number")
 
 
 def _sentence(cause: msgspec.ValidationError, value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import MODES, Format
+from fastvlm_mlx.schema import check_fields
 
 BITS = (*MODES["affine"][0], 16)
 GROUP_SIZES = MODES["affine"][1]
@@ -105,6 +106,7 @@ class ExportOptions:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, OptionError)
         self._resolve_format()
         for name, allowed in (
             ("embed_bits", BITS),

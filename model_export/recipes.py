@@ -10,7 +10,6 @@ whose keys are paths of modules or patterns of them; of those that fit a module 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -23,6 +22,7 @@ from fastvlm_mlx.bundle import Bundle, model_name, stored_name
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import ConfigError, OptionError
 from fastvlm_mlx.quantization import MODES, Format, Quantization
+from fastvlm_mlx.schema import read_json
 from model_export.options import GROUP_SIZES, ExportOptions
 from model_export.weights import TensorSpec
 
@@ -163,12 +163,7 @@ def _recipe(
             f"--recipe {name} is no file and no recipe by name: expected a JSON file, or "
             f"{', '.join(STOCK)}"
         )
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{file} can't be read as JSON ({error}): correct it") from error
-    if not isinstance(entries, dict):
-        raise OptionError(f"{file} holds a {type(entries).__name__}: expected a JSON object")
+    entries = read_json(None, file, OptionError, remedy="correct it")
     chosen: dict[str, Format | None] = {}
     for pattern, value in entries.items():
         fitting = [path for path in widths if _fits(path, pattern)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from fastvlm_mlx.manifest import MANIFEST
+from fastvlm_mlx.schema import read_json
 from model_export import compare
 from model_export.checkpoint import Checkpoint
 from model_export.compare import Bench, Row, open_model, pictures_of
@@ -118,17 +119,8 @@ def read_choices(file: Path | None, layout: str) -> Mapping[str, Mapping[str, An
         raise OptionError(f"--layout is {layout}: expected one of {', '.join(CHOICES)}")
     if file is None:
         return CHOICES[layout]
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"--choices {file} can't be read as JSON ({error}): correct it"
-        ) from error
-    if (
-        not isinstance(data, dict)
-        or not data
-        or not all(isinstance(v, dict) for v in data.values())
-    ):
+    data = read_json(None, file, OptionError, remedy="correct it")
+    if not data or not all(isinstance(choice, dict) for choice in data.values()):
         raise OptionError(
             f'--choices {file} is no set of choices: expected {{"name": {{"llm_bits": 4}}, …}}'
         )

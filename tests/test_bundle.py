@@ -216,3 +216,201 @@ class TestAppRules:
         (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=r"expected fastvithd\.mlpackage"):
             self.check(bundle_copy)
+
+
+def write_manifest(path):
+    """A manifest that agrees with what is there now."""
+    from fastvlm_mlx.manifest import hash_tree
+
+    edit(path, "manifest.json", files=hash_tree(path))
+
+
+class TestListed:
+    """Nothing is loaded that the manifest does not list, nor parsed before it is compared."""
+
+    @pytest.mark.parametrize("name", ["more.safetensors", "folder/more.safetensors"])
+    def test_weights_that_are_not_listed(self, bundle_copy, name):
+        import mlx.core as mx
+
+        (bundle_copy / name).parent.mkdir(exist_ok=True)
+        overriding = {"language_model.model.norm.weight": mx.zeros((128,))}
+        mx.save_safetensors(str(bundle_copy / name), overriding)
+        for open_it in (fastvlm_mlx.load, Bundle.open):
+            with pytest.raises(BundleError, match=f"{name} is not listed in manifest"):
+                open_it(bundle_copy)
+
+    @pytest.mark.parametrize(
+        "name", ["special_tokens_map.json", "merges.txt", "fastvithd.mlpackage/Data/x", "a.jinja"]
+    )
+    def test_other_files_that_programs_load(self, bundle_copy, name):
+        (bundle_copy / name).write_text("{}")
+        with pytest.raises(BundleError, match="is not listed"):
+            Bundle.open(bundle_copy)
+
+    @pytest.mark.parametrize(
+        "name", ["._model.safetensors", ".DS_Store", "fastvithd.mlpackage/._Manifest.json"]
+    )
+    def test_what_a_usb_stick_leaves_changes_nothing(self, bundle_copy, name, demo_bundle):
+        (bundle_copy / name).write_bytes(b"\0\5\x16\7 left behind")
+        bundle = Bundle.open(bundle_copy)
+        bundle.check_files()
+        assert bundle.files == Bundle.open(demo_bundle).files
+        (bundle_copy / "manifest.json").unlink()
+        assert Bundle.open(bundle_copy).layout == "app"
+        answer = fastvlm_mlx.load(bundle_copy).generate(None, "Hello", max_tokens=2).tokens
+        assert answer == fastvlm_mlx.load(demo_bundle).generate(None, "Hello", max_tokens=2).tokens
+
+    def test_notes_of_the_user_s_are_nobody_s_business(self, bundle_copy):
+        (bundle_copy / "thesis.txt").write_text("precious")
+        Bundle.open(bundle_copy).check_files()
+
+    @pytest.mark.parametrize("files", [{}, {"README.md": {"bytes": 1, "sha256": "0" * 64}}])
+    def test_a_manifest_that_lists_nothing(self, bundle_copy, files):
+        edit(bundle_copy, "manifest.json", files=files)
+        with pytest.raises(BundleError, match=r"manifest\.json|is missing"):
+            Bundle.open(bundle_copy)
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+    def test_a_small_file_is_compared_before_it_is_parsed(self, bundle_copy, name):
+        size = (bundle_copy / name).stat().st_size
+        (bundle_copy / name).write_bytes(b"{" * size)
+        with pytest.raises(BundleError, match=f"{name} has SHA-256"):
+            fastvlm_mlx.load(bundle_copy)
+
+    @pytest.mark.parametrize(
+        "name", ["model.safetensors", "fastvithd.mlpackage/Data/com.apple.CoreML/model.mlmodel"]
+    )
+    def test_and_so_is_a_large_one(self, bundle_copy, name):
+        data = (bundle_copy / name).read_bytes()
+        (bundle_copy / name).write_bytes(b"\xff" * 30 + data[30:])
+        with pytest.raises(BundleError, match=f"{name} has SHA-256"):
+            fastvlm_mlx.load(bundle_copy)
+
+    def test_a_tensor_that_is_in_two_files(self, bundle_copy):
+        shutil.copy(bundle_copy / "model.safetensors", bundle_copy / "z.safetensors")
+        (bundle_copy / "manifest.json").unlink()
+        with pytest.raises(BundleError, match=r"is in both .*model\.safetensors and .*z\."):
+            fastvlm_mlx.load(bundle_copy)
+
+    def test_a_file_that_is_a_link_elsewhere(self, bundle_copy, tmp_path):
+        (bundle_copy / "config.json").rename(tmp_path / "elsewhere.json")
+        (bundle_copy / "config.json").symlink_to(tmp_path / "elsewhere.json")
+        with pytest.raises(BundleError, match="is a link that leads out of"):
+            Bundle.open(bundle_copy)
+
+
+class TestChangedWhileOpen:
+    def test_files_are_the_ones_that_were_there(self, bundle_copy):
+        bundle = Bundle.open(bundle_copy)
+        data = (bundle_copy / "model.safetensors").read_bytes()
+        (bundle_copy / "model.safetensors").unlink()
+        with pytest.raises(BundleError, match=r"model\.safetensors is gone since the bundle was"):
+            bundle.check_unchanged()
+        (bundle_copy / "model.safetensors").write_bytes(data)
+        with pytest.raises(BundleError, match=r"model\.safetensors changed since the bundle was"):
+            bundle.check_unchanged()
+
+    def test_two_bundles_are_not_mixed(self, demo_bundle, tmp_path):
+        """The weights were read from the first, and the encoder would be from the second."""
+        path = tmp_path / "bundle"
+        shutil.copytree(demo_bundle, path)
+        model = fastvlm_mlx.load(path)
+        shutil.copytree(demo_bundle, tmp_path / "other")
+        path.rename(tmp_path / "aside")
+        (tmp_path / "other").rename(path)
+        with pytest.raises(BundleError, match="changed since the bundle was opened, and"):
+            _ = model.encoder
+
+
+class TestBounds:
+    """What config.json and the tokenizer say is compared with the weights before it is used."""
+
+    def without_manifest(self, path, **changes):
+        edit(path, "config.json", **changes)
+        (path / "manifest.json").unlink()
+
+    def test_layers(self, bundle_copy):
+        self.without_manifest(bundle_copy, num_hidden_layers=900)
+        with pytest.raises(BundleError, match=r"holds 4 layers where .* num_hidden_layers 900"):
+            fastvlm_mlx.load(bundle_copy)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("num_hidden_layers", 10**9),
+            ("hidden_size", 10**9),
+            ("vocab_size", -1),
+            ("intermediate_size", [[256]]),
+            ("num_attention_heads", True),
+            ("rope_theta", "1e6"),
+            ("quantization", {"bits": 10**400, "group_size": 64}),
+            ("vision_config", {"layers": [10**6]}),
+            ("vision_config", {"image_size": 10**7}),
+            ("vision_config", {"embed_dims": [[[16]]] * 5}),
+            ("mm_hidden_size", "\x1b[2J"),
+        ],
+    )
+    def test_numbers_that_no_model_has(self, bundle_copy, key, value):
+        self.without_manifest(bundle_copy, **{key: value})
+        with pytest.raises(FastVLMError, match=r"config.*|vision_config.*") as caught:
+            fastvlm_mlx.load(bundle_copy)
+        assert str(caught.value).isprintable()
+
+    @pytest.mark.parametrize("extra", [0, 2**31])
+    def test_a_token_without_a_row(self, bundle_copy, extra):
+        data = json.loads((bundle_copy / "tokenizer.json").read_text())
+        rows = json.loads((bundle_copy / "config.json").read_text())["vocab_size"]
+        data["model"]["vocab"]["a"] = rows + extra
+        (bundle_copy / "tokenizer.json").write_text(json.dumps(data))
+        (bundle_copy / "manifest.json").unlink()
+        with pytest.raises(BundleError, match=f"'a' the id .* and the embedding has {rows} rows"):
+            fastvlm_mlx.load(bundle_copy)
+
+    @pytest.mark.parametrize("found", [-1, 2**40, 10**6, "x", [1, None]])
+    def test_an_end_token_without_a_row(self, bundle_copy, found):
+        edit(bundle_copy, "generation_config.json", eos_token_id=found)
+        (bundle_copy / "manifest.json").unlink()
+        with pytest.raises(BundleError, match="eos_token_id of"):
+            fastvlm_mlx.load(bundle_copy)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "words"),
+        [
+            ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+b"}}, "splits text by"),
+            (
+                "pre_tokenizer",
+                {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]},
+                "Digits",
+            ),
+            ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a+)+b"}}, "Replace"),
+            ("normalizer", 7, "7"),
+            ("model", {"type": "Unigram", "vocab": []}, "Unigram"),
+            ("model", {}, "can't be read as a tokenizer"),
+            ("added_tokens", 3, "can't be read as a tokenizer"),
+        ],
+    )
+    def test_a_tokenizer_that_is_not_qwen2_s(self, bundle_copy, key, value, words):
+        edit(bundle_copy, "tokenizer.json", **{key: value})
+        (bundle_copy / "manifest.json").unlink()
+        with pytest.raises(BundleError, match=words) as caught:
+            fastvlm_mlx.load(bundle_copy)
+        assert "tokenizer.json" in str(caught.value)
+
+
+class TestPackage:
+    def test_weights_outside_of_it(self, bundle_copy, tmp_path):
+        weights = bundle_copy / "fastvithd.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+        weights.rename(tmp_path / "weight.bin")
+        weights.symlink_to(tmp_path / "weight.bin")
+        with pytest.raises(FastVLMError, match="is a link that leads out of"):
+            describe(bundle_copy / "fastvithd.mlpackage")
+
+    def test_a_specification_outside_of_it(self, bundle_copy, tmp_path):
+        package = bundle_copy / "fastvithd.mlpackage"
+        manifest = json.loads((package / "Manifest.json").read_text())
+        (tmp_path / "model.mlmodel").write_bytes(b"")
+        entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
+        entry["path"] = "../../../model.mlmodel"
+        (package / "Manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(FastVLMError, match="leads out of"):
+            describe(package)

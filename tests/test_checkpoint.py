@@ -308,3 +308,43 @@ class TestConfig:
     def test_any_config_is_read_or_refused_in_words(self, data):
         with suppress(FastVLMError):
             FastVLMConfig.from_dict({"model_type": "llava_qwen2", **data})
+
+
+class TestOutside:
+    """Nothing outside of a checkpoint's directory is read, and none of it gets into a bundle."""
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "model.safetensors", "vocab.json", "generation_config.json"]
+    )
+    def test_a_link_that_leads_out(self, edit_checkpoint, tmp_path, name):
+        path = edit_checkpoint()
+        (path / name).rename(tmp_path / "elsewhere")
+        (path / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError, match=f"{name} is a link that leads out of"):
+            self.read(path)
+
+    def read(self, path):
+        checkpoint = Checkpoint(path)
+        return export_tokenizer(checkpoint), checkpoint.generation_config
+
+    def test_what_a_usb_stick_leaves(self, edit_checkpoint):
+        path = edit_checkpoint()
+        for name in ("._model.safetensors", "._config.json", ".DS_Store"):
+            (path / name).write_bytes(b"\0\5\x16\7")
+        assert Checkpoint(path).weight_files == [path / "model.safetensors"]
+
+    def test_weights_that_are_replaced_while_they_are_read(self, edit_checkpoint):
+        path = edit_checkpoint()
+        checkpoint = Checkpoint(path)
+        checkpoint.source()
+        data = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read"):
+            checkpoint.source()
+
+    @pytest.mark.parametrize(
+        "reference", [None, 3, b"path", "a\0b", "~nobody-at-all/x", "n" * 5000]
+    )
+    def test_what_is_no_path(self, reference):
+        with pytest.raises(CheckpointError):
+            Checkpoint(reference)
