@@ -107,6 +107,32 @@ def test_the_source_is_not_touched(demo_checkpoint, demo_bundle, tmp_path, quick
     assert fingerprint(demo_checkpoint) == before
 
 
+class TestLicences:
+    """A checkpoint's licence goes with the bundle; what a link calls a licence does not."""
+
+    @pytest.mark.parametrize("target", ["secret", "/dev/zero"])
+    def test_a_link_elsewhere(self, edit_checkpoint, tmp_path, quick, target):
+        path = edit_checkpoint()
+        (tmp_path / "secret").write_text("the user's private key")
+        (path / "LICENSE_x").symlink_to(tmp_path / target)
+        with pytest.raises(CheckpointError, match="LICENSE_x is a link that leads out of"):
+            export(path, tmp_path / "out", ExportOptions())
+        assert not (tmp_path / "out").exists()
+
+    def test_one_that_is_too_large(self, edit_checkpoint, tmp_path, quick):
+        path = edit_checkpoint()
+        (path / "LICENSE").write_bytes(b"x" * (pipeline.LICENSE_BYTES + 1))
+        with pytest.raises(CheckpointError, match="LICENSE has more than 1,000,000 bytes"):
+            export(path, tmp_path / "out", ExportOptions())
+
+    def test_a_name_for_terminals(self, edit_checkpoint, tmp_path, quick):
+        path = edit_checkpoint()
+        (path / "LICENSE\x1b[2J").write_text("no licence")
+        export(path, tmp_path / "out", ExportOptions())
+        copied = [file.name for file in (tmp_path / "out").glob("LICENSE*")]
+        assert copied == [file.name for file in path.glob("LICENSE") if file.is_file()]
+
+
 class TestDestination:
     def test_an_existing_one_needs_overwrite_and_is_whole_until_then(
         self, demo_checkpoint, tmp_path, quick, monkeypatch
