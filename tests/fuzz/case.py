@@ -27,7 +27,10 @@ SHARES = {
     "exports": 1,
     "concurrency": 1,
 }
-# What an error calls the file that it is about, when no case says otherwise.
+_FOLDERS = ("[red]mark7[/red]", "[/]", "two\nlines", "\x1b[31mred", "right\u202eleft", "é" * 90)
+# Of which kinds the directory's own name is hostile now and then.
+FOLDERS = dict.fromkeys(("checkpoints", "bundles", "packages"), _FOLDERS)
+# What a case is, beside its files.
 RECORD = "case.json"
 
 
@@ -37,6 +40,7 @@ class Case:
 
     Attributes:
         facts: what `prepare` tells `run`: JSON, kept beside the files.
+        folder: where below `source` everything lies; now and then a name that is hard to print.
         findings: what was bad, most telling first.
         outcomes: how each step ended: "answer", or the class of the error.
     """
@@ -47,6 +51,7 @@ class Case:
     directory: Path
     stock: Stock
     facts: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
     findings: list[judge.Finding] = field(default_factory=list)
     outcomes: list[str] = field(default_factory=list)
 
@@ -57,7 +62,7 @@ class Case:
     @property
     def source(self) -> Path:
         """What the product reads and must leave as it is."""
-        return self.directory / "source"
+        return self.directory / "source" / self.folder
 
     @property
     def out(self) -> Path:
@@ -78,8 +83,12 @@ class Case:
 
     def prepare(self) -> None:
         self.directory.mkdir(parents=True)
+        chance = random.Random(f"{self.name} folder")
+        if self.kind in FOLDERS and chance.random() < 0.06:
+            self.folder = chance.choice(FOLDERS[self.kind])
         self.module().prepare(self)
-        record = {"kind": self.kind, "seed": self.seed, "number": self.number, "facts": self.facts}
+        record: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "number": self.number}
+        record |= {"facts": self.facts, "folder": self.folder, "stock": str(self.stock.directory)}
         text = json.dumps(record, indent=1, default=repr)
         (self.directory / RECORD).write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -56,7 +56,7 @@ def main(requests: int, replies: int, stock_directory: str, printed: str, noise:
                     warmed.add(case.kind)
                 if request.get("replay"):
                     record = json.loads((case.directory / RECORD).read_text())
-                    case.facts = record["facts"]
+                    case.facts, case.folder = record["facts"], record.get("folder", "")
                 else:
                     case.prepare()
                 before = _state(case.source)
@@ -162,6 +162,16 @@ def resident(pid: int) -> int:
         ["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
     return int(found.stdout.strip() or 0) * 1024
+
+
+def processor_s(pid: int) -> float:
+    """Seconds of processor time that a process has used; zero where that can't be read."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _start_memory() -> int:
