@@ -1,0 +1,99 @@
+"""Faults planted on purpose, one for each rule: what the campaign itself is tested with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from typing import Any
+
+from fastvlm_mlx.errors import ImageError
+from tests.fuzz.case import Case
+from tests.fuzz.stock import SECRET
+
+
+def prepare(case: Case) -> None:
+    case.source.mkdir()
+    (case.source / "file.png").write_text("x")
+    (case.source / "link").symlink_to(case.stock.outside / "secret.txt")
+    case.facts = {"mutator": FAULTS[case.number % len(FAULTS)].__name__}
+
+
+def run(case: Case) -> None:
+    fault = {function.__name__: function for function in FAULTS}[case.facts["mutator"]]
+    case.step("planted", lambda: fault(case), names="file.png")
+
+
+def good_error(case: Case) -> None:
+    raise ImageError(f"{case.source / 'file.png'} is not a picture: give one")
+
+
+def good_answer(case: Case) -> int:
+    return 3
+
+
+def foreign(case: Case) -> None:
+    {}["nothing"]
+
+
+def panic(case: Case) -> None:
+    raise BaseException("a panic is no Exception")
+
+
+def two_lines(case: Case) -> None:
+    raise ImageError("file.png is\nnot a picture")
+
+
+def escapes(case: Case) -> None:
+    raise ImageError("/file.png is \x1b[31mred")
+
+
+def long(case: Case) -> None:
+    raise ImageError("file.png " * 1000)
+
+
+def nameless(case: Case) -> None:
+    raise ImageError("it did not work")
+
+
+def other_name(case: Case) -> None:
+    raise ImageError("/other.png is not a picture")
+
+
+def noise(case: Case) -> None:
+    os.write(2, b"TIFFReadDirectory: Warning\n")
+
+
+def source_changed(case: Case) -> None:
+    (case.source / "file.png").write_text("y")
+
+
+def outside_read(case: Case) -> Any:
+    return (case.source / "link").stat().st_size and open(case.source / "link").close()
+
+
+def secret_copied(case: Case) -> None:
+    shutil.copyfile(case.source / "file.png", case.out / "copy")
+    (case.out / "copy").write_text(SECRET)
+
+
+def hang(case: Case) -> None:
+    time.sleep(60)
+
+
+def memory(case: Case) -> int:
+    held = bytearray(3_000_000_000)
+    # Resident only once it has been written to.
+    held[::4096] = b"x" * len(held[::4096])
+    return len(held)
+
+
+def dies(case: Case) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+FAULTS = (
+    *(good_error, good_answer, foreign, panic, two_lines, escapes, long, nameless, other_name),
+    *(noise, source_changed, outside_read, secret_copied, hang, memory, dies),
+)
