@@ -119,7 +119,7 @@ class Bundle(Directory):
         """
         if not any(name.endswith(".safetensors") for name in self.stamps):
             return frozenset()
-        return frozenset(_header_names(self.weight_files))
+        return frozenset(tensor_names(self.weight_files))
 
     def tensors(self) -> dict[str, mx.array]:
         """The weights by name, unevaluated: headers are read, data when it is used.
@@ -252,7 +252,7 @@ def stored_name(name: str, layout: str) -> str:
     return name
 
 
-def _header_names(files: Iterable[Path]) -> dict[str, Path]:
+def tensor_names(files: Iterable[Path]) -> dict[str, Path]:
     """Each tensor's file. Raises BundleError: one is not whole, or a tensor is in two."""
     from safetensors import SafetensorError, safe_open
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle
+from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, tensor_names
 from fastvlm_mlx.errors import BundleError, printable
+from fastvlm_mlx.files import inside
 from fastvlm_mlx.manifest import MANIFEST
 from fastvlm_mlx.vision.package import IMAGE, describe, fits_app
 
@@ -128,18 +129,14 @@ def inspect(path: Path) -> dict[str, Any]:
 def is_bundle(path: Path) -> bool:
     """Whether a directory is a bundle, ours, Apple's, or mlx-vlm's, which has neither package nor
     manifest."""
-    import mlx.core as mx
-
     if [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]:
         return True
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            names: Any = mx.load(str(file))
-        except RuntimeError:
-            # A damaged file is told by who reads the directory as what it is otherwise.
-            continue
-        if any(name.startswith(ENCODER_PREFIX) for name in names):
-            return True
+        # A damaged file is told by who reads the directory as what it is otherwise.
+        with suppress(BundleError):
+            names = tensor_names([inside(path, file, BundleError)])
+            if any(name.startswith(ENCODER_PREFIX) for name in names):
+                return True
     return False
 
 

@@ -186,7 +186,7 @@ def operations(spec: Any, name: str | None = None) -> Any:
     function = spec.mlProgram.functions.get(name)
     if function is None or function.opset not in function.block_specializations:
         raise EncoderError(
-            f"the package has no function {name!r}: expected an encoder package, export it again"
+            f"the .mlpackage has no function {name!r}: expected an encoder's, export it again"
         )
     return function.block_specializations[function.opset].operations
 
