@@ -19,6 +19,7 @@ from fastvlm_mlx.errors import CheckpointError, printable
 from fastvlm_mlx.files import MB, Stamp, inside, read_bytes, sha256
 from model_export import weights
 from model_export.lora import is_tied
+from model_export.settings import ROPE_THETA
 from model_export.sources import Source, open_source
 from model_export.tensors import ALL, ExtendedRows, SourceTensor, magnitude, read_json, to_torch
 
@@ -83,6 +84,10 @@ class Checkpoint:
         if embedding is not None and embedding.shape:
             # Training that resizes the vocabulary does not always say so.
             raw["vocab_size"] = embedding.shape[0]
+        rope = raw.get("rope_parameters")
+        stated = [raw.get("rope_theta"), rope.get("rope_theta") if isinstance(rope, dict) else None]
+        # Not what mlx-lm's Qwen2 takes where nothing is said: this is the checkpoint's library.
+        raw["rope_theta"] = next((theta for theta in stated if theta is not None), ROPE_THETA)
         config = FastVLMConfig.from_dict(raw)
         if image_size is not None:
             config = replace(config, vision=replace(config.vision, image_size=image_size))

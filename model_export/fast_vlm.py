@@ -7,6 +7,7 @@ from typing import Any
 
 from fastvlm_mlx.config import MODEL_TYPE, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError
+from model_export.settings import ROPE_THETA, check_settings
 from model_export.tensors import read_json
 
 TRANSFORMERS_MODEL_TYPE = "fast_vlm"
@@ -42,7 +43,7 @@ QWEN2_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32_768,
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
+    "rope_theta": ROPE_THETA,
 }
 # What must be as FastVLM has it, where it is stated.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -72,10 +73,11 @@ def apple_config(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise ConfigError(
             f"text_config.model_type is {text['model_type']!r}: expected qwen2, FastVLM's"
         )
+    check_settings({k: v for k, v in text.items() if k != "model_type"}, "text_config")
     vision = _vision(_section(raw, "vision_config"), _image_size(directory))
     stated = {k: v for k, v in text.items() if k != "model_type" and v is not None}
     if isinstance(stated.get("rope_parameters"), dict):
-        stated.setdefault("rope_theta", stated["rope_parameters"].get("rope_theta", 10_000.0))
+        stated.setdefault("rope_theta", stated["rope_parameters"].get("rope_theta", ROPE_THETA))
     ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k)}
     if "eos_token_id" not in {**stated, **ids} and (end := _end_of_turn(directory)) is not None:
         ids["eos_token_id"] = end

@@ -14,6 +14,7 @@ from fastvlm_mlx.config import MODEL_TYPE, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, OptionError
 from model_export import fast_vlm, hub, lora, weights
 from model_export.fast_vlm import TRANSFORMERS_MODEL_TYPE
+from model_export.settings import check_settings
 from model_export.tensors import SourceTensor, has_weights, read_json, read_weights
 
 
@@ -100,6 +101,7 @@ def _whole(path: Path, hub_id: str | None) -> Source:
             f"layout (model_type {MODEL_TYPE!r}) or in transformers' ({TRANSFORMERS_MODEL_TYPE!r})"
         )
     if kind == MODEL_TYPE:
+        check_settings(raw, str(file))
         return Source("Apple's layout", (path,), raw, read_weights(path), hub_id)
     config = fast_vlm.apple_config(raw, path)
     vision = VisionConfig.from_dict(config["vision_config"])
@@ -137,7 +139,9 @@ def _over(
     raw = read_json(file) if file.is_file() else {}
     if raw.get("model_type") == TRANSFORMERS_MODEL_TYPE:
         raw = fast_vlm.apple_config(raw, path)
-    elif raw.get("model_type") != MODEL_TYPE:
+    elif raw.get("model_type") == MODEL_TYPE:
+        check_settings(raw, str(file))
+    else:
         raw = {}
     return Source(
         kind, (path, *base.directories), {**base.raw_config, **raw}, tensors, hub_id, base
