@@ -1,0 +1,129 @@
+"""The one thread of a loaded model, on which everything that it computes is computed.
+
+What MLX has not evaluated yet belongs to a stream, and a stream to the thread that made it: a cache
+that one thread began can't be continued by another. So callers hand in tasks, which run one after
+the other in the order of their coming, and wait for what comes out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from fastvlm_mlx.errors import FastVLMError
+
+T = TypeVar("T")
+Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
+# Putting is reentrant, so what the garbage collector ends may put while something else does.
+Tasks = SimpleQueue[Task | None]
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+class Worker:
+    """Runs tasks on a thread of its own, which starts with the first and ends with the worker.
+
+    A thread of `concurrent.futures` refuses work as soon as the main thread has ended. This one
+    works for as long as there are other threads, and ends after them.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._tasks: Tasks = SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._device = mx.default_device()
+        self._ended = False
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+        _workers.add(self)
+
+    def check(self) -> None:
+        """Raises FastVLMError: this is another process than the one that the thread is in."""
+        if os.getpid() != self._pid:
+            raise FastVLMError(
+                "the model was loaded before this process was forked from the one that loaded it, "
+                "and threads stay behind: load it in each process, or start processes by spawn"
+            )
+
+    def run(self, task: Callable[..., T], *arguments: Any) -> T:
+        """What `task` returns or raises; where this already is the worker's thread, at once."""
+        if threading.current_thread() is self._thread:
+            return task(*arguments)
+        future = self.submit(task, *arguments)
+        try:
+            return future.result()
+        finally:
+            # Of use when the waiting was interrupted and the task has not begun.
+            future.cancel()
+
+    def submit(self, task: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Raises FastVLMError: as `check`, or the interpreter is about to end."""
+        self.check()
+        if self._ended:
+            raise FastVLMError(
+                "Python is about to end, and nothing is computed any more: let the main thread "
+                "wait for the others"
+            )
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None:
+                    # A daemon, since Python would wait for it before `_end_all` ends it.
+                    self._thread = threading.Thread(
+                        target=_work,
+                        args=(self._tasks, self._device),
+                        name="fastvlm",
+                        daemon=True,
+                    )
+                    self._thread.start()
+        future: Future[T] = Future()
+        self._tasks.put((future, task, arguments))
+        return future
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Leave a task behind that nobody waits for. Takes no lock: the garbage collector calls."""
+        if os.getpid() == self._pid and not self._ended:
+            self._tasks.put((Future(), task, ()))
+
+    def end(self) -> None:
+        """Wait for the task that is running; those that are not yet are cancelled."""
+        self._ended = True
+        if os.getpid() != self._pid or self._thread is None:
+            return
+        try:
+            while True:
+                waiting = self._tasks.get_nowait()
+                if waiting is not None:
+                    waiting[0].cancel()
+        except Empty:
+            self._tasks.put(None)
+        self._thread.join()
+
+
+def _work(tasks: Tasks, device: mx.Device) -> None:
+    """Refers to no worker, so that one that nobody has any more is collected."""
+    mx.set_default_device(device)
+    while (waiting := tasks.get()) is not None:
+        future, task, arguments = waiting
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(task(*arguments))
+            # Whatever it is, it is whoever waits that it concerns.
+            except BaseException as error:  # noqa: BLE001
+                future.set_exception(error)
+        # Or they would live until the next task comes.
+        del waiting, future, task, arguments
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread inside MLX or torch while the interpreter takes itself apart would crash."""
+    for worker in list(_workers):
+        worker.end()
