@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import Any
@@ -86,6 +87,7 @@ class Generation:
         # MLX refuses that a stream of one thread is left by another, as collecting would do.
         self._leave = finalize(self, worker.post, steps.close)
         self._leave.atexit = False
+        worker.opened(steps)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -187,18 +189,20 @@ def generate(
     finish_reason = "length"
     count = 0
     first = last = time.perf_counter()
-    for token, _ in steps:
-        last = time.perf_counter()
-        first = last if count == 0 else first
-        count += 1
-        if token in eos_token_ids:
-            finish_reason = "stop"
-            break
-        tokens.append(token)
-        yield text.add(token)
-        if text.stopped:
-            finish_reason = "stop"
-            break
+    # However this ends, its stream is left by the thread that entered it.
+    with closing(steps):
+        for token, _ in steps:
+            last = time.perf_counter()
+            first = last if count == 0 else first
+            count += 1
+            if token in eos_token_ids:
+                finish_reason = "stop"
+                break
+            tokens.append(token)
+            yield text.add(token)
+            if text.stopped:
+                finish_reason = "stop"
+                break
     yield text.flush()
     decode_s = last - first
     picture_s = spent.preprocess_s + spent.encode_s + spent.project_s

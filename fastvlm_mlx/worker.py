@@ -10,9 +10,11 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -31,8 +33,8 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """Runs tasks on a thread of its own, which starts with the first and ends with the worker.
 
-    A thread of `concurrent.futures` refuses work as soon as the main thread has ended. This one
-    works for as long as there are other threads, and ends after them.
+    `concurrent.futures` would refuse work as soon as the main thread has ended, while others are
+    still waiting for their answers, and has no way to leave work behind that takes no lock.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,8 @@ class Worker:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._device = mx.default_device()
+        self._running = threading.Lock()
+        self._open: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
         self._ended = False
         weakref.finalize(self, self._tasks.put, None).atexit = False
         _workers.add(self)
@@ -75,10 +79,10 @@ class Worker:
         if self._thread is None:
             with self._starting:
                 if self._thread is None:
-                    # A daemon, since Python would wait for it before `_end_all` ends it.
+                    # A daemon, or Python would wait for it to end before `_end_all` is called.
                     self._thread = threading.Thread(
                         target=_work,
-                        args=(self._tasks, self._device),
+                        args=(self._tasks, self._running, self._device),
                         name="fastvlm",
                         daemon=True,
                     )
@@ -92,38 +96,51 @@ class Worker:
         if os.getpid() == self._pid and not self._ended:
             self._tasks.put((Future(), task, ()))
 
+    def opened(self, steps: Generator[Any]) -> None:
+        """Have a generator closed on the thread, should the interpreter end before it is."""
+        self._open.add(steps)
+
     def end(self) -> None:
-        """Wait for the task that is running; those that are not yet are cancelled."""
-        self._ended = True
+        """Wait for the task that is running, and let no other begin."""
         if os.getpid() != self._pid or self._thread is None:
             return
-        try:
-            while True:
-                waiting = self._tasks.get_nowait()
-                if waiting is not None:
-                    waiting[0].cancel()
-        except Empty:
-            self._tasks.put(None)
-        self._thread.join()
+        self._ended = True
+        with suppress(Empty):
+            while (waiting := self._tasks.get_nowait()) is not None:
+                waiting[0].cancel()
+        for steps in list(self._open):
+            self._tasks.put((Future(), steps.close, ()))
+        last: Future[int] = Future()
+        self._tasks.put((last, int, ()))
+        last.result()
+        self._running.acquire()
+        # From the end of its last task to its next wait the thread needs a moment more.
+        time.sleep(0.005)
 
 
-def _work(tasks: Tasks, device: mx.Device) -> None:
+def _work(tasks: Tasks, running: threading.Lock, device: mx.Device) -> None:
     """Refers to no worker, so that one that nobody has any more is collected."""
     mx.set_default_device(device)
     while (waiting := tasks.get()) is not None:
         future, task, arguments = waiting
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(task(*arguments))
-            # Whatever it is, it is whoever waits that it concerns.
-            except BaseException as error:  # noqa: BLE001
-                future.set_exception(error)
-        # Or they would live until the next task comes.
-        del waiting, future, task, arguments
+        with running:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(task(*arguments))
+                # Whatever it is, it is whoever waits that it concerns.
+                except BaseException as error:  # noqa: BLE001
+                    future.set_exception(error)
+            # Or they would live until the next task comes.
+            del waiting, future, task, arguments
+    mx.clear_streams()
 
 
 @atexit.register
 def _end_all() -> None:
-    """A thread inside MLX or torch while the interpreter takes itself apart would crash."""
+    """While the interpreter takes itself apart, a thread must neither be inside MLX nor end.
+
+    Either would ask for the interpreter once more, and abort the process when it is refused. So
+    each is left where it waits, which needs nothing.
+    """
     for worker in list(_workers):
         worker.end()
