@@ -43,7 +43,7 @@ class FastVLM:
     would be alone, and a long one holds up others by a token and not by its length. A generation
     may be handed to another thread, and one that nobody goes on with costs nothing. That thread
     ends when the model is collected, or the interpreter ends. A process forked after loading has no
-    such thread: there every use is a FastVLMError.
+    such thread: there every use, and loading anew, is a FastVLMError.
 
     Attributes:
         num_tokens: N, tokens of a picture.

@@ -27,6 +27,9 @@ Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 # Putting is reentrant, so what the garbage collector ends may put while something else does.
 Tasks = SimpleQueue[Task | None]
 
+# The process that the first worker began in. MLX has threads of its own, which a fork leaves behind
+# likewise: a model can't be loaded anew there either.
+_loader: int | None = None
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -50,11 +53,11 @@ class Worker:
         _workers.add(self)
 
     def check(self) -> None:
-        """Raises FastVLMError: this is another process than the one that the thread is in."""
-        if os.getpid() != self._pid:
+        """Raises FastVLMError: this process was forked from one that had loaded a model."""
+        if os.getpid() != self._pid or _loader not in (None, os.getpid()):
             raise FastVLMError(
-                "the model was loaded before this process was forked from the one that loaded it, "
-                "and threads stay behind: load it in each process, or start processes by spawn"
+                "this process was forked from one that had loaded a model, and threads stay "
+                "behind: start processes by spawn, or fork before the first model is loaded"
             )
 
     def run(self, task: Callable[..., T], *arguments: Any) -> T:
@@ -77,6 +80,8 @@ class Worker:
                 "wait for the others"
             )
         if self._thread is None:
+            global _loader
+            _loader = os.getpid()
             with self._starting:
                 if self._thread is None:
                     # A daemon, or Python would wait for it to end before `_end_all` is called.

@@ -232,7 +232,8 @@ class TestEnd:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0
         assert int(out) >= 1
-        assert "Error" not in err
+        assert "StreamContext" not in err
+        assert "ignored" not in err
 
     def test_ctrl_c_ends_the_waiting(self, demo_bundle):
         """In a task that takes long, at once; and the stream goes on after it."""
@@ -260,20 +261,19 @@ class TestEnd:
             "from fastvlm_mlx.errors import FastVLMError\n"
             "if os.fork() == 0:\n"
             "    for use in (lambda: next(stream), lambda: stream.result, lambda: model.encoder,\n"
-            "                lambda: model.generate(None, 'Hello'), lambda: model.encode(b'')):\n"
+            "                lambda: model.generate(None, 'Hello'), lambda: model.encode(b''),\n"
+            "                lambda: fastvlm_mlx.load(sys.argv[1])):\n"
             "        try:\n"
             "            use()\n"
             "        except FastVLMError as error:\n"
             "            print('forked' in str(error), flush=True)\n"
-            "    again = fastvlm_mlx.load(sys.argv[1])\n"
-            "    print(again.generate(None, 'Hello', max_tokens=2).generation_tokens, flush=True)\n"
             "    os._exit(0)\n"
             "os.wait()\n"
             "print(next(stream) != '')\n"
         )
         process = in_a_process(code, demo_bundle)
         out, err = process.communicate(timeout=60)
-        assert out.split() == [*["True"] * 5, "2", "True"], err
+        assert out.split() == ["True"] * 7, err
 
 
 class TestWorker:
