@@ -71,7 +71,7 @@ class FastVLM:
         """
         return self.worker.run(lambda: self._encoder)
 
-    # Both are computed on the worker alone: nothing else keeps two threads from doing it twice.
+    # Asked for on the worker alone: nothing else keeps two threads from making it twice.
     @cached_property
     def _encoder(self) -> VisionEncoder:
         with self._loading():
@@ -183,8 +183,7 @@ class FastVLM:
             PromptError: no prompts, or one text in place of several; and as `stream`.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-            found = "empty" if isinstance(prompts, Sequence) else "of another type"
-            found = "one text" if isinstance(prompts, str) else found
+            found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
         options = chosen(options, sampling)
         questions = [self._question(prompt, True, options) for prompt in prompts]
