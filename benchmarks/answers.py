@@ -17,13 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import torch
 
 import fastvlm_mlx
-from fastvlm_mlx.fastvlm import ImageFeatures
-from fastvlm_mlx.generate import Timings
 from model_export.demo import scenes
 from model_export.demo.model import DemoModel, to_pixels
 from model_export.options import ExportOptions
@@ -66,7 +63,7 @@ def bundle_answers(
         ]
     texts = []
     for array, (_, question) in zip(features[precision], pairs, strict=True):
-        seen = ImageFeatures(array, model.model.project(mx.array(array)), Timings())
+        seen = model.project(array)
         texts.append(model.generate(seen, question.prompt, max_tokens=48).text)
     return texts
 

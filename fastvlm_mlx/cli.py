@@ -122,9 +122,9 @@ def generate(
     """Answer one or several questions about a picture."""
     from fastvlm_mlx import report
     from fastvlm_mlx.bundle import Bundle
+    from fastvlm_mlx.decode import DEFAULT_MAX_PIXELS, check_max_pixels, load_image
     from fastvlm_mlx.fastvlm import load
-    from fastvlm_mlx.generate import SamplingOptions
-    from fastvlm_mlx.image import DEFAULT_MAX_PIXELS, load_image
+    from fastvlm_mlx.sampling import SamplingOptions
 
     options = SamplingOptions(
         max_tokens=max_tokens,
@@ -137,12 +137,17 @@ def generate(
         stop=tuple(stop or ()),
     )
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
-    if limit < 1:
-        raise OptionError(f"--max-pixels is {limit}: expected 1 or more")
+    check_max_pixels(limit)
     source = _stdin_bytes() if image == "-" else image
     Bundle.open(bundle)
     picture = load_image(source, max_pixels=limit)
-    model = load(bundle, compute_units=compute_units, image_size=image_size, crop=crop)
+    model = load(
+        bundle,
+        compute_units=compute_units,
+        image_size=image_size,
+        crop=crop,
+        max_pixels=limit,
+    )
     answers = []
     for generation in model.ask(picture, prompt, options):
         for piece in generation:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,36 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
-from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.generate import (
-    Generation,
-    GenerationResult,
-    SamplingOptions,
-    Timings,
-    check_room,
-    generate,
-)
-from fastvlm_mlx.image import ImageProcessor, load_image
+from fastvlm_mlx.decode import DEFAULT_MAX_PIXELS, Picture, check_max_pixels, load_image
+from fastvlm_mlx.errors import BundleError, OptionError, PromptError
+from fastvlm_mlx.features import ImageFeatures, check_encoded, check_features, fingerprint
+from fastvlm_mlx.generate import Generation, GenerationResult, Timings, check_room, generate
+from fastvlm_mlx.image import ImageProcessor
 from fastvlm_mlx.model import Model, load_model
 from fastvlm_mlx.prompt import encode_prompt
+from fastvlm_mlx.sampling import SamplingOptions, chosen
 from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
 from fastvlm_mlx.vision.mlprogram import encoder_shape
 from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.worker import Worker
 
-Picture = Image.Image | str | Path | bytes
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """A picture as the language model reads it, reusable for any number of prompts.
-
-    Attributes:
-        features: the encoder's output, float32 [1, N, C].
-        projected: the projector's, [N, D] in the model's dtype.
-        timings: what preprocessing, encoding and projecting took.
-    """
-
-    features: np.ndarray
-    projected: mx.array
-    timings: Timings
+Seen = Picture | ImageFeatures
 
 
 @dataclass(frozen=True)
 class FastVLM:
     """A loaded bundle. Made by `fastvlm_mlx.load`.
 
+    It may be used from any thread, and by many at once. What it computes it computes on one thread
+    of its own, a token or a picture at a time and in the order of asking, so each answer is what it
+    would be alone, and a long one holds up others by a token and not by its length. A generation
+    may be handed to another thread, and one that nobody goes on with costs nothing. That thread
+    ends when the model is collected, or the interpreter ends. A process forked after loading has no
+    such thread: there every use, and loading anew, is a FastVLMError.
+
     Attributes:
         num_tokens: N, tokens of a picture.
+        max_pixels: width × height of the largest picture that is looked at.
     """
 
     bundle: Bundle
@@ -69,17 +58,28 @@ class FastVLM:
     image_processor: ImageProcessor
     eos_token_ids: frozenset[int]
     compute_units: str
+    worker: Worker = field(default_factory=Worker, repr=False)
+    max_pixels: int = DEFAULT_MAX_PIXELS
     _loading_s: list[float] = field(default_factory=list, repr=False)
 
-    @cached_property
+    @property
     def encoder(self) -> VisionEncoder:
         """Made when it is first asked for, by the first picture if by nobody before.
 
         Raises:
             EncoderError: it is incomplete, or can't be evaluated here.
         """
+        return self.worker.run(lambda: self._encoder)
+
+    # Asked for on the worker alone: nothing else keeps two threads from making it twice.
+    @cached_property
+    def _encoder(self) -> VisionEncoder:
         with self._loading():
             return load_bundle_encoder(self.bundle, self.compute_units, self.image_processor.size)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model, self.num_tokens, self.image_processor.size)
 
     @property
     def load_s(self) -> float:
@@ -95,30 +95,52 @@ class FastVLM:
     def encode(self, image: Picture) -> ImageFeatures:
         """Look at a picture once; ask about the result as often as wanted.
 
+        Args:
+            image: whatever `fastvlm_mlx.image.load_image` reads.
+
         Raises:
             ImageError: not a picture, or one that is too large.
             EncoderError: the encoder is incomplete, or can't be evaluated here.
         """
+        self.worker.check()
         if not isinstance(image, Image.Image):
-            image = load_image(image)
-        encoder = self.encoder
-        clock = [time.perf_counter()]
-        pixels = self.image_processor(image)
-        clock.append(time.perf_counter())
+            image = load_image(image, max_pixels=self.max_pixels)
+        started = time.perf_counter()
+        # Of a PIL image that nobody has decoded, that is the time to.
+        pixels = self.image_processor(load_image(image, max_pixels=self.max_pixels))
+        return self.worker.run(self._look, pixels, time.perf_counter() - started)
+
+    def _look(self, pixels: np.ndarray, preprocess_s: float) -> ImageFeatures:
+        encoder = self._encoder
+        started = time.perf_counter()
         features = encoder(pixels)
-        clock.append(time.perf_counter())
+        encode_s = time.perf_counter() - started
+        seen = self._project(features)
+        timings = replace(
+            seen.timings, load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s
+        )
+        return replace(seen, timings=timings)
+
+    def project(self, features: np.ndarray) -> ImageFeatures:
+        """What an encoder made elsewhere, float32 [1, N, C], as this language model reads it.
+
+        Raises:
+            OptionError: an array of another type or shape, or values that are no numbers.
+        """
+        shape = (1, self.num_tokens, self.config.vision.hidden_size)
+        return self.worker.run(self._project, check_encoded(features, shape))
+
+    def _project(self, features: np.ndarray) -> ImageFeatures:
+        model = self._fingerprint
+        started = time.perf_counter()
         projected = self.model.project(mx.array(features))
         mx.eval(projected)
-        clock.append(time.perf_counter())
-        preprocess_s, encode_s, project_s = (b - a for a, b in pairwise(clock))
-        timings = Timings(
-            load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s, project_s=project_s
-        )
-        return ImageFeatures(features, projected, timings)
+        timings = Timings(project_s=time.perf_counter() - started)
+        return ImageFeatures(features, projected, timings, model)
 
     def stream(
         self,
-        image: Picture | ImageFeatures | None,
+        image: Seen | None,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
@@ -130,20 +152,17 @@ class FastVLM:
             options: how to sample; or its fields as keywords (`max_tokens=64`).
 
         Raises:
-            ImageError, PromptError, OptionError: before anything is computed, or on iteration.
+            ImageError, PromptError, OptionError: before anything is computed.
         """
-        options = replace(options or SamplingOptions(), **sampling)
-        check_room(self.config.text, self._encode_prompt(prompt, image is not None))
-        if image is None:
-            return self._stream(None, prompt, options, Timings())
-        if isinstance(image, ImageFeatures):
-            return self._stream(image, prompt, options, Timings())
+        question = self._question(prompt, image is not None, chosen(options, sampling))
+        if image is None or isinstance(image, ImageFeatures):
+            return self._answer(question, image, Timings())
         features = self.encode(image)
-        return self._stream(features, prompt, options, features.timings)
+        return self._answer(question, features, features.timings)
 
     def generate(
         self,
-        image: Picture | ImageFeatures | None,
+        image: Seen | None,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
@@ -152,49 +171,78 @@ class FastVLM:
         return self.stream(image, prompt, options, **sampling).result
 
     def ask(
-        self, image: Picture, prompts: list[str], options: SamplingOptions
+        self,
+        image: Seen,
+        prompts: Sequence[str],
+        options: SamplingOptions | None = None,
+        **sampling: Any,
     ) -> Iterator[Generation]:
-        """One picture, several prompts: encoded once, its time charged to the first answer."""
-        for prompt in prompts:
-            check_room(self.config.text, self._encode_prompt(prompt, True))
-        features = self.encode(image)
-        spent = features.timings
-        for prompt in prompts:
-            yield self._stream(features, prompt, options, spent)
+        """One picture, several prompts: encoded once, its time charged to the first answer.
+
+        Raises:
+            PromptError: no prompts, or one text in place of several; and as `stream`.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+            found = f"of type {type(prompts).__name__}" if prompts else "empty"
+            raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
+        options = chosen(options, sampling)
+        questions = [self._question(prompt, True, options) for prompt in prompts]
+
+        return self._answers(image, questions)
+
+    def _answers(self, image: Seen, questions: list[_Question]) -> Iterator[Generation]:
+        features = image if isinstance(image, ImageFeatures) else self.encode(image)
+        spent = Timings() if features is image else features.timings
+        for question in questions:
+            yield self._answer(question, features, spent)
             spent = Timings()
 
-    def _stream(
-        self,
-        features: ImageFeatures | None,
-        prompt: str,
-        options: SamplingOptions,
-        spent: Timings,
-    ) -> Generation:
-        def pieces() -> Iterator[str | GenerationResult]:
-            with self._loading():
-                import_module("mlx_lm.generate")
-            started = time.perf_counter()
-            yield from generate(
-                self.model,
-                self.tokenizer,
-                prompt=prompt,
-                ids=self._encode_prompt(prompt, features is not None),
-                projected=None if features is None else features.projected,
-                options=options,
-                eos_token_ids=self.eos_token_ids,
-                spent=replace(spent, load_s=self.load_s),
-                started=started,
-            )
-
-        return Generation(pieces())
-
-    def _encode_prompt(self, prompt: str, with_image: bool) -> list[int]:
-        return encode_prompt(
+    def _question(self, prompt: str, with_image: bool, options: SamplingOptions) -> _Question:
+        started = time.perf_counter()
+        ids = encode_prompt(
             self.tokenizer,
             prompt,
             image_token_id=self.config.image_token_index,
             num_image_tokens=self.num_tokens if with_image else 0,
+            context=self.config.text.max_position_embeddings,
         )
+        check_room(self.config.text, ids)
+        options.check_vocabulary(self.config.text.vocab_size)
+        return _Question(prompt, ids, options, time.perf_counter() - started)
+
+    def _answer(
+        self, question: _Question, features: ImageFeatures | None, spent: Timings
+    ) -> Generation:
+        if features is not None:
+            shape = (self.num_tokens, self.config.text.hidden_size)
+            check_features(features, self.worker.run(lambda: self._fingerprint), shape)
+
+        def steps() -> Generator[str | GenerationResult]:
+            with self._loading():
+                import_module("mlx_lm.generate")
+            yield from generate(
+                self.model,
+                self.tokenizer,
+                prompt=question.prompt,
+                ids=question.ids,
+                projected=None if features is None else features.projected,
+                options=question.options,
+                eos_token_ids=self.eos_token_ids,
+                spent=replace(spent, load_s=self.load_s),
+                prompt_s=question.prompt_s,
+            )
+
+        return Generation(self.worker, steps())
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A prompt that suits the model: its ids with the placeholders, and the seconds they took."""
+
+    prompt: str
+    ids: list[int]
+    options: SamplingOptions
+    prompt_s: float
 
 
 def load(
@@ -204,11 +252,12 @@ def load(
     image_size: int | None = None,
     crop: bool = False,
     check_hashes: bool = True,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> FastVLM:
     """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
-    Nothing is computed: weights are read when they are first used, and the encoder is made at the
-    first picture, or when `encoder` is first asked for. That a package is whole, declares an
+    The projector's and the language model's weights are read here; the encoder is made at the first
+    picture, or when `encoder` is first asked for. That a package is whole, declares an
     encoder and is the one that config.json describes is found here; what Core ML refuses, an
     operation that can't be evaluated, or a missing weight of an `mlx` bundle's encoder is found
     when it is made.
@@ -219,14 +268,16 @@ def load(
             was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
         check_hashes: compare every file with the manifest before use.
+        max_pixels: width × height of the largest picture that is looked at.
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
         EncoderError: its package is damaged, or no encoder's.
         OptionError: compute units that are unknown, or that nothing here has; or a size that the
-            encoder does not take.
+            encoder does not take; or a limit that is no number of pixels.
     """
     started = time.perf_counter()
+    max_pixels = check_max_pixels(max_pixels)
     bundle = Bundle.open(path)
     _check_compute_units(bundle, compute_units)
     # First, what needs no reading of weights to be missing.
@@ -239,7 +290,8 @@ def load(
         bundle = bundle.at(image_size)
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
     bundle = replace(bundle, config=config)
-    model = load_model(bundle)
+    worker = Worker()
+    model = worker.run(_evaluated, bundle)
     aspect_ratio = "crop" if crop else config.image_aspect_ratio
     return FastVLM(
         bundle=bundle,
@@ -250,8 +302,17 @@ def load(
         image_processor=image_processor(bundle, size, aspect_ratio),
         eos_token_ids=bundle.eos_token_ids | {_id(tokenizer, "<|im_end|>", bundle)},
         compute_units=compute_units,
+        worker=worker,
+        max_pixels=max_pixels,
         _loading_s=[time.perf_counter() - started],
     )
+
+
+def _evaluated(bundle: Bundle) -> Model:
+    """The model with its weights in memory: what is put off belongs to the thread that did it."""
+    model = load_model(bundle)
+    mx.eval(model.parameters())
+    return model
 
 
 def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:

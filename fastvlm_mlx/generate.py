@@ -1,7 +1,7 @@
 """From ids and a projected picture to text: prefill, decode, stream, and the time of each.
 
-The loop is mlx-lm's `generate_step`. What is here is what surrounds it: sampling options, stop
-strings, text that never ends in half a character, and the clock.
+The loop is mlx-lm's `generate_step`. What is here is what surrounds it: the clock, and that an
+answer is computed a token at a time on the model's own thread.
 """
 
 from __future__ import annotations
@@ -9,62 +9,23 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from math import isfinite
+from threading import Lock
 from typing import Any
+from weakref import finalize
 
 import mlx.core as mx
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from fastvlm_mlx.config import TextConfig
-from fastvlm_mlx.errors import OptionError, PromptError
-from fastvlm_mlx.imports import part
+from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.model import Model
-
-sampling = part("mlx_lm.sample_utils")
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen, and when to stop. Temperature 0 is greedy.
-
-    Raises:
-        OptionError: a value outside its range.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_tokens", 1, float("inf")),
-            ("temperature", 0, float("inf")),
-            ("top_p", 0, 1),
-            ("top_k", 0, float("inf")),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 1e-3, float("inf")),
-            ("seed", 0, 2**64 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (isfinite(value) and low <= value <= high):
-                limit = f"{low} or more" if high == float("inf") else f"from {low} to {high}"
-                raise OptionError(f"--{name.replace('_', '-')} is {value}: expected {limit}")
-        if "" in self.stop:
-            raise OptionError("--stop is empty: expected a text that ends the answer")
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        if self.top_k >= vocab_size:
-            raise OptionError(
-                f"--top-k is {self.top_k}: expected less than the vocabulary's {vocab_size:,}"
-            )
+from fastvlm_mlx.sampling import Sampler, SamplingOptions, processors
+from fastvlm_mlx.text import Text
+from fastvlm_mlx.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -108,26 +69,79 @@ class GenerationResult:
 
 
 class Generation:
-    """An answer on its way: iterate over it for text as it comes, then read `result`."""
+    """An answer on its way: iterate over it for text as it comes, then read `result`.
 
-    def __init__(self, pieces: Iterator[str | GenerationResult]):
-        self._pieces = pieces
+    It is its own iterator and goes on where it was left, in whatever thread. Where several threads
+    iterate at once, each piece goes to one of them. What Ctrl-C interrupts is the waiting: the next
+    piece is the one that was waited for.
+    """
+
+    def __init__(self, worker: Worker, steps: Generator[str | GenerationResult]):
+        self._worker = worker
+        self._steps = steps
+        self._turn = Lock()
+        self._awaited: Future[str | GenerationResult | None] | None = None
         self._result: GenerationResult | None = None
+        self._error: BaseException | None = None
+        self._over = False
+        # MLX refuses that a stream of one thread is left by another, as collecting would do.
+        self._leave = finalize(self, worker.post, steps.close)
+        self._leave.atexit = False
+        worker.opened(steps)
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, GenerationResult):
-                self._result = piece
-            else:
-                yield piece
+        return self
+
+    def __next__(self) -> str:
+        self._worker.check()
+        with self._turn:
+            while not self._over:
+                step = self._step()
+                if isinstance(step, str):
+                    if step:
+                        return step
+                else:
+                    self._result = step
+                    self._over = True
+        raise StopIteration
+
+    def _step(self) -> str | GenerationResult | None:
+        if self._awaited is None:
+            self._awaited = self._worker.submit(next, self._steps, None)
+        awaited = self._awaited
+        try:
+            step = awaited.result()
+        except BaseException as error:
+            if awaited.done() and not awaited.cancelled() and awaited.exception() is error:
+                self._error, self._over, self._awaited = error, True, None
+            # Or the waiting alone was interrupted.
+            raise
+        self._awaited = None
+        return step
+
+    def close(self) -> None:
+        """Give the answer up, and what it holds in memory; of no effect on one that is whole."""
+        self._over = True
+        self._leave()
 
     @property
     def result(self) -> GenerationResult:
-        """The whole answer; what has not been iterated over yet is generated first."""
+        """The whole answer; what has not been iterated over yet is generated first.
+
+        Raises:
+            FastVLMError: the generation was closed, or has failed.
+        """
         for _ in self:
             pass
         if self._result is None:
-            raise RuntimeError("the generation was interrupted before it had a result")
+            if isinstance(self._error, FastVLMError):
+                raise self._error
+            why = "was closed"
+            if self._error is not None:
+                why = f"failed ({type(self._error).__name__}: {self._error})"
+            raise FastVLMError(
+                f"the generation {why} before it had a result: ask again"
+            ) from self._error
         return self._result
 
 
@@ -141,25 +155,25 @@ def generate(
     options: SamplingOptions,
     eos_token_ids: frozenset[int],
     spent: Timings,
-    started: float,
-) -> Iterator[str | GenerationResult]:
-    """Pieces of text, and last the result.
+    prompt_s: float,
+) -> Generator[str | GenerationResult]:
+    """The text of each token, which may be empty, and last the result.
 
     Args:
         ids: the prompt with N placeholders where the picture goes, [L].
         projected: the picture, [N, D], or None.
         spent: seconds the picture has cost so far; they count towards `ttft_s`.
-        started: `time.perf_counter()` when the prompt was given.
+        prompt_s: seconds that it took to make ids of the prompt; they are part of the prefill.
 
     Raises:
         PromptError: the prompt does not fit the context.
     """
     from mlx_lm.generate import generate_step
 
+    started = time.perf_counter() - prompt_s
+    vocab_size = model.config.text.vocab_size
     room = check_room(model.config.text, ids)
-    options.check_vocabulary(model.config.text.vocab_size)
-    if options.seed is not None:
-        mx.random.seed(options.seed)
+    options.check_vocabulary(vocab_size)
     prompt_ids = mx.array(ids)
     steps = generate_step(
         prompt_ids,
@@ -167,33 +181,29 @@ def generate(
         input_embeddings=model.embed_inputs(prompt_ids, projected),
         # One step more than wanted is computed in any case; the limit is kept below.
         max_tokens=min(options.max_tokens, room),
-        sampler=sampling.make_sampler(
-            options.temperature, options.top_p, options.min_p, 1, options.top_k
-        ),
-        logits_processors=sampling.make_logits_processors(
-            repetition_penalty=options.repetition_penalty
-        ),
+        sampler=Sampler(options, vocab_size),
+        logits_processors=processors(options),
     )
     tokens: list[int] = []
-    text = _Text(tokenizer, options.stop)
+    text = Text(tokenizer, options.stop)
     finish_reason = "length"
     count = 0
     first = last = time.perf_counter()
-    for token, _ in steps:
-        last = time.perf_counter()
-        first = last if count == 0 else first
-        count += 1
-        if token in eos_token_ids:
-            finish_reason = "stop"
-            break
-        tokens.append(token)
-        if piece := text.add(token):
-            yield piece
-        if text.stopped:
-            finish_reason = "stop"
-            break
-    if piece := text.flush():
-        yield piece
+    # However this ends, its stream is left by the thread that entered it.
+    with closing(steps):
+        for token, _ in steps:
+            last = time.perf_counter()
+            first = last if count == 0 else first
+            count += 1
+            if token in eos_token_ids:
+                finish_reason = "stop"
+                break
+            tokens.append(token)
+            yield text.add(token)
+            if text.stopped:
+                finish_reason = "stop"
+                break
+    yield text.flush()
     decode_s = last - first
     picture_s = spent.preprocess_s + spent.encode_s + spent.project_s
     yield GenerationResult(
@@ -231,44 +241,6 @@ def check_room(config: TextConfig, ids: list[int]) -> int:
             f"{config.max_position_embeddings:,}: shorten the prompt"
         )
     return room
-
-
-class _Text:
-    """Tokens in, text out: whole characters only, and nothing that may begin a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop = stop
-        self._pending = ""
-        self.shown = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        self._pending += self._decoder.step(self._tokenizer, token) or ""
-        found = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._show(min(found), drop=True)
-        return self._show(len(self._pending) - self._held())
-
-    def flush(self) -> str:
-        """What was held back for a stop string that did not come."""
-        return "" if self.stopped else self._show(len(self._pending))
-
-    def _held(self) -> int:
-        """Length of the longest end of the pending text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._pending)), 0, -1):
-            if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
-                return length
-        return 0
-
-    def _show(self, length: int, *, drop: bool = False) -> str:
-        piece, rest = self._pending[:length], self._pending[length:]
-        self._pending = "" if drop else rest
-        self.shown += piece
-        return piece
 
 
 def peak_memory_bytes() -> int:

@@ -8,16 +8,21 @@ so that nothing written in a prompt can act as control; ordinary prompts give th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.errors import BundleError, PromptError
+from fastvlm_mlx.errors import BundleError, FastVLMError, PromptError
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
+
+# Characters of a prompt that are tokenized first, for each position of the context.
+_PART = 4
 
 # Qwen2's own. For one user message whose content is "<image>\n{prompt}" it renders what
 # conv_templates["qwen_2"] of the reference (llava/conversation.py) does.
@@ -39,6 +44,7 @@ def encode_prompt(
     image_token_id: int | None = None,
     num_image_tokens: int = 0,
     system: str = SYSTEM_PROMPT,
+    context: int | None = None,
 ) -> list[int]:
     """One user turn in ChatML, ready for the assistant's answer.
 
@@ -48,18 +54,26 @@ def encode_prompt(
         image_token_id: the placeholder; the tokenizer's `<image>` where not given.
         num_image_tokens: N placeholders on a line before the prompt; 0 leaves the line out.
         system: the system message, text like the prompt.
+        context: positions that there are. Of a prompt that is far longer only the beginning is
+            tokenized, so that a mistaken one of many megabytes is refused at once.
 
     Returns:
         Ids, the placeholders in place; their number is the number of positions in the KV cache.
 
     Raises:
-        PromptError: the prompt is blank, or can't be encoded.
-        BundleError: the tokenizer lacks a control token.
+        PromptError: the prompt is no text, blank, far beyond the context, or can't be encoded.
+        BundleError: the tokenizer lacks a control token, or fails.
     """
-    if not prompt.strip():
+    if not isinstance(prompt, str):
+        raise PromptError(
+            f"the prompt is of type {type(prompt).__name__}: expected text, of type str"
+        )
+    if not prompt or prompt.isspace():
         raise PromptError("the prompt is empty: say what to do with the picture")
     start = _control_id(tokenizer, TURN_START)
     end = _control_id(tokenizer, TURN_END)
+    if context is not None:
+        _check_length(tokenizer, prompt, context)
     newline = encode_text(tokenizer, "\n")
     ids = [start, *encode_text(tokenizer, f"system\n{system}"), end, *newline, start]
     if num_image_tokens:
@@ -73,6 +87,22 @@ def encode_prompt(
     return [*ids, end, *newline, start, *encode_text(tokenizer, "assistant\n")]
 
 
+def _check_length(tokenizer: Tokenizer, prompt: str, context: int) -> None:
+    """Tokenize ever longer beginnings of a long prompt, until one is far beyond the context.
+
+    Twice the context, since what follows may join the last tokens of a beginning.
+    """
+    length = _PART * context
+    while length < len(prompt):
+        if len(encode_text(tokenizer, prompt[:length])) > 2 * context:
+            raise PromptError(
+                f"the prompt has {len(prompt):,} characters, of which the first {length:,} are "
+                f"more than {2 * context:,} tokens, and the context is {context:,}: shorten the "
+                "prompt"
+            )
+        length *= 2
+
+
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokenize text in which control tokens mean nothing.
 
@@ -83,6 +113,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
     Raises:
         PromptError: the text holds half a surrogate pair, which no tokenizer can encode.
+        BundleError: the tokenizer fails.
     """
     try:
         text.encode()
@@ -96,9 +127,25 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     spelled = re.compile("(?=" + "|".join(map(re.escape, sorted(control))) + ")")
     cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
     ids: list[int] = []
-    for first, last in pairwise(cuts):
-        ids += tokenizer.encode(text[first:last], add_special_tokens=False).ids
+    with tokenizer_errors("encode the prompt"):
+        for first, last in pairwise(cuts):
+            ids += tokenizer.encode(text[first:last], add_special_tokens=False).ids
     return ids
+
+
+@contextmanager
+def tokenizer_errors(doing: str) -> Iterator[None]:
+    """Raises BundleError: the tokenizer fails, which it says in a bare Exception or a panic."""
+    try:
+        yield
+    except (FastVLMError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    # A panic of the library is a BaseException, and has no public name to catch it by.
+    except BaseException as error:
+        raise BundleError(
+            f"the tokenizer can't {doing} ({' '.join(str(error).split())}): expected the tokenizer "
+            "of a FastVLM, export the checkpoint again"
+        ) from error
 
 
 def _control_id(tokenizer: Tokenizer, token: str) -> int:

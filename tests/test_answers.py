@@ -9,8 +9,6 @@ import pytest
 import torch
 
 import fastvlm_mlx
-from fastvlm_mlx.fastvlm import ImageFeatures
-from fastvlm_mlx.generate import Timings
 from model_export.demo import scenes
 from model_export.demo.model import DemoModel, to_pixels
 from model_export.options import ExportOptions
@@ -63,11 +61,9 @@ def features(bundles, pictures):
 
 
 def answers(model, features, pairs):
-    import mlx.core as mx
-
     texts = []
     for array, (_, question) in zip(features, pairs, strict=True):
-        seen = ImageFeatures(array, model.model.project(mx.array(array)), Timings())
+        seen = model.project(array)
         texts.append(model.generate(seen, question.prompt, max_tokens=48).text)
     return texts
 

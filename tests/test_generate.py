@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 
 import fastvlm_mlx
 from fastvlm_mlx.errors import OptionError, PromptError
-from fastvlm_mlx.generate import SamplingOptions, _Text
+from fastvlm_mlx.sampling import SamplingOptions
+from fastvlm_mlx.text import Text
 from model_export.demo import scenes
 
 
@@ -28,7 +29,7 @@ def tokenizer(demo_bundle) -> Tokenizer:
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    text = _Text(tokenizer, stop)
+    text = Text(tokenizer, stop)
     pieces = []
     for token in ids:
         pieces.append(text.add(token))
@@ -167,7 +168,7 @@ def test_a_question_without_a_picture(model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_tokens": 0}, "--max-tokens is 0: expected 1 or more"),
+        ({"max_tokens": 0}, "--max-tokens is 0: expected a whole number, 1 or more"),
         ({"temperature": -1.0}, "--temperature is -1.0: expected 0 or more"),
         ({"temperature": float("nan")}, "--temperature is nan"),
         ({"top_p": 1.5}, "--top-p is 1.5: expected from 0 to 1"),

@@ -355,6 +355,50 @@ def test_threads_share_nothing() -> None:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
+def test_a_file_is_read_from_where_it_stands(tmp_path: Path) -> None:
+    data = encoded(picture(5, 4))
+    file = io.BytesIO(b"before" + data)
+    file.seek(6)
+    assert load_image(file).size == (5, 4)
+    assert file.read() == b""
+
+
+arrays = st.one_of(
+    st.sampled_from([(3, 4), (3, 4, 1), (3, 4, 3), (3, 4, 4), (4,), (), (3, 4, 2), (0, 4, 3)]),
+    st.lists(st.integers(0, 5), max_size=5).map(tuple),
+).flatmap(
+    lambda shape: st.sampled_from(
+        [np.uint8, np.float16, np.float64, ">f4", np.int64, bool, "O"]
+    ).map(lambda dtype: np.random.default_rng(0).random(shape).astype(dtype))
+)
+
+
+@given(arrays, st.sampled_from([1, 1.5, -1, np.nan, np.inf]))
+@settings(max_examples=150, deadline=None)
+def test_any_array_is_its_pixels_or_refused(array: np.ndarray, factor: float) -> None:
+    if array.dtype.kind == "f":
+        array = array * array.dtype.type(factor)
+    channels = array.shape[2] if array.ndim == 3 else 1
+    right = array.ndim in (2, 3) and channels in (1, 3, 4) and array.size > 0
+    right &= array.dtype == np.uint8 or array.dtype.kind == "f"
+    if not right or not ((array >= 0).all() and (array.astype(float) <= 255).all()):
+        assert "expected" in message(array)
+    elif array.dtype.kind == "f" and array.max() > 1:
+        assert "expected floats from 0 to 1" in message(array)
+    else:
+        levels = array if array.dtype == np.uint8 else np.rint(array.astype(float) * 255)
+        levels = levels.astype(np.uint8).reshape(*array.shape[:2], channels)
+        expected = Image.fromarray(levels[:, :, 0] if channels == 1 else levels)
+        assert np.array_equal(np.asarray(load_image(array)), np.asarray(to_rgb(expected)))
+
+
+def test_an_array_is_not_kept() -> None:
+    array = np.zeros((4, 5, 3), np.uint8)
+    image = load_image(array)
+    array[:] = 255
+    assert image.getextrema() == ((0, 0),) * 3
+
+
 # --- what is no picture
 
 
@@ -370,7 +414,7 @@ def message(source: object, **options: int) -> str:
 def test_bad_paths(tmp_path: Path) -> None:
     assert f"{tmp_path / 'no.jpg'} does not exist" in message(tmp_path / "no.jpg")
     assert "is a directory" in message(str(tmp_path))
-    assert "does not exist" in message("https://example.org/cat.jpg")
+    assert "is a URL: download the picture" in message("https://example.org/cat.jpg")
     assert "null byte" in message("a\0b")
     for data, said in ((b"", "is empty"), (b"hello, world", "is not a picture")):
         (tmp_path / "file.jpg").write_bytes(data)
@@ -437,3 +481,137 @@ def test_too_many_pixels_by_the_header_alone() -> None:
     assert "damaged" in message(png(12_000, 10_000))
     assert "over the limit" in message(encoded(picture(11, 10)), max_pixels=109)
     assert load_image(encoded(picture(11, 10)), max_pixels=110).size == (11, 10)
+
+
+FORMATS = ("TIFF", "ICO", "ICNS", "GIF", "WEBP", "JPEG2000", "PNG", "BMP", "DDS", "AVIF", "MPO")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("way", ["bytes", "path", "opened", "decoded"])
+def test_the_limit_holds_in_every_format_and_way(tmp_path: Path, format: str, way: str) -> None:
+    image = picture(128, 128)
+    frames = {"save_all": True, "append_images": [picture(128, 128, 1)]}
+    several = format in ("TIFF", "GIF", "WEBP", "AVIF", "MPO")
+    sizes = {"sizes": [(128, 128)]} if format == "ICO" else {}
+    data = encoded(image, format, **(frames if several else sizes))
+    (tmp_path / "it").write_bytes(data)
+    if way in ("opened", "decoded"):
+        source: object = Image.open(io.BytesIO(data))
+        if way == "decoded":
+            source.load()  # type: ignore[attr-defined]
+    else:
+        source = data if way == "bytes" else tmp_path / "it"
+    assert "over the limit" in message(source, max_pixels=128 * 128 - 1)
+    # An icon on macOS holds one of twice the size.
+    assert load_image(source, max_pixels=2048 * 2048).mode == "RGB"  # type: ignore[arg-type]
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of `side` × `side` white pixels, a thousandth of that in bytes."""
+    return encoded(Image.new("1", (side, side), 1))
+
+
+def test_a_large_picture_inside_a_small_icon() -> None:
+    """By what the inner picture's header says, before PIL decodes it while it opens the icon."""
+    inner = bomb(6000)
+    ico = struct.pack("<HHH", 0, 1, 1) + struct.pack(
+        "<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22
+    )
+    icns = (
+        b"icns" + struct.pack(">I", 16 + len(inner)) + b"ic07" + struct.pack(">I", 8 + len(inner))
+    )
+    for data in (ico + inner, icns + inner):
+        assert "6000×6000" in message(data, max_pixels=1_000_000)
+    assert "6000×6000" in message(Image.open(io.BytesIO(icns + inner)), max_pixels=1_000_000)
+
+
+def test_a_large_codestream_inside_a_small_jpeg_2000() -> None:
+    data = encoded(picture(40, 30), "JPEG2000")
+    at = data.index(b"ihdr") + 4
+    data = data[:at] + struct.pack(">II", 3, 4) + data[at + 8 :]
+    assert "40×30" in message(data, max_pixels=1000)
+
+
+def test_a_large_tile_of_a_small_tiff() -> None:
+    entries = [(256, 8), (257, 8), (258, 8), (259, 8), (262, 1), (277, 1)]
+    entries += [(322, 30_000), (323, 30_000), (324, 8), (325, 9)]
+    ifd = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries
+    )
+    data = b"II*\0" + struct.pack("<I", 8) + ifd + struct.pack("<I", 0)
+    assert "a tile of the picture is 30000×30000" in message(data)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "of type NoneType: expected a path"),
+        (["a.png"], "of type list"),
+        (5, "of type int"),
+        (Image.new("RGB", (0, 0)), "0×0 pixels: expected at least one pixel"),
+        (Image.new("RGB", (0, 5)), "0×5"),
+        (np.zeros((0, 5), np.uint8), "5×0"),
+        (io.StringIO("x"), "is open as text"),
+        ("~nobody-of-that-name/a.png", "can't be read"),
+        ("a\n\x1b[31mb.png", "a\\n\\x1b[31mb.png does not exist"),
+        ("x" * 5000, "can't be opened"),
+        (memoryview(b"abc")[::2], "is not a picture"),
+    ],
+)
+def test_what_is_not_even_bytes(source: object, said: str) -> None:
+    assert said in message(source)
+    assert len(message(source)) < 700
+
+
+def test_closed_and_damaged_pil_images(tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes(encoded(picture(64, 64), "JPEG")[:900])
+    assert "damaged" in message(Image.open(tmp_path / "cut.jpg"))
+    closed = picture(4, 4)
+    closed.close()
+    assert "was closed" in message(closed)
+    file = (tmp_path / "cut.jpg").open("rb")
+    file.close()
+    assert "closed file" in message(file)
+    with (tmp_path / "write").open("wb") as write:
+        assert "can't be read" in message(write)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    assert "PostScript" in message(Image.open(io.BytesIO(eps)))
+
+
+def test_a_file_without_an_end() -> None:
+    class Endless(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+            return len(buffer)
+
+    assert "more than 67,108,896 bytes" in message(Endless(), max_pixels=1)
+
+
+def test_libtiff_writes_nothing_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nor does any other: of each format that PIL writes, damaged in many ways, in two threads."""
+    rng = np.random.default_rng(0)
+    sources = [
+        encoded(picture(32, 32), "TIFF", compression=c) for c in ("tiff_lzw", "jpeg", "zstd")
+    ]
+    sources += [encoded(picture(32, 32).convert("1"), "TIFF", compression="group4")]
+    sources += [encoded(picture(32, 32), name) for name in ("JPEG", "PNG", "WEBP", "JPEG2000")]
+
+    def damage(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for data in sources * 25:
+            changed = bytearray(data)
+            for at in rng.integers(0, len(data), 4):
+                changed[at] = rng.integers(256)
+            try:
+                load_image(bytes(changed))
+            except ImageError:
+                continue
+
+    threads = [threading.Thread(target=damage, args=(seed,)) for seed in rng.integers(99, size=2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capfd.readouterr().err == ""

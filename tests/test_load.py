@@ -48,20 +48,24 @@ class TestPutOff:
         expected = ["True", "True", "0", "coremltools.models.utils", "module", "False"]
         assert in_a_new_process(code, demo_bundle) == expected
 
-    def test_the_weights_are_read_at_their_first_use(self, demo_bundle):
+    def test_the_weights_are_read_and_the_encoder_s_are_not(self, mlx_bundle):
+        """What a model waits for is its own: after loading nothing is taken from the weights."""
         import mlx.core as mx
 
         mx.clear_cache()
         before = mx.get_active_memory()
-        model = fastvlm_mlx.load(demo_bundle)
-        assert mx.get_active_memory() - before < 1000
+        model = fastvlm_mlx.load(mlx_bundle)
+        read = mx.get_active_memory() - before
+        assert read > 500_000
         mx.eval(model.model.parameters())
-        assert mx.get_active_memory() - before > 500_000
+        assert mx.get_active_memory() - before == read
+        _ = model.encoder
+        assert mx.get_active_memory() - before > read + 500_000
 
     def test_the_encoder_is_made_once_and_counted_as_loading(self, demo_bundle):
         model = fastvlm_mlx.load(demo_bundle)
         opened = model.load_s
-        assert "encoder" not in vars(model)
+        assert "_encoder" not in vars(model)
         first = model.encode(Image.new("RGB", (8, 8)))
         made = model.encoder
         second = model.encode(Image.new("RGB", (8, 8)))
@@ -73,7 +77,7 @@ class TestPutOff:
     def test_a_question_without_a_picture_makes_no_encoder(self, demo_bundle):
         model = fastvlm_mlx.load(demo_bundle)
         assert model.generate(None, "Hello", max_tokens=1).image_tokens == 0
-        assert "encoder" not in vars(model)
+        assert "_encoder" not in vars(model)
 
 
 class TestFoundAtLoad:
