@@ -101,7 +101,7 @@ def look_at(destination: Path) -> Destination:
     """
     try:
         with _directory(destination.parent) as parent:
-            leftovers.clear(parent, destination.name)
+            leftovers.clear(parent)
             found = content_of(destination.name, parent)
     except FileNotFoundError:
         return Destination(destination)

@@ -13,30 +13,22 @@ from io import FileIO
 from model_export.workplace import LOCK, MAGIC, NAME, NO_LOCKS, OURS, Workplace, alone, opened
 
 
-def clear(parent: int, destination: str | None = None) -> None:
+def clear(parent: int) -> None:
     """Finish or undo what killed runs left in a directory, and remove their workplaces.
 
     What is not certainly one of them, or belongs to somebody else or to a run that is alive, stays.
 
     Raises:
-        DestinationError: one holds what was at `destination`, and can't put it back, because
-            something else is there.
+        DestinationError: one held what can't be put back, because something else is there now; it
+            is beside that now, and this is said once.
         OSError: `parent` can't be listed.
     """
     for name in sorted(name for name in os.listdir(parent) if NAME.fullmatch(name)):
-        with _claimed(parent, name) as place:
-            if place is None:
-                continue
-            # What others own or protect stays; a broken record is not acted on.
-            with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-                with alone(parent):
-                    kept = place.sort_out()
-                if kept is None:
-                    place.remove()
-                    continue
-                record = place.record()
-                if record is not None and record.destination == destination:
-                    raise place.keeps(kept)
+        # What others own or protect stays; a broken record is not acted on.
+        not_ours = suppress(OSError, ValueError, TypeError, KeyError, IndexError)
+        with _claimed(parent, name) as place, not_ours:
+            if place is not None:
+                place.end()
 
 
 @contextmanager

@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import secrets
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -95,7 +94,7 @@ class Workplace:
             What kept it from being done, None if it was.
 
         Raises:
-            DestinationError: what came out can't go back, and is kept.
+            DestinationError: what came out can't go back, see `sort_out`.
         """
         with alone(self.parent):
             now = content_of(destination, self.parent)
@@ -112,22 +111,21 @@ class Workplace:
             except FileNotFoundError:
                 # What was there is gone, so there is nothing to replace.
                 renames.put((self.fd, BUNDLE), (self.parent, destination))
-            if kept := self.sort_out():
-                raise self.keeps(kept)
+            self.sort_out()
             if content_of(BUNDLE, self.fd) is None:
                 return None
         return "it changed at the last moment"
 
-    def sort_out(self) -> str | None:
+    def sort_out(self) -> None:
         """After an exchange, whoever makes it or finds it made: what is to go is marked, and what
         was taken out wrongly goes back. Others are kept out (`alone`).
 
-        Returns:
-            The name of what can neither go nor go back, None if there is no such thing.
+        Raises:
+            DestinationError: something can neither go nor go back; it has a visible place now.
         """
         record = self.record()
         if record is None:
-            return None
+            return
         for name in (REPLACED, BUNDLE):
             content = content_of(name, self.fd)
             if content is None or (name == BUNDLE and content == record.made):
@@ -136,15 +134,25 @@ class Workplace:
             if content == record.found and published:
                 os.rename(name, DISCARDED[name], src_dir_fd=self.fd, dst_dir_fd=self.fd)
             elif content.inode == record.made.inode or not self._put_back(name, record):
-                return name
-        return None
+                raise self._rescued(name, record)
 
-    def remove(self) -> None:
-        """Clear what was sorted out. The lock goes last, so that a kill leaves what is known.
+    def end(self) -> None:
+        """Sort out, and be gone.
 
         Raises:
-            OSError: something can't be removed.
+            DestinationError: as `sort_out`.
+            OSError: something can't be moved or removed; it stays for the next run.
         """
+        try:
+            with alone(self.parent):
+                self.sort_out()
+        except DestinationError:
+            self._remove()
+            raise
+        self._remove()
+
+    def _remove(self) -> None:
+        """What was sorted out; the lock last, so that a kill leaves what is known."""
         record = self.record()
         if record is not None and content_of(BUNDLE, self.fd) == record.made:
             os.rename(BUNDLE, DISCARDED[BUNDLE], src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -152,6 +160,8 @@ class Workplace:
         doomed = {*DISCARDED.values()} if record else {*DISCARDED.values(), BUNDLE}
         for name in sorted(doomed & names):
             _remove_tree(name, self.fd)
+        if not set(os.listdir(self.fd)) <= {LOCK, RECORD, NEW_RECORD}:
+            return
         if self.lock is not None:
             # NFS keeps a file that is open, under another name.
             self.lock.close()
@@ -173,13 +183,13 @@ class Workplace:
         found, made = Content.from_json(data["found"]), Content.from_json(data["made"])
         return Record(data["destination"], found, made)
 
-    def keeps(self, name: str) -> DestinationError:
-        record = self.record()
-        destination = record.destination if record else "its destination"
+    def _rescued(self, name: str, record: Record) -> DestinationError:
+        place = f"fastvlm-kept-{secrets.token_hex(4)}"
+        renames.put((self.fd, name), (self.parent, place))
         return DestinationError(
-            f"{self.name}/{name} (hidden beside it) holds what was at {destination}, which changed "
-            "while it was being replaced: something else is there now, keep which you want and "
-            "move the other away"
+            f"something else came to be at {record.destination} while it was being replaced, and "
+            f"stays; what was there before is in {place} beside it: keep which you want, and start "
+            "again"
         )
 
     def _replace_in_two_steps(self, destination: str, found: Content) -> None:
@@ -273,11 +283,7 @@ def _settle_at_last(parent: int, name: str, lock: FileIO | None) -> None:
 
 def _settle(parent: int, name: str, lock: FileIO | None) -> None:
     with suppress(FileNotFoundError), opened(parent, name, lock) as place:
-        with alone(parent):
-            kept = place.sort_out()
-        if kept:
-            raise place.keeps(kept)
-        place.remove()
+        place.end()
 
 
 @contextmanager
@@ -323,8 +329,26 @@ def _remove_tree(name: str, directory: int) -> None:
         os.unlink(name, dir_fd=directory)
         return
     try:
-        shutil.rmtree(name, dir_fd=directory)
+        _remove_directory(name, directory)
     except PermissionError:
         for *_, fd in os.fwalk(name, dir_fd=directory):
             os.fchmod(fd, 0o700)
-        shutil.rmtree(name, dir_fd=directory)
+        _remove_directory(name, directory)
+
+
+def _remove_directory(name: str, directory: int) -> None:
+    # shutil's closes descriptors twice if a Ctrl-C comes at the wrong moment.
+    for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=directory, onerror=_raise):
+        for file in files:
+            os.unlink(file, dir_fd=fd)
+        for folder in folders:
+            try:
+                os.rmdir(folder, dir_fd=fd)
+            except NotADirectoryError:
+                # A link to one.
+                os.unlink(folder, dir_fd=fd)
+    os.rmdir(name, dir_fd=directory)
+
+
+def _raise(error: OSError) -> None:
+    raise error

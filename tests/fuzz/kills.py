@@ -54,6 +54,7 @@ NEIGHBOURS = {
     ".out.partial-mine/mine": PRECIOUS,
     "elsewhere/bundle/mine": PRECIOUS,
 }
+KEPT = r"what was there before is in fastvlm-kept-\w+ beside it"
 LINK = ".fastvlm-00000000000000cc"
 
 
@@ -96,8 +97,10 @@ def campaign(cases: int, seed: int, workdir: Path) -> Iterator[tuple[str, bool, 
     with _server() as serve:
         counts = {}
         for start, system in STARTS:
-            (report,) = serve(_fresh(workdir, start), [Case(start, system, ())])
+            directory = _fresh(workdir, start)
+            (report,) = serve(directory, [Case(start, system, ())])
             counts[start, system] = int(report["calls"])
+            shutil.rmtree(directory)
         names = list(every_kill(counts))
         chance.shuffle(names)
         for number in range(cases):
@@ -178,29 +181,30 @@ def _problems(case: Case, directory: Path, report: dict[str, Any]) -> Iterator[s
             raise _StoppedError
     except DestinationError as error:
         kept = str(error)
-        if not re.search(r"holds what was at .*: something else is there now", kept):
+        if not re.search(KEPT, kept):
             yield f"the next run: {kept}"
-    if not kept and (left := _hidden(out.parent)):
+    if left := _hidden(out.parent):
         yield f"the next run left {left}"
+    if not killed and re.search(KEPT, report["text"]):
+        kept = report["text"]
     if not struck and version(out) not in old | {"new"}:
         yield f"after the next run {version(out)} is there"
-    if kept and case.system == "exchange" and len(struck) < 1:
+    if kept and not struck:
         yield f"kept for nothing: {kept}"
-    yield from _lost(out, struck, kept)
+    yield from _lost(out, struck, kept, status)
     yield from _touched(directory)
-    if not kept:
-        with appearing(look_at(out)) as made:
-            write(made, "newer")
-        if version(out) != "newer" or _hidden(out.parent):
-            yield f"the run after that left {version(out)}, {_hidden(out.parent)}"
+    with appearing(look_at(out)) as made:
+        write(made, "newer")
+    if version(out) != "newer" or _hidden(out.parent):
+        yield f"the run after that left {version(out)}, {_hidden(out.parent)}"
 
 
-def _lost(out: Path, struck: set[str], kept: str) -> Iterator[str]:
-    """Somebody's file or bundle that is nowhere, or hidden without a word."""
-    where = [out, *(out.parent / name / "bundle" for name in _hidden(out.parent))]
-    where += [path.with_name("replaced") for path in where[1:]]
-    if not kept:
-        where = [out]
+def _lost(out: Path, struck: set[str], kept: str, status: int) -> Iterator[str]:
+    """Somebody's file or bundle that is nowhere, or moved without a word."""
+    moved = list(out.parent.glob("fastvlm-kept-*"))
+    if status in (DONE, TOLD) and any(path.name not in kept for path in moved):
+        yield "something was moved without a word"
+    where = [out, *moved]
     if "file" in struck and not any((p / "thesis.txt").is_file() for p in where):
         yield "a file was lost"
     if "bundle" in struck and not any(version(p) == "theirs" for p in where):
