@@ -279,6 +279,12 @@ def _destination_error(
             f"the disk of {where.parent} is full, nothing was left at {destination}: make room, "
             "or choose another disk"
         )
+    if error.errno in (errno.EXDEV, errno.EBUSY) and where == destination:
+        # Of a container's image, for one.
+        return DestinationError(
+            f"{destination} can't be moved ({error.strerror}) and is as it was: remove it yourself, "
+            "or choose another destination"
+        )
     return DestinationError(
         f"{where} can't be read or written ({error.strerror or error}), nothing was left at "
         f"{destination}: check the path and its permissions"

@@ -84,6 +84,8 @@ class Case:
         return cls(start, system, tuple(events))
 
 
+# By start and system: how many calls are made, and at which of them it takes its place.
+Counts = dict[tuple[str, str], tuple[int, int]]
 STARTS = [(a, b) for a in ("new", "parents", "replace") for b in ("exchange", "renames")]
 
 
@@ -95,11 +97,11 @@ def campaign(cases: int, seed: int, workdir: Path) -> Iterator[tuple[str, bool, 
     """
     chance = random.Random(seed)
     with _server() as serve:
-        counts = {}
+        counts: Counts = {}
         for start, system in STARTS:
             directory = _fresh(workdir, start)
             (report,) = serve(directory, [Case(start, system, ())])
-            counts[start, system] = int(report["calls"])
+            counts[start, system] = report["calls"], report["step"]
             shutil.rmtree(directory)
         names = list(every_kill(counts))
         chance.shuffle(names)
@@ -111,19 +113,19 @@ def campaign(cases: int, seed: int, workdir: Path) -> Iterator[tuple[str, bool, 
             yield (case.name, *_judged(case, workdir, serve))
 
 
-def every_kill(counts: dict[tuple[str, str], int]) -> Iterator[Case]:
-    for (start, system), count in counts.items():
+def every_kill(counts: Counts) -> Iterator[Case]:
+    for (start, system), (count, _) in counts.items():
         for number in range(1, count + 1):
             for when in ("before", "after"):
                 yield Case(start, system, (("kill", when, number),))
 
 
-def _random_case(chance: random.Random, counts: dict[tuple[str, str], int]) -> Case:
+def _random_case(chance: random.Random, counts: Counts) -> Case:
     start, system = chance.choice(STARTS)
-    count = counts[start, system]
+    count, step = counts[start, system]
     intruder = chance.choice(INTRUDERS)
-    # Late, where the moments are that matter, as often as anywhere.
-    number = chance.choice([chance.randint(1, count), chance.randint(count // 2, count)])
+    # About the step itself as often as anywhere.
+    number = chance.choice([chance.randint(1, count), max(1, step + chance.randint(-8, 8))])
     events = [(intruder, chance.choice(["before", "after"]), number)]
     last = chance.choice(["kill", "interrupt", None])
     if last == "interrupt" and chance.random() < 0.5:
@@ -150,6 +152,9 @@ def _judged(case: Case, workdir: Path, serve: Serve) -> tuple[bool, str]:
     try:
         (report,) = serve(directory, [case])
         problems = list(_problems(case, directory, report))
+    # Whatever it is, it is the finding.
+    except Exception:  # noqa: BLE001
+        problems = [traceback.format_exc()]
     finally:
         shutil.rmtree(directory)
     return not problems, "; ".join(problems)
@@ -213,7 +218,8 @@ def _lost(out: Path, struck: set[str], kept: str, status: int) -> Iterator[str]:
 
 def _touched(directory: Path) -> Iterator[str]:
     for name, text in NEIGHBOURS.items():
-        if (directory / name).read_text() != text:
+        file = directory / name
+        if not file.is_file() or file.read_text() != text:
             yield f"{name} was touched"
     if not (directory / LINK).is_symlink():
         yield "a link was removed"
@@ -369,7 +375,7 @@ def _publisher(directory: Path, case: Case, number: int, count: int) -> int:
     except BaseException:  # noqa: BLE001
         status, told = BROKEN, traceback.format_exc()
     hooks.active = False
-    report = {"calls": hooks.count, "text": told}
+    report = {"calls": hooks.count, "step": hooks.step, "text": told}
     (directory / f"report-{number}").write_text(json.dumps(report))
     return status
 
@@ -384,7 +390,7 @@ class Hooks:
     """Counts the calls to the filesystem in this process, and lets the events happen."""
 
     def __init__(self, case: Case, directory: Path, out: Path):
-        self.count, self.active = 0, False
+        self.count, self.step, self.active = 0, 0, False
         self._directory, self._out = directory, out
         self._events = [event for event in case.events if event[0] != "delay"]
         delays = [random.Random(n) for what, _, n in case.events if what == "delay"]
@@ -395,10 +401,17 @@ class Hooks:
         for name in HOOKED:
             setattr(os, name, self._hooked(getattr(os, name)))
         fcntl.flock = self._hooked(fcntl.flock)
-        renames._flagged = self._hooked(renames._flagged)
+        renames._flagged = self._hooked(self._stepping(renames._flagged))
         # By which the record is read and written.
         builtins.open = self._hooked(builtins.open)
         self.active = True
+
+    def _stepping(self, call: Callable[..., None]) -> Callable[..., None]:
+        def stepping(*arguments: Any) -> None:
+            self.step = self.count
+            call(*arguments)
+
+        return stepping
 
     def _hooked(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(*arguments: Any, **options: Any) -> Any:
