@@ -282,7 +282,7 @@ def _destination_error(
     if error.errno in (errno.EXDEV, errno.EBUSY) and where == destination:
         # Of a container's image, for one.
         return DestinationError(
-            f"{destination} can't be moved ({error.strerror}) and is as it was: remove it yourself, "
+            f"{destination} can't be moved ({error.strerror}) and is as it was: remove it, "
             "or choose another destination"
         )
     return DestinationError(
