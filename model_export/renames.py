@@ -30,12 +30,13 @@ class ExchangeError(OSError):
 
 
 def put(source: Place, target: Place) -> None:
-    """Rename a directory to where nothing is, in one step.
+    """Rename something to where nothing is, in one step.
 
     Where the system has no such call, the step is a plain rename of a directory, which POSIX lets
     take the place of nothing but an empty directory: what has content is never replaced, and of
     two who put something at one place exactly one succeeds. An empty directory is looked for
-    before, and is lost only if it is made between the look and the rename.
+    before, and is lost only if it is made between the look and the rename. What is no directory is
+    linked, which replaces nothing, and then its old name removed.
 
     Raises:
         FileExistsError: something is at `target`, were it a broken link.
@@ -67,7 +68,10 @@ def exchange(one: Place, other: Place) -> None:
 def _put_plainly(source: Place, target: Place) -> None:
     in_the_way = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target[1])
     if not stat.S_ISDIR(os.stat(source[1], dir_fd=source[0], follow_symlinks=False).st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), source[1])
+        between = {"src_dir_fd": source[0], "dst_dir_fd": target[0]}
+        os.link(source[1], target[1], **between, follow_symlinks=False)
+        os.unlink(source[1], dir_fd=source[0])
+        return
     try:
         os.stat(target[1], dir_fd=target[0], follow_symlinks=False)
     except FileNotFoundError:

@@ -108,6 +108,11 @@ class TestRenames:
         assert os.listdir(tmp_path) == ["target"]
         with pytest.raises(FileNotFoundError):
             renames.put(place("made"), place("another"))
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(FileExistsError):
+            renames.put(place("file"), place("target"))
+        renames.put(place("file"), place("moved"))
+        assert sorted(os.listdir(tmp_path)) == ["moved", "target"]
 
     def test_a_plain_rename_never_replaces_what_is_made_at_the_last_moment(
         self, tmp_path, place, monkeypatch
@@ -199,7 +204,9 @@ class TestRaces:
         assert version(out) == "new"
         assert sorted(os.listdir(out.parent)) == ["moved", "out"]
 
-    @pytest.mark.parametrize("change", ["written", "same size", "removed", "replaced", "bundle"])
+    @pytest.mark.parametrize(
+        "change", ["written", "same size", "removed", "replaced", "bundle", "file"]
+    )
     def test_only_what_was_there_is_replaced(self, out, system, change):
         publish(out, "old")
         file = out / "config.json"
@@ -216,7 +223,7 @@ class TestRaces:
                 file.write_text("old")
             else:
                 out.rename(out.with_name("moved"))
-                write(out, "theirs")
+                write(out, "theirs") if change == "bundle" else out.write_text("precious")
             after.append(look_at(out))
 
         after = []

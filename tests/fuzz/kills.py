@@ -43,7 +43,7 @@ HOOKED = (
     *("stat", "lstat", "fstat", "listdir", "scandir"),
 )
 DONE, TOLD, INTERRUPTED, BROKEN = 0, 3, 4, 5
-INTRUDERS = ("file", "removal", "bundle")
+INTRUDERS = ("file", "removal", "bundle", "document")
 PRECIOUS = "precious"
 # What only looks like a workplace, with what is in it, and stays whatever happens.
 NEIGHBOURS = {
@@ -212,6 +212,8 @@ def _lost(out: Path, struck: set[str], kept: str, status: int) -> Iterator[str]:
     where = [out, *moved]
     if "file" in struck and not any((p / "thesis.txt").is_file() for p in where):
         yield "a file was lost"
+    if "document" in struck and not any(p.is_file() for p in where):
+        yield "a document was lost"
     if "bundle" in struck and not any(version(p) == "theirs" for p in where):
         yield "somebody's bundle was lost"
 
@@ -446,6 +448,11 @@ class Hooks:
         # What a shell does: between the two, everything may be exchanged.
         self._out.mkdir(parents=True, exist_ok=True)
         (self._out / "thesis.txt").write_text(PRECIOUS)
+
+    def _intrude_document(self) -> None:
+        shutil.rmtree(self._out, ignore_errors=True)
+        self._out.parent.mkdir(exist_ok=True)
+        self._out.write_text(PRECIOUS)
 
     def _intrude_removal(self) -> None:
         shutil.rmtree(self._out, ignore_errors=True)
