@@ -65,8 +65,7 @@ def convert(
     ExportOptions(layout=layout)  # type: ignore[arg-type]
     with interruptible(progress) as stage:
         stage("bundle", None)
-        destination = resolve(destination)
-        check_replaceable(destination, overwrite=overwrite)
+        place = check_replaceable(resolve(destination), overwrite=overwrite)
         bundle = Bundle.open(bundle_path)
         if bundle.layout == layout:
             raise BundleError(
@@ -78,11 +77,11 @@ def convert(
                 f"{bundle.path} holds its encoder folded into a Core ML package, and layout mlx "
                 f"wants the weights it was folded from: {EXPORT_AGAIN.format('mlx')}"
             )
-        check_overlap(destination, [bundle.path])
+        check_overlap(place.path, [bundle.path])
         _check_passed(bundle)
         stage("check files", None)
         bundle.check_files()
-        return build(_job(bundle), destination, stage)
+        return build(_job(bundle), place, stage)
 
 
 def _job(bundle: Bundle) -> Job:

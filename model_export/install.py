@@ -14,7 +14,7 @@ from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, DestinationError
 from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export import layouts
-from model_export.destination import appearing
+from model_export.destination import Destination, appearing, look_at
 
 # From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
 # which of them a directory is.
@@ -24,13 +24,21 @@ PLACES = ("app/FastVLM", "FastVLM", ".")
 
 @dataclass(frozen=True)
 class Installation:
-    """What goes where: `files` are relative to the bundle; `replaces` is what is there now."""
+    """What goes where: `files` are relative to the bundle, and `place` holds what is there now."""
 
     bundle: Path
-    model: Path
+    place: Destination
     files: tuple[str, ...]
     bytes: int
-    replaces: tuple[str, ...]
+
+    @property
+    def model(self) -> Path:
+        return self.place.path
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Files that are there now, relative to `model`."""
+        return self.place.found.files if self.place.found else ()
 
 
 def plan(bundle_path: Path, app: Path) -> Installation:
@@ -38,7 +46,7 @@ def plan(bundle_path: Path, app: Path) -> Installation:
 
     Raises:
         BundleError: the bundle is broken, or the unmodified app would crash on it.
-        DestinationError: `app` is not the demo app.
+        DestinationError: `app` is not the demo app, or its model can't be replaced.
     """
     bundle = Bundle.open(bundle_path)
     bundle.check_files()
@@ -50,26 +58,30 @@ def plan(bundle_path: Path, app: Path) -> Installation:
             f"{bundle_path} does not fit the unmodified app, {misfit}: export a checkpoint of the "
             "released encoder at 1024×1024, without --image-input"
         )
-    model = _model_directory(app)
-    present = sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
+    place = look_at(_model_directory(app))
+    if place.found is not None and not place.found.is_directory:
+        raise DestinationError(
+            f"{place.path} is a file: expected the app's model directory, or nothing; remove it"
+        )
     return Installation(
         bundle.path,
-        model,
+        place,
         tuple(bundle.files),
         sum((bundle.path / name).stat().st_size for name in bundle.files),
-        tuple(p.relative_to(model).as_posix() for p in present),
     )
 
 
 def install(installation: Installation) -> None:
     """Copy the bundle beside the app's model directory, then put it in its place.
 
-    What was there stays until then, whatever it was.
+    What was there stays until then, whatever it was; and if it is not what the plan listed, it
+    stays for good.
 
     Raises:
-        DestinationError: the directory can't be written, or the disk is full.
+        DestinationError: the directory can't be written, the disk is full, or what is there is not
+            what the plan listed.
     """
-    with appearing(installation.model) as directory:
+    with appearing(installation.place) as directory:
         for name in installation.files:
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)

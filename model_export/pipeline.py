@@ -35,7 +35,7 @@ from model_export import (
 )
 from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
-from model_export.destination import appearing, check_replaceable, resolve
+from model_export.destination import Destination, appearing, check_replaceable, resolve
 from model_export.encoder_sensitivity import calibration_pixels
 from model_export.gates import Gate
 from model_export.interruption import Progress, interruptible
@@ -90,13 +90,12 @@ def export(
     with interruptible(progress) as stage:
         stage("checkpoint", None)
         # Before a hub's gigabytes are fetched for nothing.
-        destination = resolve(destination)
-        check_replaceable(destination, overwrite=options.overwrite)
+        place = check_replaceable(resolve(destination), overwrite=options.overwrite)
         checkpoint = Checkpoint(
             checkpoint_path, base=base, revision=revision, image_size=options.default_size
         )
-        check_overlap(destination, checkpoint.directories)
-        return build(_job(checkpoint, options, stage), destination, stage)
+        check_overlap(place.path, checkpoint.directories)
+        return build(_job(checkpoint, options, stage), place, stage)
 
 
 def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Job:
@@ -147,14 +146,14 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
     )
 
 
-def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
+def build(job: Job, destination: Destination, progress: Progress) -> ExportResult:
     """Make the bundle beside `destination`, check it, and put it there.
 
     Raises:
         As `export`, where it writes and checks.
     """
     with appearing(destination) as directory:
-        _check_space(directory, job)
+        _check_space(destination.path.parent, job)
         _write_small_files(job, directory)
         encoder = _export_encoder(job, directory / PACKAGE, progress)
         written = job.write_llm(directory, progress)
@@ -180,7 +179,7 @@ def build(job: Job, destination: Path, progress: Progress) -> ExportResult:
         progress("manifest", None)
         manifest = make_manifest(job, encoder.package, written, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return ExportResult(destination, manifest, tuple(gates), written.notes)
+    return ExportResult(destination.path, manifest, tuple(gates), written.notes)
 
 
 def _write_small_files(job: Job, directory: Path) -> None:
@@ -322,6 +321,6 @@ def _check_space(directory: Path, job: Job) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DestinationError(
-            f"{directory.parent} has {free / 1e6:,.0f} MB free and the bundle needs "
+            f"{directory} has {free / 1e6:,.0f} MB free and the bundle needs "
             f"{needed / 1e6:,.0f} MB: make room, or choose another disk"
         )

@@ -20,6 +20,7 @@ from fastvlm_mlx.schema import read_json
 from model_export import compare
 from model_export.checkpoint import Checkpoint
 from model_export.compare import Bench, Row, open_model, pictures_of
+from model_export.destination import clear_leftovers
 from model_export.interruption import Progress
 from model_export.options import ExportOptions
 from model_export.pipeline import export
@@ -169,6 +170,7 @@ class _State:
     def open(cls, out: Path, digest: str) -> _State:
         file = out / RESULTS
         if not file.is_file():
+            clear_leftovers(out)
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise DestinationError(
                     f"{out} is there and is no sweep's: choose a directory of its own"

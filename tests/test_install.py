@@ -88,6 +88,31 @@ def test_what_was_there_stays_when_the_copy_fails(demo_bundle, app, any_size, mo
     assert listing(app / "FastVLM" / "model") == ["old.safetensors"]
 
 
+def test_what_the_plan_did_not_list_is_not_removed(demo_bundle, app, any_size):
+    plan = installer.plan(demo_bundle, app)
+    (app / "FastVLM" / "model" / "thesis.txt").write_text("precious")
+    with pytest.raises(DestinationError, match=r"thesis\.txt is new"):
+        installer.install(plan)
+    assert listing(app / "FastVLM" / "model") == ["old.safetensors", "thesis.txt"]
+    assert sorted(os.listdir(app / "FastVLM")) == ["FastVLM.swift", "model"]
+
+
+def test_a_model_that_came_to_be_there_stays(demo_bundle, app, any_size):
+    model = app / "FastVLM" / "model"
+    (model / "old.safetensors").unlink()
+    model.rmdir()
+    plan = installer.plan(demo_bundle, app)
+    assert plan.replaces == ()
+    model.mkdir()
+    with pytest.raises(DestinationError, match="came to exist"):
+        installer.install(plan)
+    model.rmdir()
+    model.write_text("a file")
+    with pytest.raises(DestinationError, match="is a file"):
+        installer.plan(demo_bundle, app)
+    assert model.read_text() == "a file"
+
+
 def test_a_dry_run_lists_and_changes_nothing(demo_bundle, app, any_size, monkeypatch, capsys):
     from fastvlm_mlx import cli
 

@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 from PIL import Image
@@ -16,9 +16,10 @@ from PIL import Image
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, OptionError
 from model_export import llm, pipeline
-from model_export.destination import appearing
+from model_export.destination import Destination, appearing, check_replaceable
 from model_export.options import ExportOptions
 from model_export.pipeline import export
+from model_export.workplace import MAGIC
 
 
 def fingerprint(path):
@@ -184,7 +185,7 @@ class TestDestination:
             return encoder(job, package, progress)
 
         def look(stage, done):
-            for directory in tmp_path.glob(".*.partial-*"):
+            for directory in tmp_path.glob(".fastvlm-*/bundle"):
                 found.append(sorted(path.name for path in directory.glob("model-*")))
 
         monkeypatch.setattr(pipeline, "_export_encoder", fill)
@@ -213,22 +214,72 @@ class TestDestination:
     def test_what_a_killed_export_left_is_removed_by_the_next(
         self, demo_checkpoint, tmp_path, quick
     ):
-        stale = tmp_path / ".out.partial-killed"
-        stale.mkdir()
-        (stale / "model.safetensors").write_bytes(b"half")
-        with appearing(tmp_path / "out") as running:
+        stale = tmp_path / ".fastvlm-0123456789abcdef"
+        (stale / "bundle").mkdir(parents=True)
+        (stale / "bundle" / "model.safetensors").write_bytes(b"half")
+        (stale / "lock").write_text(f"{MAGIC}\n1 elsewhere\n")
+        with appearing(Destination(tmp_path / "another")) as running:
             (running / "config.json").write_text("{}")
             export(demo_checkpoint, tmp_path / "out", ExportOptions())
-            assert sorted(p.name for p in tmp_path.iterdir()) == sorted([running.name, "out"])
+            left = sorted(p.name for p in tmp_path.iterdir())
+            assert left == sorted([running.parent.name, "out"])
 
-    def test_a_bundle_that_a_kill_left_aside_comes_back(self, demo_bundle, tmp_path):
-        import shutil
+    def test_what_came_to_be_there_meanwhile_stays(self, demo_checkpoint, tmp_path, quick):
+        out, thesis = tmp_path / "out", tmp_path / "out" / "thesis.txt"
 
-        shutil.copytree(demo_bundle, tmp_path / ".out.replaced-killed")
-        with suppress(KeyboardInterrupt), appearing(tmp_path / "out"):
-            raise KeyboardInterrupt
-        assert [p.name for p in tmp_path.iterdir()] == ["out"]
-        Bundle.open(tmp_path / "out").check_files()
+        def intrude(stage, done):
+            if stage == "check layout":
+                out.mkdir(exist_ok=True)
+                thesis.write_text("precious")
+
+        with pytest.raises(
+            DestinationError, match=r"came to exist while .*; what was made .* is d"
+        ):
+            export(demo_checkpoint, out, ExportOptions(), intrude)
+        assert os.listdir(out) == ["thesis.txt"]
+        thesis.unlink()
+        out.rmdir()
+        export(demo_checkpoint, out, ExportOptions())
+        before = fingerprint(out)
+        with pytest.raises(
+            DestinationError, match=r"changed while .* \(thesis.txt is new\), and st"
+        ):
+            export(demo_checkpoint, out, ExportOptions(overwrite=True), intrude)
+        assert thesis.read_text() == "precious"
+        assert fingerprint(out).items() > before.items()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_the_command_line_s_sentence(
+        self, demo_checkpoint, tmp_path, quick, monkeypatch, capsys
+    ):
+        from fastvlm_mlx import cli
+
+        out = tmp_path / "out"
+
+        def check(bundle, encoder):
+            out.mkdir()
+            (out / "thesis.txt").write_text("precious")
+
+        monkeypatch.setattr(pipeline, "_check_layout", check)
+        monkeypatch.setattr("sys.argv", ["fastvlm", "export", str(demo_checkpoint), str(out)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        # One line for the eye's width is not one line of text.
+        assert "came to exist while this was under way" in " ".join(capsys.readouterr().err.split())
+        assert (out / "thesis.txt").read_text() == "precious"
+
+    def test_all_files_have_the_modes_that_the_umask_gives(self, demo_checkpoint, tmp_path):
+        earlier = os.umask(0o027)
+        try:
+            export(demo_checkpoint, tmp_path / "out", ExportOptions(llm_bits=4))
+        finally:
+            os.umask(earlier)
+        modes = {
+            (path.is_dir(), stat.S_IMODE(path.stat().st_mode))
+            for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+        }
+        assert modes == {(True, 0o750), (False, 0o640)}
 
     def test_what_is_no_bundle_is_never_overwritten(self, demo_checkpoint, tmp_path, monkeypatch):
         docs = tmp_path / "home" / "docs"
@@ -319,8 +370,7 @@ def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, 
     assert not out.exists()
     if number == signal.SIGKILL:
         # The next run clears what this one could not.
-        with suppress(KeyboardInterrupt), appearing(out):
-            raise KeyboardInterrupt
+        check_replaceable(out, overwrite=False)
         assert list(tmp_path.iterdir()) == [temporary]
         assert list(temporary.iterdir()) == []
         return

@@ -11,6 +11,7 @@ from fastvlm_mlx.fastvlm import load
 from fastvlm_mlx.generate import SamplingOptions
 from fastvlm_mlx.manifest import MANIFEST
 from model_export.demo import scenes
+from model_export.destination import clear_leftovers
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.verify import verify
@@ -23,6 +24,7 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
         DestinationError: `directory` holds something that the demo did not make.
     """
     bundle, picture = directory / "bundle", directory / "scene.png"
+    clear_leftovers(directory)
     ours = not directory.exists() or (
         directory.is_dir() and (not any(directory.iterdir()) or (bundle / MANIFEST).is_file())
     )
