@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.fuzz.mutate import (
     text,
     write_safetensors,
 )
-from tests.fuzz.stock import Stock
+from tests.fuzz.stock import Stock, as_in_the_hub
 
 KINDS = ("apple", "transformers", "pickled", "shards", "lora")
 KEYS = (
@@ -70,13 +71,15 @@ def prepare(case: Case) -> None:
         ways += [_index] * 5
     if kind == "lora":
         ways = [_adapter, _adapter, _header, _bytes, _link, _config, _values]
-    how = rng.choice(ways)
+    how = _untouched if rng.random() < 0.03 else rng.choice(ways)
     case.facts = {"mutator": how.__name__.strip("_"), "checkpoint": kind}
     case.facts["note"] = how(case, rng)
 
 
 def run(case: Case) -> None:
-    _describe(case.source, case.step)
+    whole = case.facts["mutator"] == "untouched"
+    path = case.source / case.facts.get("inside", "")
+    _describe(path, partial(case.step, must_answer=True) if whole else case.step)
     canary = case.directory / "canary"
     if canary.exists():
         case.bad("code executed", str(canary))
@@ -198,6 +201,18 @@ def _files(case: Case, rng: random.Random) -> str:
     else:
         (case.source / f"._{file.name}").write_bytes(b"\0\x05\x16\x07")
     return f"{how} {file.name}"
+
+
+def _untouched(case: Case, rng: random.Random) -> str:
+    """Nothing is wrong with it, nor with links where the hub's cache has them."""
+    if rng.random() < 0.5:
+        return "as it is"
+    aside = case.directory / "aside"
+    case.source.rename(aside)
+    case.source.mkdir()
+    case.facts["inside"] = as_in_the_hub(aside, case.source).relative_to(case.source).as_posix()
+    shutil.rmtree(aside)
+    return "hub"
 
 
 class _Evil:

@@ -167,3 +167,18 @@ def _cached(stock: Stock, ask: Callable[[str], tuple[int, ...]]) -> dict[str, tu
             raise RuntimeError(f"the bundles of the stock answer alike: {found}")
         _ANSWERS[stock.directory] = found
     return _ANSWERS[stock.directory]
+
+
+def as_in_the_hub(source: Path, cache: Path) -> Path:
+    """A copy as huggingface_hub's cache holds it: every file a link to a blob beside it."""
+    repository = cache / "models--apple--FastVLM"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    blobs = repository / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(f for f in source.rglob("*") if f.is_file())):
+        shutil.copyfile(file, blobs / f"{number:040}")
+        link = snapshot / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        up = "/".join([".."] * (len(link.relative_to(repository).parts) - 1))
+        link.symlink_to(f"{up}/blobs/{number:040}")
+    return snapshot
