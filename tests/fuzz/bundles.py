@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from unittest import mock
 
 from tests.fuzz.case import Case
 from tests.fuzz.mutate import (
@@ -82,6 +83,31 @@ def run(case: Case) -> None:
     )
     case.step("inspect", lambda: _inspect(path), must_answer=whole)
     case.step("verify", lambda: _verify(path), must_fail=must_fail, must_answer=whole, names=names)
+    if case.facts["layout"] == "app":
+        case.step(
+            "install",
+            lambda: _install(path, case.out / "app"),
+            must_fail=must_fail,
+            must_answer=whole,
+        )
+    # A README.md of the bundle's own is the card; it is whatever the manifest does not say.
+    case.step("card", lambda: _card(path))
+
+
+def _install(path: Path, app: Path) -> None:
+    """Into a directory that looks like the demo app's; the demo's sizes are not the app's."""
+    from model_export import install
+
+    (app / "FastVLM").mkdir(parents=True)
+    (app / "FastVLM" / "FastVLM.swift").touch()
+    with mock.patch.object(install, "app_misfit", return_value=None):
+        install.install(install.plan(path, app))
+
+
+def _card(path: Path) -> str:
+    from model_export import push
+
+    return push.plan(path, "me/bundle").card
 
 
 def _answer(path: Path) -> tuple[int, ...]:
@@ -229,17 +255,25 @@ def _manifest(case: Case, rng: random.Random) -> str:
 def _linked(case: Case, rng: random.Random) -> str:
     """Links that lead out of the bundle are not followed, whatever the manifest says of them."""
     names = [f.relative_to(case.source).as_posix() for f in sorted(case.source.rglob("*"))]
-    name = rng.choice(names)
+    name = rng.choice((*names, "README.md", "extra"))
+    absent = not (case.source / name).exists()
     outside = case.stock.outside
     how = link(rng, case.source / name, outside, outside / case.facts["layout"] / name)
     if rng.random() < 0.4:
         (case.source / "manifest.json").unlink(missing_ok=True)
         # Nothing then asks for a licence or a template: it may be left unread.
-        optional = ("LICENSE", "chat_template.jinja", "manifest.json", "tokenizer_config.json")
+        optional = (
+            "LICENSE",
+            "README.md",
+            "extra",
+            "chat_template.jinja",
+            "manifest.json",
+            "tokenizer_config.json",
+        )
         case.facts["expect"] = "same" if name in optional else "any"
         if how == "like" and name in ("model.safetensors", "tokenizer.json", "config.json"):
             case.facts["expect"] = "error"
-    else:
+    elif not absent:
         case.facts["expect"] = "error"
     return f"{name} → {how}"
 

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from tests.fuzz import judge
-from tests.fuzz.stock import Stock
+from tests.fuzz.stock import SECRET, Stock
 
 T = TypeVar("T")
 # Each kind of input, and how many of a hundred cases are its.
@@ -125,6 +125,8 @@ class Case:
                 self.bad("refused", f"{name}: {judge.shown(error)}")
             return None
         self.outcomes.append("answer")
+        if isinstance(value, str) and SECRET in value:
+            self.bad("secret told", f"{name}: {judge.shown(value)}")
         if must_fail:
             self.bad("accepted", f"{name}: expected an error, got {judge.shown(value)}")
         elif among and value not in among:
