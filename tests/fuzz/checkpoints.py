@@ -28,7 +28,13 @@ from tests.fuzz.mutate import (
 )
 from tests.fuzz.stock import Stock, as_in_the_hub
 
-KINDS = ("apple", "transformers", "pickled", "shards", "lora")
+KINDS = ("apple", "transformers", "pickled", "shards", "lora", "trained", "projector")
+# A pickle of each, where there is one.
+PICKLES = {
+    "pickled": "pytorch_model.bin",
+    "trained": "adapter_model.bin",
+    "projector": "mm_projector.bin",
+}
 KEYS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "mm_hidden_size", "vision_config"),
     *(
@@ -65,14 +71,17 @@ def prepare(case: Case) -> None:
     kind = rng.choice(KINDS)
     shutil.copytree(case.stock / kind, case.source)
     ways = [_config, _config, _config, _header, _header, _bytes, _link, _tokenizer, _values, _files]
-    if kind == "pickled":
-        ways += [_pickle] * 6
     if kind == "shards":
         ways += [_index] * 5
-    if kind == "lora":
+    if kind in ("lora", "trained"):
         ways = [_adapter, _adapter, _header, _bytes, _link, _config, _values]
+    if kind == "projector":
+        ways = [_config, _bytes, _link, _files]
+    if kind in PICKLES:
+        ways += [_pickle] * 6
     how = _untouched if rng.random() < 0.03 else rng.choice(ways)
     case.facts = {"mutator": how.__name__.strip("_"), "checkpoint": kind}
+    case.facts["pickle"] = PICKLES.get(kind, "")
     case.facts["note"] = how(case, rng)
 
 
@@ -227,7 +236,9 @@ def _pickle(case: Case, rng: random.Random) -> str:
     """What a pickle can hold besides tensors; a canary shows whether any of it ran."""
     import torch
 
-    file = case.source / "pytorch_model.bin"
+    file = case.source / case.facts["pickle"]
+    if case.facts["checkpoint"] == "trained" and rng.random() < 0.5:
+        file = case.source / "non_lora_trainables.bin"
     state: dict[Any, Any] = torch.load(file, weights_only=True)
     name = rng.choice(sorted(state))
     evil = _Evil(case.directory / "canary")
