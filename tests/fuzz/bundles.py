@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from unittest import mock
 
 from tests.fuzz.case import Case
 from tests.fuzz.mutate import (
@@ -23,7 +24,7 @@ from tests.fuzz.mutate import (
     text,
     write_safetensors,
 )
-from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, expected, picture, rehash
+from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, as_in_the_hub, expected, picture, rehash
 
 BIG = 4_000_000
 KEYS = (
@@ -58,8 +59,11 @@ def prepare(case: Case) -> None:
     layout = rng.choice(LAYOUTS)
     shutil.copytree(case.stock / layout, case.source)
     how = rng.choices(
-        (_changed, _corrected, _without, _removed, _added, _swapped, _manifest, _linked, _ignored),
-        (14, 18, 18, 5, 12, 8, 18, 10, 3),
+        (
+            *(_changed, _corrected, _without, _removed, _added, _swapped, _manifest, _linked),
+            *(_ignored, _untouched),
+        ),
+        (14, 18, 18, 5, 12, 8, 18, 10, 3, 3),
     )[0]
     case.facts = {"mutator": how.__name__.strip("_"), "layout": layout, "expect": "same"}
     case.facts["note"] = how(case, rng)
@@ -67,12 +71,43 @@ def prepare(case: Case) -> None:
 
 def run(case: Case) -> None:
     # Of any case in turn: not every step is tried each time, or an error in the first hides others.
-    expect, path = case.facts["expect"], case.source
-    right = (expected(case.stock)[case.facts["layout"]],) if expect == "same" else ()
-    must_fail, names = expect == "error", case.facts.get("names")
-    case.step("answer", lambda: _answer(path), must_fail=must_fail, names=names, among=right)
-    case.step("inspect", lambda: _inspect(path))
-    case.step("verify", lambda: _verify(path), must_fail=must_fail, names=names)
+    expect, path = case.facts["expect"], case.source / case.facts.get("inside", "")
+    whole, must_fail, names = expect == "whole", expect == "error", case.facts.get("names")
+    case.step(
+        "answer",
+        lambda: _answer(path),
+        must_fail=must_fail,
+        must_answer=whole,
+        names=names,
+        among=(expected(case.stock)[case.facts["layout"]],) if expect in ("same", "whole") else (),
+    )
+    case.step("inspect", lambda: _inspect(path), must_answer=whole)
+    case.step("verify", lambda: _verify(path), must_fail=must_fail, must_answer=whole, names=names)
+    if case.facts["layout"] == "app":
+        case.step(
+            "install",
+            lambda: _install(path, case.out / "app"),
+            must_fail=must_fail,
+            must_answer=whole,
+        )
+    # A README.md of the bundle's own is the card; it is whatever the manifest does not say.
+    case.step("card", lambda: _card(path))
+
+
+def _install(path: Path, app: Path) -> None:
+    """Into a directory that looks like the demo app's; the demo's sizes are not the app's."""
+    from model_export import install
+
+    (app / "FastVLM").mkdir(parents=True)
+    (app / "FastVLM" / "FastVLM.swift").touch()
+    with mock.patch.object(install, "app_misfit", return_value=None):
+        install.install(install.plan(path, app))
+
+
+def _card(path: Path) -> str:
+    from model_export import push
+
+    return push.plan(path, "me/bundle").card
 
 
 def _answer(path: Path) -> tuple[int, ...]:
@@ -220,26 +255,49 @@ def _manifest(case: Case, rng: random.Random) -> str:
 def _linked(case: Case, rng: random.Random) -> str:
     """Links that lead out of the bundle are not followed, whatever the manifest says of them."""
     names = [f.relative_to(case.source).as_posix() for f in sorted(case.source.rglob("*"))]
-    name = rng.choice(names)
+    name = rng.choice((*names, "README.md", "extra"))
+    absent = not (case.source / name).exists()
     outside = case.stock.outside
     how = link(rng, case.source / name, outside, outside / case.facts["layout"] / name)
     if rng.random() < 0.4:
         (case.source / "manifest.json").unlink(missing_ok=True)
         # Nothing then asks for a licence or a template: it may be left unread.
-        optional = ("LICENSE", "chat_template.jinja", "manifest.json", "tokenizer_config.json")
+        optional = (
+            "LICENSE",
+            "README.md",
+            "extra",
+            "chat_template.jinja",
+            "manifest.json",
+            "tokenizer_config.json",
+        )
         case.facts["expect"] = "same" if name in optional else "any"
         if how == "like" and name in ("model.safetensors", "tokenizer.json", "config.json"):
             case.facts["expect"] = "error"
-    else:
+    elif not absent:
         case.facts["expect"] = "error"
     return f"{name} → {how}"
 
 
 def _ignored(case: Case, rng: random.Random) -> str:
     """What a Mac leaves in a directory belongs to nobody."""
-    case.facts["expect"] = "same"
+    case.facts["expect"] = "whole"
     names = ("._model.safetensors", ".DS_Store", "._config.json", "._fastvithd.mlpackage")
     name = rng.choice(names)
     (case.source / name).write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X")
-    case.facts["ignored"] = True
     return name
+
+
+def _untouched(case: Case, rng: random.Random) -> str:
+    """Nothing is wrong with it, nor with links where the hub's cache has them."""
+    case.facts["expect"] = "whole"
+    how = rng.choice(("as it is", "no manifest", "hub", "hub", "no manifest in the hub"))
+    if "no manifest" in how:
+        (case.source / "manifest.json").unlink()
+    if "hub" in how:
+        aside = case.directory / "aside"
+        case.source.rename(aside)
+        case.source.mkdir()
+        inside = as_in_the_hub(aside, case.source).relative_to(case.source)
+        shutil.rmtree(aside)
+        case.facts["inside"] = inside.as_posix()
+    return how

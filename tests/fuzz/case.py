@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from tests.fuzz import judge
-from tests.fuzz.stock import Stock
+from tests.fuzz.stock import SECRET, Stock
 
 T = TypeVar("T")
 # Each kind of input, and how many of a hundred cases are its.
@@ -103,6 +103,7 @@ class Case:
         function: Callable[[], T],
         *,
         must_fail: bool = False,
+        must_answer: bool = False,
         names: str | None = None,
         among: tuple[Any, ...] = (),
     ) -> T | None:
@@ -110,6 +111,7 @@ class Case:
 
         Args:
             must_fail: only an error is right.
+            must_answer: no error is right; nothing is wrong with the input.
             names: what the error's sentence has to contain, besides a file or an option.
             among: the answers that are right; empty where any is.
         """
@@ -119,8 +121,12 @@ class Case:
         except BaseException as error:  # noqa: BLE001
             self.outcomes.append(type(error).__name__)
             self.findings += judge.error(name, error, names)
+            if must_answer:
+                self.bad("refused", f"{name}: {judge.shown(error)}")
             return None
         self.outcomes.append("answer")
+        if isinstance(value, str) and SECRET in value:
+            self.bad("secret told", f"{name}: {judge.shown(value)}")
         if must_fail:
             self.bad("accepted", f"{name}: expected an error, got {judge.shown(value)}")
         elif among and value not in among:

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ from tests.fuzz.mutate import (
     text,
     write_safetensors,
 )
-from tests.fuzz.stock import Stock
+from tests.fuzz.stock import Stock, as_in_the_hub
 
-KINDS = ("apple", "transformers", "pickled", "shards", "lora")
+KINDS = ("apple", "transformers", "pickled", "shards", "lora", "trained", "projector")
+# A pickle of each, where there is one.
+PICKLES = {
+    "pickled": "pytorch_model.bin",
+    "trained": "adapter_model.bin",
+    "projector": "mm_projector.bin",
+}
 KEYS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "mm_hidden_size", "vision_config"),
     *(
@@ -64,19 +71,24 @@ def prepare(case: Case) -> None:
     kind = rng.choice(KINDS)
     shutil.copytree(case.stock / kind, case.source)
     ways = [_config, _config, _config, _header, _header, _bytes, _link, _tokenizer, _values, _files]
-    if kind == "pickled":
-        ways += [_pickle] * 6
     if kind == "shards":
         ways += [_index] * 5
-    if kind == "lora":
+    if kind in ("lora", "trained"):
         ways = [_adapter, _adapter, _header, _bytes, _link, _config, _values]
-    how = rng.choice(ways)
+    if kind == "projector":
+        ways = [_config, _bytes, _link, _files]
+    if kind in PICKLES:
+        ways += [_pickle] * 6
+    how = _untouched if rng.random() < 0.03 else rng.choice(ways)
     case.facts = {"mutator": how.__name__.strip("_"), "checkpoint": kind}
+    case.facts["pickle"] = PICKLES.get(kind, "")
     case.facts["note"] = how(case, rng)
 
 
 def run(case: Case) -> None:
-    _describe(case.source, case.step)
+    whole = case.facts["mutator"] == "untouched"
+    path = case.source / case.facts.get("inside", "")
+    _describe(path, partial(case.step, must_answer=True) if whole else case.step)
     canary = case.directory / "canary"
     if canary.exists():
         case.bad("code executed", str(canary))
@@ -200,6 +212,18 @@ def _files(case: Case, rng: random.Random) -> str:
     return f"{how} {file.name}"
 
 
+def _untouched(case: Case, rng: random.Random) -> str:
+    """Nothing is wrong with it, nor with links where the hub's cache has them."""
+    if rng.random() < 0.5:
+        return "as it is"
+    aside = case.directory / "aside"
+    case.source.rename(aside)
+    case.source.mkdir()
+    case.facts["inside"] = as_in_the_hub(aside, case.source).relative_to(case.source).as_posix()
+    shutil.rmtree(aside)
+    return "hub"
+
+
 class _Evil:
     def __init__(self, canary: Path):
         self.canary = str(canary)
@@ -212,7 +236,9 @@ def _pickle(case: Case, rng: random.Random) -> str:
     """What a pickle can hold besides tensors; a canary shows whether any of it ran."""
     import torch
 
-    file = case.source / "pytorch_model.bin"
+    file = case.source / case.facts["pickle"]
+    if case.facts["checkpoint"] == "trained" and rng.random() < 0.5:
+        file = case.source / "non_lora_trainables.bin"
     state: dict[Any, Any] = torch.load(file, weights_only=True)
     name = rng.choice(sorted(state))
     evil = _Evil(case.directory / "canary")

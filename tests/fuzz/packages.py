@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ def warm(stock: Stock) -> None:
 
 def prepare(case: Case) -> None:
     rng = case.rng
-    shutil.copytree(case.stock / "app", case.source)
+    compact = rng.random() < 0.35 and (case.stock / "compact").is_dir()
+    shutil.copytree(case.stock / ("compact" if compact else "app"), case.source)
     (case.source / "manifest.json").unlink()
     how = rng.choices(
         (_manifest, _bytes, _description, _operation, _blob, _weights, _links, _files),
         (10, 16, 14, 28, 12, 12, 6, 4),
     )[0]
-    case.facts = {"mutator": how.__name__.strip("_"), "must_fail": False}
+    case.facts = {"mutator": how.__name__.strip("_"), "must_fail": False, "size": None}
+    if compact and rng.random() < 0.5:
+        case.facts["size"] = 128
     case.facts["note"] = how(case, rng)
 
 
@@ -50,7 +54,8 @@ def run(case: Case) -> None:
 
     must_fail = case.facts["must_fail"]
     case.step("describe", lambda: describe(case.source / PACKAGE) and None)
-    model = case.step("load", lambda: fastvlm_mlx.load(case.source))
+    size = case.facts["size"]
+    model = case.step("load", lambda: fastvlm_mlx.load(case.source, image_size=size))
     if model is None:
         return
     encoded = case.step("encode", lambda: model.encode(picture()), must_fail=must_fail)
@@ -123,7 +128,9 @@ def _description(case: Case, rng: random.Random) -> str:
     how = rng.choice(
         ("name", "shape", "dtype", "none", "twice", "target", "function", "meta", "kind")
     )
-    side = rng.choice((description.input, description.output))
+    # With several functions each has a description of its own.
+    described = rng.choice(description.functions) if description.functions else description
+    side = rng.choice((described.input, described.output))
     if how == "name":
         side[0].name = _utf8(rng)
     elif how == "shape":
@@ -151,7 +158,8 @@ def _description(case: Case, rng: random.Random) -> str:
 
 
 def _operations(spec: Any) -> Any:
-    function = next(iter(spec.mlProgram.functions.values()))
+    functions = spec.mlProgram.functions
+    function = functions[sorted(functions)[0]]
     return function.block_specializations[function.opset].operations
 
 
@@ -198,7 +206,7 @@ def _operation(case: Case, rng: random.Random) -> str:
     elif how == "output":
         del op.outputs[:]
     elif how == "opset":
-        function = next(iter(spec.mlProgram.functions.values()))
+        function = spec.mlProgram.functions[sorted(spec.mlProgram.functions)[0]]
         function.opset = rng.choice(("CoreML3", "CoreML99", _utf8(rng)))
     elif how == "block":
         op.blocks.add()
@@ -251,13 +259,21 @@ def _change_value(operations: Any, rng: random.Random) -> str:
     return f" value of {op.outputs[0].name}"
 
 
+def _values(op: Any) -> Iterator[Any]:
+    """What an operation holds: by name, and where its weights are compressed, as its inputs."""
+    yield from (op.attributes[name] for name in sorted(op.attributes))
+    for name in sorted(op.inputs):
+        yield from (bound.value for bound in op.inputs[name].arguments if bound.HasField("value"))
+
+
 def _blob(case: Case, rng: random.Random) -> str:
     """Where the program says that a weight lies: other files, beyond the end, in another blob."""
     spec = _read(case)
     holders = [
-        op.attributes["val"].blobFileValue
+        value.blobFileValue
         for op in _operations(spec)
-        if op.attributes["val"].WhichOneof("value") == "blobFileValue"
+        for value in _values(op)
+        if value.WhichOneof("value") == "blobFileValue"
     ]
     blob = rng.choice(holders)
     how = rng.choice(("file", "file", "offset", "offset", "other"))

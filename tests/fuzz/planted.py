@@ -22,7 +22,16 @@ def prepare(case: Case) -> None:
 
 def run(case: Case) -> None:
     fault = {function.__name__: function for function in FAULTS}[case.facts["mutator"]]
-    case.step("planted", lambda: fault(case), names="file.png")
+    must_answer, must_fail = fault is refused, fault is accepted
+    right = (3,) if fault is other_answer else ()
+    case.step(
+        "planted",
+        lambda: fault(case),
+        must_answer=must_answer,
+        must_fail=must_fail,
+        names="file.png",
+        among=right,
+    )
 
 
 def good_error(case: Case) -> None:
@@ -31,6 +40,18 @@ def good_error(case: Case) -> None:
 
 def good_answer(case: Case) -> int:
     return 3
+
+
+def refused(case: Case) -> None:
+    good_error(case)
+
+
+def accepted(case: Case) -> None:
+    pass
+
+
+def other_answer(case: Case) -> int:
+    return 4
 
 
 def foreign(case: Case) -> None:
@@ -95,5 +116,6 @@ def dies(case: Case) -> None:
 
 FAULTS = (
     *(good_error, good_answer, foreign, panic, two_lines, escapes, long, nameless, other_name),
+    *(refused, accepted, other_answer),
     *(noise, source_changed, outside_read, secret_copied, hang, memory, dies),
 )

@@ -24,7 +24,8 @@ _SENTINEL = b"\xef\xbe\xad\xde"
 @dataclass(frozen=True)
 class Stock:
     """Where each lies: `app` and `mlx` are bundles, `other-…` the same with other weights,
-    `apple`, `transformers`, `pickled`, `shards`, `lora` are checkpoints."""
+    `apple`, `transformers`, `pickled`, `shards`, `lora`, `trained`, `projector` are checkpoints.
+    `compact`, a bundle whose encoder has compressed weights and two sizes, is not always there."""
 
     directory: Path
 
@@ -46,12 +47,16 @@ class Stock:
             else:
                 _export(stock / layout, layout)
             _other(stock / layout, stock / f"other-{layout}")
+        if not bundles:
+            _compact(stock / "compact")
         for name in ("apple", "transformers"):
             shutil.copytree(TESTS / "golden" / name, stock / name)
         shutil.copytree(TESTS / "golden" / "images", stock / "images")
         _pickled(stock / "apple", stock / "pickled")
         _shards(stock / "transformers", stock / "shards")
         _lora(stock / "apple", stock / "lora")
+        _trained(stock / "apple", stock / "lora", stock / "trained")
+        _projector(stock / "apple", stock / "projector")
         stock.outside.mkdir()
         (stock.outside / "secret.txt").write_text(SECRET)
         for name in ("app", "mlx", "apple"):
@@ -64,6 +69,16 @@ def _export(out: Path, layout: str) -> None:
     from model_export.pipeline import export
 
     export(DEMO, out, ExportOptions(llm_bits=4, layout=layout))  # type: ignore[arg-type]
+
+
+def _compact(out: Path) -> None:
+    from model_export.options import ExportOptions
+    from model_export.pipeline import export
+
+    options = ExportOptions(
+        llm_bits=4, encoder_precision="int8", image_sizes=(128, 256), allow_failed_gates=True
+    )
+    export(DEMO, out, options)
 
 
 def _other(bundle: Path, out: Path) -> None:
@@ -137,6 +152,37 @@ def _lora(base: Path, out: Path) -> None:
     file.write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
 
 
+def _projector_state(base: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    state = load_file(base / "model.safetensors")
+    return {name: -tensor for name, tensor in state.items() if "mm_projector" in name}
+
+
+def _trained(base: Path, adapter: Path, out: Path) -> None:
+    """An adapter as LLaVA's training leaves it: pickled, and a projector beside it."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(adapter, out)
+    file = out / "adapter_model.safetensors"
+    torch.save(load_file(file), out / "adapter_model.bin")
+    file.unlink()
+    state = _projector_state(base)
+    extra = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+    torch.save(extra, out / "non_lora_trainables.bin")
+
+
+def _projector(base: Path, out: Path) -> None:
+    import torch
+
+    out.mkdir()
+    torch.save(_projector_state(base), out / "mm_projector.bin")
+    config = json.loads((base / "config.json").read_text())
+    text = json.dumps({**config, "_name_or_path": str(base)})
+    (out / "config.json").write_text(text)
+
+
 def picture() -> Any:
     """A scene that the demo's bundles have something to say about."""
     from model_export.demo import scenes
@@ -167,3 +213,18 @@ def _cached(stock: Stock, ask: Callable[[str], tuple[int, ...]]) -> dict[str, tu
             raise RuntimeError(f"the bundles of the stock answer alike: {found}")
         _ANSWERS[stock.directory] = found
     return _ANSWERS[stock.directory]
+
+
+def as_in_the_hub(source: Path, cache: Path) -> Path:
+    """A copy as huggingface_hub's cache holds it: every file a link to a blob beside it."""
+    repository = cache / "models--apple--FastVLM"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    blobs = repository / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(f for f in source.rglob("*") if f.is_file())):
+        shutil.copyfile(file, blobs / f"{number:040}")
+        link = snapshot / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        up = "/".join([".."] * (len(link.relative_to(repository).parts) - 1))
+        link.symlink_to(f"{up}/blobs/{number:040}")
+    return snapshot

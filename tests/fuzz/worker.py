@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LARGEST_FILE = 500_000_000
+# Beyond any case's limit: where the watching parent is late, the machine still survives.
+MOST_MEMORY = 8_000_000_000
 
 
 def main(requests: int, replies: int, stock_directory: str, printed: str, noise: str) -> None:
@@ -199,6 +201,7 @@ if __name__ == "__main__":
     # A copy of an endless device ends before the disk is full.
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     faulthandler.enable()
     # How the parent asks where a case hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
