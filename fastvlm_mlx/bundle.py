@@ -94,9 +94,15 @@ class Bundle(Directory):
         return self.path / found[0]
 
     @cached_property
-    def package_files(self) -> list[str]:
-        """The relative names of the package's files. Errors as `package`."""
-        return [name for name in self.stamps if name.startswith(f"{self.package.name}/")]
+    def encoder_files(self) -> list[str]:
+        """The relative names of the files that the encoder is in.
+
+        Raises:
+            BundleError: there is no package, or more than one, or no weights.
+        """
+        if self.layout == "app":
+            return [name for name in self.stamps if name.startswith(f"{self.package.name}/")]
+        return [file.relative_to(self.path).as_posix() for file in self.weight_files]
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -281,7 +281,7 @@ def load(
     bundle = Bundle.open(path)
     _check_compute_units(bundle, compute_units)
     # First, what needs no reading of weights to be missing.
-    _ = bundle.package if bundle.layout == "app" else bundle.weight_files
+    _ = bundle.encoder_files
     if check_hashes:
         bundle.check_files()
     tokenizer = bundle.tokenizer()
@@ -309,9 +309,18 @@ def load(
 
 
 def _evaluated(bundle: Bundle) -> Model:
-    """The model with its weights in memory: what is put off belongs to the thread that did it."""
+    """The model with its weights in memory: what is put off belongs to the thread that did it, and
+    would read what lies at the path later."""
     model = load_model(bundle)
-    mx.eval(model.parameters())
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        # A file that is shorter by now.
+        bundle.check_unchanged()
+        raise BundleError(
+            f"the weights of {bundle.path} can't be read ({error}): export the checkpoint again"
+        ) from error
+    bundle.check_unchanged()
     return model
 
 
@@ -350,12 +359,17 @@ def load_bundle_encoder(
         EncoderError: it is incomplete, or can't be evaluated here.
     """
     _check_compute_units(bundle, compute_units)
+    # Before, or what is there now would be told to be damaged; and after, or it could be mixed.
+    bundle.check_unchanged(bundle.encoder_files)
     if bundle.layout == "app":
-        return load_encoder(bundle.package, compute_units, image_size)
-    from fastvlm_mlx.vision.fastvithd import FastViTHD
+        encoder: VisionEncoder = load_encoder(bundle.package, compute_units, image_size)
+    else:
+        from fastvlm_mlx.vision.fastvithd import FastViTHD
 
-    vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
-    return FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
+        vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
+        encoder = FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
+    bundle.check_unchanged(bundle.encoder_files)
+    return encoder
 
 
 def _encoder_sizes(bundle: Bundle, image_size: int | None) -> tuple[int, int]:

@@ -8,14 +8,14 @@ so that nothing written in a prompt can act as control; ordinary prompts give th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.errors import BundleError, FastVLMError, PromptError
+from fastvlm_mlx.errors import BundleError, PromptError
+from fastvlm_mlx.manifest import EXPORT_AGAIN
+from fastvlm_mlx.tokenizer import no_panic
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 TURN_START = "<|im_start|>"
@@ -127,25 +127,10 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     spelled = re.compile("(?=" + "|".join(map(re.escape, sorted(control))) + ")")
     cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
     ids: list[int] = []
-    with tokenizer_errors("encode the prompt"):
+    with no_panic("the tokenizer can't encode the prompt", BundleError, EXPORT_AGAIN):
         for first, last in pairwise(cuts):
             ids += tokenizer.encode(text[first:last], add_special_tokens=False).ids
     return ids
-
-
-@contextmanager
-def tokenizer_errors(doing: str) -> Iterator[None]:
-    """Raises BundleError: the tokenizer fails, which it says in a bare Exception or a panic."""
-    try:
-        yield
-    except (FastVLMError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    # A panic of the library is a BaseException, and has no public name to catch it by.
-    except BaseException as error:
-        raise BundleError(
-            f"the tokenizer can't {doing} ({' '.join(str(error).split())}): expected the tokenizer "
-            "of a FastVLM, export the checkpoint again"
-        ) from error
 
 
 def _control_id(tokenizer: Tokenizer, token: str) -> int:

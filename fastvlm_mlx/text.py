@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from fastvlm_mlx.prompt import tokenizer_errors
+from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.manifest import EXPORT_AGAIN
+from fastvlm_mlx.tokenizer import no_panic
 
 
 class Text:
@@ -31,7 +33,7 @@ class Text:
         Raises:
             BundleError: the tokenizer fails.
         """
-        with tokenizer_errors("decode the answer"):
+        with no_panic("the tokenizer can't decode the answer", BundleError, EXPORT_AGAIN):
             came = self._decoder.step(self._tokenizer, token) or ""
         for character in came:
             self._pending += character
