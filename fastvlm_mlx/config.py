@@ -71,7 +71,8 @@ class VisionConfig:
         for name in ("embed_dims", "mlp_ratios", "token_mixers", "pos_embs_shapes"):
             if len(getattr(self, name)) != stages:
                 raise ConfigError(
-                    f"vision_config.{name} has {len(getattr(self, name))} entries where layers has "
+                    f"config.json: vision_config.{name} has {len(getattr(self, name))} entries "
+                    "where layers has "
                     f"{stages}: give one for each stage"
                 )
         widths = (*self.embed_dims, self.hidden_size)
@@ -79,22 +80,26 @@ class VisionConfig:
             # The depthwise convolutions between stages widen channel by channel.
             if wide < narrow or wide % narrow:
                 raise ConfigError(
-                    f"vision_config has {narrow} channels before {wide}: expected each stage's to "
+                    f"config.json: vision_config has {narrow} channels before {wide}: expected "
+                    "each stage's to "
                     "be a multiple of the one before"
                 )
         for mixer, dim in zip(self.token_mixers, self.embed_dims, strict=True):
             if mixer not in ("repmixer", "attention"):
                 raise ConfigError(
-                    f"vision_config.token_mixers holds {mixer!r}: expected repmixer or attention"
+                    f"config.json: vision_config.token_mixers holds {mixer!r}: expected "
+                    "repmixer or attention"
                 )
             if mixer == "attention" and dim % self.head_dim:
                 raise ConfigError(
-                    f"vision_config.embed_dims holds {dim} for an attention stage: expected a "
+                    f"config.json: vision_config.embed_dims holds {dim} for an attention "
+                    "stage: expected a "
                     f"multiple of the head width {self.head_dim}"
                 )
         if self.image_size <= 0 or self.image_size % self.patch_size:
             raise ConfigError(
-                f"image size {self.image_size} is not a positive multiple of {self.patch_size}, "
+                f"the image size {self.image_size} is not a positive multiple of "
+                f"{self.patch_size}, "
                 "the encoder's stride: choose one that is"
             )
 
@@ -131,14 +136,15 @@ class VisionConfig:
             ConfigError: a value of the wrong kind, or one that contradicts another.
         """
         if not isinstance(data, dict):
-            raise ConfigError(f"vision_config is {data!r}: expected a JSON object")
+            raise ConfigError(f"config.json: vision_config is {data!r}: expected a JSON object")
         known = {f.name: _one_number(data[f.name]) for f in fields(cls) if f.name in data}
-        config = check(known, cls, "vision_config", ConfigError, remedy=CORRECT)
+        config = check(known, cls, "config.json: vision_config", ConfigError, remedy=CORRECT)
         hidden = data.get("hidden_size")
         if hidden is not None and hidden not in (config.hidden_size, 1024):
             # mlx-vlm's default of 1024 stands in bundles of MobileCLIP-L and means nothing.
             raise ConfigError(
-                f"vision_config.hidden_size is {hidden} but embed_dims and cls_ratio make "
+                f"config.json: vision_config.hidden_size is {hidden} but embed_dims and "
+                "cls_ratio make "
                 f"{config.hidden_size}: correct one of them"
             )
         return config
@@ -149,7 +155,8 @@ class VisionConfig:
         match = re.fullmatch(r"(?:.*/)?mobileclip_l_(\d+)", str(name))
         if not match:
             raise ConfigError(
-                f"mm_vision_tower is {name!r}: expected mobileclip_l_SIZE (FastViTHD), or a "
+                f"config.json: mm_vision_tower is {name!r}: expected mobileclip_l_SIZE "
+                "(FastViTHD), or a "
                 "vision_config that describes the encoder"
             )
         size = match.group(1)
@@ -179,12 +186,13 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
+                "num_attention_heads "
                 f"{self.num_attention_heads}: correct config.json"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}: correct config.json"
             )
 
@@ -273,10 +281,12 @@ class FastVLMConfig:
             vision = VisionConfig()
         projector = data.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
-            raise ConfigError(f"mm_projector_type is {projector!r}: expected mlp2x_gelu, FastVLM's")
+            raise ConfigError(
+                f"config.json: mm_projector_type is {projector!r}: expected mlp2x_gelu, FastVLM's"
+            )
         if data.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
             raise ConfigError(
-                f"mm_hidden_size is {data['mm_hidden_size']} but the encoder makes "
+                f"config.json: mm_hidden_size is {data['mm_hidden_size']} but the encoder makes "
                 f"{vision.hidden_size} channels: correct config.json"
             )
         meeting = check(data, _Meeting, "config.json", ConfigError, remedy=CORRECT)

@@ -58,6 +58,15 @@ def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
             "picture with the model that is asked"
         )
     projected = features.projected
+    try:
+        mx.eval(projected)
+    except (RuntimeError, ValueError, TypeError) as error:
+        # Computed lazily, in another thread.
+        raise OptionError(
+            f"the picture's features can't be evaluated here ({error}): evaluate them in the "
+            "thread "
+            "that computes them"
+        ) from error
     if not isinstance(projected, mx.array) or projected.shape != shape:
         raise OptionError(
             f"the picture's features were changed: expected an MLX array of shape {list(shape)}"

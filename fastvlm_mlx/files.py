@@ -78,6 +78,14 @@ def inside(root: Path | None, file: Path, error: type[FastVLMError]) -> Path:
     return real
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; there is none of a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(
     root: Path | None, file: Path, error: type[FastVLMError], limit: int = SMALL_FILE_BYTES
 ) -> bytes:

@@ -8,24 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 from PIL import Image
 
+from fastvlm_mlx.config import ImageSize
 from fastvlm_mlx.decode import DEFAULT_MAX_PIXELS, load_image
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.resample import reached, resample, support
 from fastvlm_mlx.rgb import to_rgb
+from fastvlm_mlx.schema import check
 
 __all__ = ["DEFAULT_MAX_PIXELS", "ImageProcessor", "load_image", "to_rgb"]
 
+Share = Annotated[float, Meta(ge=0, le=1)]
+Deviation = Annotated[float, Meta(gt=0, le=1e3)]
 Triple = tuple[float, float, float]
 
 _BICUBIC = Image.Resampling.BICUBIC
 # Pictures longer than this many times their width are resized where they have pixels only.
 _EXTREME = 8
 _STRIP_PIXELS = 1 << 22
+
+
+class _Preprocessor(Struct):
+    """The keys of preprocessor_config.json that are read, and their types."""
+
+    size: ImageSize | dict[str, ImageSize] | None = None
+    crop_size: ImageSize | dict[str, ImageSize] | None = None
+    do_normalize: bool = True
+    image_mean: tuple[Share, Share, Share] = (0.0, 0.0, 0.0)
+    image_std: tuple[Deviation, Deviation, Deviation] = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,11 @@ class ImageProcessor:
         Raises:
             ConfigError: no size, or a step that is not the reference's.
         """
-        sizes = {_edge(data[key], key) for key in ("size", "crop_size") if data.get(key)}
+        given = {key: value for key, value in data.items() if value is not None}
+        source = "preprocessor_config.json"
+        stated = check(given, _Preprocessor, source, ConfigError, remedy="correct it")
+        edges = (("size", stated.size), ("crop_size", stated.crop_size))
+        sizes = {_edge(value, key) for key, value in edges if value}
         if len(sizes) != 1:
             found = ", ".join(map(str, sorted(sizes))) or "no size"
             raise ConfigError(
@@ -76,17 +95,13 @@ class ImageProcessor:
             )
         expected = {"resample": 3, "rescale_factor": 1 / 255, "do_resize": True, "do_rescale": True}
         for key, value in expected.items():
-            if data.get(key, value) != value:
+            if given.get(key, value) != value:
                 raise ConfigError(
-                    f"preprocessor_config.json says {key} {data[key]!r}: expected {value!r}"
+                    f"preprocessor_config.json says {key} {given[key]!r}: expected {value!r}"
                 )
-        normalize = data.get("do_normalize", True)
-        return cls(
-            size=sizes.pop(),
-            aspect_ratio=aspect_ratio,
-            image_mean=tuple(data.get("image_mean", cls.image_mean)) if normalize else (0, 0, 0),
-            image_std=tuple(data.get("image_std", cls.image_std)) if normalize else (1, 1, 1),
-        )
+        if not stated.do_normalize:
+            return cls(sizes.pop(), aspect_ratio)
+        return cls(sizes.pop(), aspect_ratio, stated.image_mean, stated.image_std)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         image = to_rgb(image)
@@ -166,11 +181,11 @@ class ImageProcessor:
         return resample(image, 0, start, height, resized, first, last, (0, 0, 0))
 
 
-def _edge(value: Any, key: str) -> int:
+def _edge(value: int | dict[str, int], key: str) -> int:
     """`size` and `crop_size` in the forms that occur: 1024, {shortest_edge}, {height, width}."""
     edges = set(value.values()) if isinstance(value, dict) else {value}
-    if len(edges) == 1 and isinstance(edge := edges.pop(), int):
-        return edge
+    if len(edges) == 1:
+        return edges.pop()
     raise ConfigError(
         f"preprocessor_config.json says {key} {value!r}: expected one number of pixels"
     )

@@ -117,8 +117,12 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises:
         BundleError, CheckpointError, ConfigError: it is neither, or can't be read.
     """
-    path = path.expanduser()
-    if not path.exists():
+    try:
+        path = Path(path).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise BundleError(f"{path!r} is not a path that can be opened ({error})") from error
+    if not exists:
         raise BundleError(
             f"{path} does not exist: expected a bundle's or a checkpoint's directory; a hub id is "
             "for `fastvlm export`"

@@ -71,9 +71,10 @@ def apple_config(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
     text = _section(raw, "text_config")
     if text.get("model_type", "qwen2") != "qwen2":
         raise ConfigError(
-            f"text_config.model_type is {text['model_type']!r}: expected qwen2, FastVLM's"
+            f"config.json: text_config.model_type is {text['model_type']!r}: expected qwen2, "
+            "FastVLM's"
         )
-    check_settings({k: v for k, v in text.items() if k != "model_type"}, "text_config")
+    check_settings({k: v for k, v in text.items() if k != "model_type"}, "config.json: text_config")
     vision = _vision(_section(raw, "vision_config"), _image_size(directory))
     stated = {k: v for k, v in text.items() if k != "model_type" and v is not None}
     if isinstance(stated.get("rope_parameters"), dict):
@@ -123,15 +124,19 @@ def _vision(raw: dict[str, Any], image_size: int) -> VisionConfig:
     architecture = str(raw.get("architecture", ARCHITECTURE))
     if architecture.partition(".")[0] != ARCHITECTURE:
         raise ConfigError(
-            f"vision_config.architecture is {architecture!r}: expected {ARCHITECTURE}, timm's name "
+            f"config.json: vision_config.architecture is {architecture!r}: expected "
+            f"{ARCHITECTURE}, timm's name "
             "of FastVLM's encoder"
         )
     arguments = raw.get("model_args") or {}
     if not isinstance(arguments, dict):
-        raise ConfigError(f"vision_config.model_args is {arguments!r}: expected a JSON object")
+        raise ConfigError(
+            f"config.json: vision_config.model_args is {arguments!r}: expected a JSON object"
+        )
     if unknown := sorted(set(arguments) - {*SHAPE_ARGUMENTS, *IGNORED_ARGUMENTS}):
         raise ConfigError(
-            f"vision_config.model_args holds {unknown[0]}, which FastVLM's encoder does not have: "
+            f"config.json: vision_config.model_args holds {unknown[0]}, which FastVLM's "
+            "encoder does not have: "
             f"expected {', '.join(SHAPE_ARGUMENTS)} at most"
         )
     if not arguments.get("inference_mode", True):

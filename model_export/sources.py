@@ -12,6 +12,7 @@ from typing import Any
 
 from fastvlm_mlx.config import MODEL_TYPE, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.files import is_file
 from model_export import fast_vlm, hub, lora, weights
 from model_export.fast_vlm import TRANSFORMERS_MODEL_TYPE
 from model_export.settings import check_settings
@@ -155,7 +156,7 @@ def _base(path: Path, given: str | Path | None, named: str | None, where: str) -
         CheckpointError: it is missing, or is itself a difference to another.
     """
     if given is not None:
-        base = open_source(given)
+        base = _open_base(given)
     elif not named:
         raise CheckpointError(
             f"{path} is a difference to a base, and its {where} names none: give the base's "
@@ -171,16 +172,23 @@ def _base(path: Path, given: str | Path | None, named: str | None, where: str) -
                 "base's directory or hub id with --base"
             )
         try:
-            base = open_source(found or named)
+            base = _open_base(found or named)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} (the base that {path / where} names; --base)"
             ) from error
-    if base.base is not None:
-        raise CheckpointError(
-            f"the base {base.directories[0]} is itself a difference to another base: merge it first"
-        )
     return base
+
+
+def _open_base(reference: str | Path) -> Source:
+    path, hub_id = hub.locate(reference)
+    # Before it is opened: it may be a difference to this one.
+    differences = (lora.ADAPTER_CONFIG, *lora.PROJECTOR_FILES)
+    if not has_weights(path) and any(is_file(path / name) for name in differences):
+        raise CheckpointError(
+            f"the base {path} is itself a difference to another base: merge it first"
+        )
+    return _whole(path, hub_id)
 
 
 def _rename(base: Source) -> lora.Rename:

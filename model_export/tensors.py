@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastvlm_mlx import schema
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.files import inside, left_behind
+from fastvlm_mlx.files import inside, is_file, left_behind
 
 if TYPE_CHECKING:
     import torch
@@ -219,7 +219,7 @@ def read_weights(directory: Path) -> dict[str, SourceTensor]:
     """
     safe = _weight_files(directory, SAFETENSORS)
     pickled = _weight_files(directory, PICKLED)
-    whole = [files for files in (safe, pickled) if files and all(f.is_file() for f in files)]
+    whole = [files for files in (safe, pickled) if files and all(map(is_file, files))]
     if not safe and not pickled:
         raise CheckpointError(
             f"{directory} holds no weights: expected model.safetensors or pytorch_model.bin, or "
@@ -227,7 +227,7 @@ def read_weights(directory: Path) -> dict[str, SourceTensor]:
         )
     files = whole[0] if whole else safe or pickled
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise CheckpointError(
                 f"{file} is missing: expected the {len(files)} files that the index names, "
                 "download it again"

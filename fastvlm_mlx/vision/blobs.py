@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.files import inside
+from fastvlm_mlx.files import inside, is_file
 
 # MILBlob's header of one blob: sentinel, data type, bytes, offset of the data.
 _BLOB_HEADER = struct.Struct("<IIQQ")
@@ -31,7 +31,7 @@ def check_weights(spec: Any, package: Path, directory: Path) -> None:
             for op in block.operations:
                 if not op.outputs:
                     raise EncoderError(
-                        f"operation {op.type or 'without a type'} has no result: expected an "
+                        f"{package} has an operation {op.type!r} without a result: expected an "
                         "encoder's, export it again"
                     )
                 for value in _values(op):
@@ -42,7 +42,7 @@ def check_weights(spec: Any, package: Path, directory: Path) -> None:
                         )
     for file_name, entries in blobs.items():
         path = directory / file_name.removeprefix("@model_path/")
-        if not path.is_file():
+        if not is_file(path):
             raise EncoderError(
                 f"{path} is missing: expected the weights of the encoder package, export it again"
             )
@@ -50,7 +50,8 @@ def check_weights(spec: Any, package: Path, directory: Path) -> None:
         size = path.stat().st_size
         with path.open("rb") as file:
             for name, offset in entries:
-                file.seek(offset)
+                # An offset has 64 bits, of which no file takes the last.
+                file.seek(min(offset, size))
                 header = file.read(_BLOB_HEADER.size)
                 if len(header) == _BLOB_HEADER.size:
                     sentinel, _, length, start = _BLOB_HEADER.unpack(header)

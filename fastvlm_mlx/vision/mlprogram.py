@@ -94,6 +94,7 @@ class MLProgram:
                 "torch is not installed, which evaluates an encoder package where Core ML does "
                 'not: expected it here, pip install "fastvlm-mlx[export]"'
             )
+        self.package = package
         spec = read_spec(package)
         self.info = describe_spec(spec, package, image_size)
         for op in operations(spec, self.info.function):
@@ -144,7 +145,7 @@ class MLProgram:
                     made = step.compute(*operands)
                 except _PROGRAM_ERRORS as error:
                     raise EncoderError(
-                        f"operation {step.type} {step.name!r} can't be evaluated "
+                        f"{self.package}: operation {step.type} {step.name!r} can't be evaluated "
                         f"({one_line(error)}): expected a package that is whole and memory to "
                         "run it in, export it again or free some"
                     ) from error

@@ -139,9 +139,12 @@ def model_path(package: Path) -> Path:
     content = read_json(package, manifest, EncoderError, remedy=COMPLETE)
     try:
         path = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
-        return inside(package, package / "Data" / path, EncoderError)
+        specification = package / "Data" / path
     except (KeyError, TypeError) as error:
         raise EncoderError(f"{manifest} does not name a model: {COMPLETE}") from error
+    # Not the file that a link of the hub's cache leads to: the weights lie beside the link.
+    inside(package, specification, EncoderError)
+    return specification
 
 
 def read_spec(package: Path) -> Any:

@@ -57,7 +57,8 @@ def _lines(case: Case, rng: random.Random) -> str:
         entry["image"] = rng.choice(
             (
                 text(rng),
-                str(case.stock.outside / "secret.txt"),
+                # A user's own file may name pictures anywhere.
+                str(case.stock / "images" / "small.png"),
                 "../source/small.png",
                 "small.png",
                 3,
