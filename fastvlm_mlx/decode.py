@@ -32,6 +32,9 @@ _BYTES_PER_PIXEL, _BYTES_AROUND = 32, 1 << 26
 _TILE_PIXELS = 1 << 22
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
+# PIL keeps an address for each row, which in a picture one pixel wide is all that it keeps.
+_MAX_SIDE = 1_000_000
+
 _lock = threading.Lock()
 
 
@@ -161,6 +164,7 @@ def _pixels(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         if (fp := getattr(image, "fp", None)) is not None:
             _check_inner(fp, name, max_pixels)
         _check_tiles(image, name, max_pixels)
+        _check_progressive(image, name, max_pixels)
         with _libtiff:
             image.load()
         _check_size(image.size, name, max_pixels)
@@ -188,10 +192,24 @@ def _check_tiles(image: Image.Image, name: str, max_pixels: int) -> None:
         _check_size((width, length), f"a tile of {name}", max(max_pixels, _TILE_PIXELS))
 
 
+def _check_progressive(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Of a progressive JPEG every coefficient is kept, two bytes for each of a pixel's numbers.
+
+    `max_pixels` stands for three numbers, and a picture of four reaches it with fewer pixels.
+    """
+    if image.info.get("progressive"):
+        numbers = max(3, len(image.getbands()))
+        _check_size(image.size, f"{name}, a progressive JPEG,", 3 * max_pixels // numbers)
+
+
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width}×{height} pixels: expected at least one pixel")
+    if max(width, height) > _MAX_SIDE:
+        raise ImageError(
+            f"{name} is {width}×{height} pixels: expected at most {_MAX_SIDE:,} along a side, cut it"
+        )
     if width * height > max_pixels:
         raise ImageError(
             f"{name} is {width}×{height}, {width * height / 1e6:.4g} megapixels, over the limit "

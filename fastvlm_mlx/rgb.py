@@ -32,6 +32,7 @@ DECODER_ERRORS = (
 )
 
 _ORIENTATION_TAG = 0x0112
+_STRIP_PIXELS = 1 << 22
 # EXIF 2.3, 4.6.4 A: the stored picture's rows and columns, by the turn that makes it upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,9 +99,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = image.convert("LA")
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
+            image = _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """RGBA → RGB, some rows at a time: whole, it would take five images' memory."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    made = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        made.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return made
 
 
 def _upright(image: Image.Image) -> Image.Image:

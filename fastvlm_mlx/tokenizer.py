@@ -23,6 +23,15 @@ QWEN2_PATTERN = (
 )
 # What a tokenizer.json of Qwen2's may do to text before the merges. None of it can run for long.
 STEPS = frozenset({"NFC", "ByteLevel", "Split", "Sequence"})
+# Settings of BPE that change the ids of a text, by chance in one case.
+NOT_QWEN2S = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+)
 # Longer than any word of a vocabulary.
 MAX_TOKEN_CHARACTERS = 1_000
 
@@ -40,6 +49,9 @@ def read_tokenizer(
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else model
         raise error(f"{source} holds a model of type {kind!r}, expected Qwen2's BPE: {remedy}")
+    for key in NOT_QWEN2S:
+        if model.get(key):
+            raise error(f"{source}: model.{key} is {model[key]!r}, Qwen2's has none: {remedy}")
     for step in ("normalizer", "pre_tokenizer"):
         _check_step(found.get(step), f"{source}: {step}", error, remedy)
     with no_panic(f"{source} can't be read as a tokenizer", error, remedy):

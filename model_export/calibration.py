@@ -17,11 +17,14 @@ from PIL import Image
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import ImageError, OptionError
+from fastvlm_mlx.files import MB, read_bytes
 from fastvlm_mlx.image import load_image
 from model_export.demo import scenes
 from model_export.pictures import GATE_PIXELS, GatePicture, photographs
 
 T = TypeVar("T")
+
+MAX_LINES_BYTES = 100 * MB
 
 # Asked about a picture that comes without questions. The beginning of an answer is given: what is
 # looked at is the next token's distribution after each of its tokens, not whether it is right.
@@ -139,7 +142,7 @@ def _lines(file: Path, size: int) -> tuple[list[GatePicture], list[str]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             skipped.append(f"line {number} is not JSON")
             continue
         fields = ("image", "prompt", "answer")
@@ -177,8 +180,8 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        return read_bytes(None, file, OptionError, MAX_LINES_BYTES).decode()
+    except (OptionError, UnicodeDecodeError) as error:
         raise OptionError(
             f"--calibration {file} can't be read as text ({error}): expected a directory of "
             "pictures, or a JSONL file of image, prompt and answer"

@@ -100,13 +100,15 @@ class MLProgram:
         for op in operations(spec, self.info.function):
             if op.type not in BUILDERS and op.type != "const" and "constexpr_" not in op.type:
                 raise EncoderError(
-                    f"operation {op.type} {op.outputs[0].name!r} is not known: expected an encoder "
-                    "exported by fastvlm or by Apple's script, run this package on macOS"
+                    f"{package}: operation {op.type} {op.outputs[0].name!r} is not known: expected "
+                    "an encoder exported by fastvlm or by Apple's script, run it on macOS"
                 )
-            _check_elements(op)
+            _check_elements(package, op)
         try:
             function = _load_function(spec, package, self.info.function)
             self._steps, self.constants = _compile(function)
+        except EncoderError as error:
+            raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
             raise EncoderError(
                 f"the program in {package} can't be read ({one_line(error)}): expected one "
@@ -326,14 +328,14 @@ def _load_function(spec: Any, package: Path, name: str) -> Any:
     return program.functions[name]
 
 
-def _check_elements(op: Any) -> None:
+def _check_elements(package: Path, op: Any) -> None:
     """Raises EncoderError: an operation declares a result that fills the memory."""
     for output in op.outputs:
         elements = prod(d.constant.size for d in output.type.tensorType.dimensions)
         if elements > _MAX_ELEMENTS:
             raise EncoderError(
-                f"operation {op.type} {output.name!r} makes {elements:,} numbers: expected at most "
-                f"{_MAX_ELEMENTS:,}, export the encoder again"
+                f"{package}: operation {op.type} {output.name!r} makes {elements:,} numbers: "
+                f"expected at most {_MAX_ELEMENTS:,}, export the encoder again"
             )
 
 
