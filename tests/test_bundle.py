@@ -204,7 +204,7 @@ class TestAppRules:
         import mlx.core as mx
 
         mx.save_safetensors(str(bundle_copy / "more.safetensors"), {"x": mx.zeros((1,))})
-        with pytest.raises(BundleError, match=r"x is \[1\], expected no such weight"):
+        with pytest.raises(BundleError, match=r"x is F32 \[1\], expected no such weight"):
             self.check(bundle_copy)
 
     def test_another_package_name(self, bundle_copy):
