@@ -137,7 +137,7 @@ class ExportOptions:
         """The layout's loaders know the forms that are asked for."""
         loader = LOADERS[self.layout]
         asked = {
-            "--llm-bits": self.format,
+            "--llm-bits" if self.llm_mode == "affine" else "--llm-mode": self.format,
             "--embed-bits": self.part_format(self.embed_bits or 16),
             "--head-bits": self.part_format(self.head_bits or 16),
             "--projector-bits": self.part_format(self.projector_bits),

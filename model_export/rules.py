@@ -173,14 +173,15 @@ def check_entries(found: Mapping[str, Entry], expected: Mapping[str, Entry]) -> 
         RuleError: naming the first tensor that is not.
     """
     for name in sorted(found.keys() | expected.keys()):
+        where = f"in the .safetensors files, {name}"
         if name not in found:
-            raise RuleError(f"{name} is missing, expected {_shown(expected[name])}")
+            raise RuleError(f"{where} is missing, expected {_shown(expected[name])}")
         if name not in expected:
-            raise RuleError(f"{name} is {_shown(found[name])}, expected no such weight")
+            raise RuleError(f"{where} is {_shown(found[name])}, expected no such weight")
         wanted, held = expected[name], found[name]
         types = FLOATS if wanted.dtype == "float" else (wanted.dtype,)
         if held.shape != wanted.shape or held.dtype not in types:
-            raise RuleError(f"{name} is {_shown(held)}, expected {_shown(wanted)}")
+            raise RuleError(f"{where} is {_shown(held)}, expected {_shown(wanted)}")
 
 
 def check_end_of_turn(directory: Path) -> int:

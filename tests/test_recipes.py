@@ -211,9 +211,10 @@ def test_a_preset_is_options_with_names(name):
 
 
 def test_what_is_given_beside_a_preset_counts():
-    made = ExportOptions(**preset("phone", {"llm_mode": "mxfp4", "encoder_precision": "int8"}))
-    assert (made.llm_mode, made.llm_bits, made.encoder_precision) == ("mxfp4", 4, "int8")
-    assert ExportOptions(**preset("phone", {"llm_bits": 5})).llm_bits == 5
+    made = ExportOptions(**preset("phone", {"encoder_precision": "int8", "llm_bits": 6}))
+    assert (made.encoder_precision, made.llm_bits, made.method) == ("int8", 6, "gptq")
+    made = ExportOptions(**preset("phone", {"llm_mode": "mxfp4", "layout": "mlx"}))
+    assert (made.llm_mode, made.llm_bits, made.method) == ("mxfp4", 4, "rtn")
     with pytest.raises(OptionError, match="--preset is tiny: expected one of phone"):
         preset("tiny", {})
 
