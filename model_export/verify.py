@@ -287,7 +287,8 @@ def answer_gates(
     ceiling = options.max_kl_nats
     if ceiling is None:
         cost = float(torch.cat(expected).mean())
-        ceiling = min(USABLE_NATS, PLAIN_FACTOR * cost + EXACT_NATS)
+        # In so many digits as are shown.
+        ceiling = float(f"{min(USABLE_NATS, PLAIN_FACTOR * cost + EXACT_NATS):.3g}")
     kl = float(torch.cat(divergence).mean())
     gates = [
         Gate("KL divergence", kl, "nats", ceiling, False),

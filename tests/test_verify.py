@@ -415,11 +415,16 @@ class TestLimits:
     def test_a_ceiling_is_what_plain_rounding_costs(self, demo_bundle, answers):
         """By plain rounding: the bundle's own divergence, and some room."""
         gate = answers(demo_bundle)["KL divergence"]
-        assert gate.limit == pytest.approx(2 * gate.value + 1e-6, rel=1e-3)
+        assert gate.limit == pytest.approx(2 * gate.value + 1e-6, rel=1e-2)
         assert gate.limit < 1e-4
 
     def test_a_damage_far_below_any_round_number(self, bundle_copy, answers):
-        edit_weights(bundle_copy, set_a_norm_to_one)
+        def widen(arrays):
+            for name in arrays:
+                if name.startswith(LAYERS) and name.endswith((".scales", ".biases")):
+                    arrays[name] = arrays[name] * 1.3
+
+        edit_weights(bundle_copy, widen)
         gates = answers(bundle_copy)
         assert not gates["KL divergence"].passed
         assert gates["KL divergence"].value < 0.5
