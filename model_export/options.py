@@ -116,8 +116,8 @@ class ExportOptions:
             value = getattr(self, name)
             if value not in allowed and not (value is None and name in _OPTIONAL):
                 raise unknown(name, value, allowed)
-        self._check_loader()
         self._check_search()
+        self._check_loader()
         self._check_encoder()
         self._check_sizes()
         for name in ("min_snr_db", "max_kl_nats", "min_agreement"):

@@ -227,5 +227,9 @@ def test_presets_pass_their_own_limits(demo_checkpoint, demo_bundle, tmp_path, s
     assert made.manifest["gates_passed"]
     limits = {gate["name"]: gate["limit"] for gate in made.manifest["gates"]}
     assert limits["KL divergence"] == PRESETS[name]["max_kl_nats"]
+    llm = made.manifest["llm"]
+    if "calibration" in llm:
+        # What the method made, if the bundle has it, is recorded by hash.
+        assert bool(llm["tensors"]) == (llm["calibration"]["method"] == "gptq")
     expected = fastvlm_mlx.load(demo_bundle).generate(scene, QUESTION, max_tokens=48).text
     assert fastvlm_mlx.load(out).generate(scene, QUESTION, max_tokens=48).text == expected

@@ -1,4 +1,4 @@
-"""What mlx-vlm answers from several `mlx` bundles: run by its own interpreter, knows nothing of ours.
+"""What mlx-vlm answers from several `mlx` bundles: run by its own interpreter, without us.
 
     python answer_mlx_vlm.py PICTURE PROMPT MAX_TOKENS BUNDLE…
 
