@@ -243,18 +243,23 @@ class Bundle(Directory):
 
 
 def model_name(stored: str) -> str:
-    """The model's name of a weight that a bundle of either layout stores as `stored`."""
-    for prefix, name in MLX_PROJECTOR.items():
-        if stored.startswith(prefix):
-            return name + stored.removeprefix(prefix)
-    return stored
+    """The model's name of what a bundle of either layout stores as `stored`: a tensor's name, or
+    the path of a module."""
+    return _renamed(stored, MLX_PROJECTOR.items())
 
 
 def stored_name(name: str, layout: str) -> str:
     """What a bundle of `layout` stores the model's `name` under: the inverse of `model_name`."""
-    for prefix, of_model in MLX_PROJECTOR.items():
-        if layout == "mlx" and name.startswith(of_model):
-            return prefix + name.removeprefix(of_model)
+    pairs = [(of_model, prefix) for prefix, of_model in MLX_PROJECTOR.items()]
+    return _renamed(name, pairs) if layout == "mlx" else name
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    # A module's path has no dot at its end, which the prefixes have.
+    path = f"{name}."
+    for prefix, other in pairs:
+        if path.startswith(prefix):
+            return (other + path.removeprefix(prefix)).removesuffix(".")
     return name
 
 

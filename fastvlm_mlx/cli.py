@@ -197,16 +197,21 @@ def verify(
     with report.stages() as progress:
         _, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
     failed = [gate for gate in gates if not gate.passed]
+    judged = [gate.to_dict() for gate in gates if not gate.left_out]
+    left_out = {gate.name: gate.left_out for gate in gates if gate.left_out}
     if as_json:
         print_json(
             {
                 "bundle": str(bundle),
-                "gates": [gate.to_dict() for gate in gates],
+                "gates": judged,
+                "gates_left_out": left_out,
                 "passed": not failed,
             }
         )
     else:
-        report.print_gates([gate.to_dict() for gate in gates])
+        report.print_gates(judged)
+        for name, why in left_out.items():
+            report.note(f"{name} is not judged: {why}")
         if checkpoint is None:
             report.note("give --checkpoint to compare features and answers with the source")
     if failed:

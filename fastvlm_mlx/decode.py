@@ -208,7 +208,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
         raise ImageError(f"{name} is {width}×{height} pixels: expected at least one pixel")
     if max(width, height) > _MAX_SIDE:
         raise ImageError(
-            f"{name} is {width}×{height} pixels: expected at most {_MAX_SIDE:,} along a side, cut it"
+            f"{name} is {width}×{height} pixels: expected at most {_MAX_SIDE:,} on a side, cut it"
         )
     if width * height > max_pixels:
         raise ImageError(

@@ -23,12 +23,12 @@ from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.image import ImageProcessor
 from fastvlm_mlx.manifest import hash_tree
 from fastvlm_mlx.quantization import Format
-from model_export import llm, recipes, weights
+from model_export import equality, llm, recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.destination import check_replaceable, resolve
 from model_export.interruption import Progress, interruptible
 from model_export.job import Job, Written
-from model_export.options import ENCODER_SNR_DB, LLM_AGREEMENT, LLM_KL_NATS, ExportOptions
+from model_export.options import ENCODER_SNR_DB, ExportOptions
 from model_export.pipeline import ExportResult, build, check_overlap, counted
 from model_export.recipes import Scheme
 from model_export.sources import Source
@@ -98,11 +98,12 @@ def _job(bundle: Bundle) -> Job:
     limits = ExportOptions(
         dtype=TYPES[tensors[NORM].dtype],  # type: ignore[arg-type]
         encoder_precision="fp32" if exact else "fp16",
-        max_kl_nats=LLM_KL_NATS[16],
-        min_agreement=LLM_AGREEMENT[16],
     )
     facts = (bundle.manifest or {}).get("llm", {})
     kept = {key: facts[key] for key in ("search", "calibration") if key in facts}
+    hashes = facts.get(equality.TENSORS, {}).items()
+    if of_llm := {model_name(n): h for n, h in hashes if not n.startswith(ENCODER_PREFIX)}:
+        kept[equality.TENSORS] = of_llm
     return Job(
         checkpoint=checkpoint,
         calibration=None,
@@ -115,7 +116,7 @@ def _job(bundle: Bundle) -> Job:
         write_llm=lambda directory, progress: Written(
             llm.write_parts(specs, parts, chosen, directory, counted(progress, total)), kept
         ),
-        own_gates=lambda written: [changed_tensors(copied, written)],
+        own_gates=lambda bundle, written: [changed_tensors(copied, bundle)],
         origin=lambda: _origin(bundle, checkpoint),
         remedy=EXPORT_AGAIN.format("app"),
     )
@@ -255,17 +256,20 @@ def scheme_for_app(bundle: Bundle) -> Scheme:
 def changed_tensors(copied: Iterable[BundleTensor], written: Bundle) -> Gate:
     """How many tensors of the language model are not, byte for byte, what they were made from."""
     held = {n: t for file in written.weight_files for n, t in safe_tensors(file).items()}
-    changed = 0
-    for tensor in copied:
-        for name, source in tensor.stored.items():
-            found = held[model_name(name)]
-            changed += (found.dtype, found.shape) != (source.dtype, source.shape) or any(
-                not mx.array_equal(
-                    found.read(rows).view(mx.uint8), source.read(rows).view(mx.uint8)
-                )
-                for rows in row_blocks(source.shape)
-            )
-    return Gate("LLM tensors changed", changed, "", 0, False)
+    changed = [
+        model_name(name)
+        for tensor in copied
+        for name, source in tensor.stored.items()
+        if not _same(held[model_name(name)], source)
+    ]
+    return Gate("LLM tensors changed", len(changed), "", 0, False, ", ".join(changed[:3]))
+
+
+def _same(found: SafeTensor, source: SafeTensor) -> bool:
+    return (found.dtype, found.shape) == (source.dtype, source.shape) and all(
+        mx.array_equal(found.read(rows).view(mx.uint8), source.read(rows).view(mx.uint8))
+        for rows in row_blocks(source.shape)
+    )
 
 
 def _bytes(tensor: SafeTensor) -> int:

@@ -33,7 +33,7 @@ class Job:
         limits: the options that the gates judge by.
         llm_bytes: what `write_llm` will write, headers left out.
         write_llm: into a directory; there are minutes of work in it where a method is used.
-        own_gates: what is checked of the written bundle besides encoder and answers.
+        own_gates: of the tensors that were written, and how.
         origin: the manifest's sections on where the bundle comes from.
         remedy: what to do about a failed gate.
     """
@@ -47,7 +47,7 @@ class Job:
     limits: ExportOptions
     llm_bytes: int
     write_llm: Callable[[Path, Progress], Written]
-    own_gates: Callable[[Bundle], list[Gate]]
+    own_gates: Callable[[Bundle, Written], list[Gate]]
     origin: Callable[[], dict[str, Any]]
     remedy: str
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.bundle import PACKAGE, Bundle
-from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE, FastVLMConfig
-from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.config import IMAGE_TOKEN, MODEL_TYPE
 from fastvlm_mlx.vision.package import IMAGE, INPUT_NAME, OUTPUT_NAME, Feature, PackageInfo
-from model_export import llm, recipes, weights
+from model_export import recipes, rules
 from model_export.checkpoint import Checkpoint
+from model_export.loaders import LOADERS
 from model_export.options import ExportOptions
 from model_export.recipes import Scheme
+from model_export.rules import Entry, RuleError
+from model_export.tokenizer import ExportedTokenizer
 
 QWEN2_KEYS = (
     "hidden_size",
@@ -98,7 +100,9 @@ def preprocessor_config(size: int, processor_class: str) -> dict[str, Any]:
     }
 
 
-def write_app_configs(checkpoint: Checkpoint, config: dict[str, Any], directory: Path) -> None:
+def write_app_configs(
+    checkpoint: Checkpoint, tokenizer: ExportedTokenizer, config: dict[str, Any], directory: Path
+) -> None:
     """The JSON files beside the weights: config, preprocessor, processor, generation.
 
     Args:
@@ -114,15 +118,24 @@ def write_app_configs(checkpoint: Checkpoint, config: dict[str, Any], directory:
             "patch_size": checkpoint.config.vision.patch_size,
             "processor_class": "LlavaProcessor",
         },
-        "generation_config.json": checkpoint.generation_config
-        or {
-            key: checkpoint.raw_config[key]
-            for key in ("bos_token_id", "eos_token_id")
-            if key in checkpoint.raw_config
-        },
+        "generation_config.json": generation_config(checkpoint, tokenizer),
     }
     for name, data in files.items():
         (directory / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def generation_config(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> dict[str, Any]:
+    """The checkpoint's `generation_config.json`, the end of a turn among what ends an answer."""
+    data = dict(checkpoint.generation_config)
+    if not data:
+        kept = ("bos_token_id", "eos_token_id")
+        data = {key: checkpoint.raw_config[key] for key in kept if key in checkpoint.raw_config}
+    found = data.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if tokenizer.turn_end_id not in ids:
+        ids = [tokenizer.turn_end_id, *ids]
+        data["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    return data
 
 
 def check_app(bundle: Bundle, info: PackageInfo) -> None:
@@ -136,57 +149,63 @@ def check_app(bundle: Bundle, info: PackageInfo) -> None:
     Raises:
         BundleError: naming the file, the rule and what was found.
     """
-    raw, config = bundle.raw_config, bundle.config
+    try:
+        _check_app(bundle, info)
+    except RuleError as broken:
+        raise rules.refuse(bundle.path, LOADERS["app"].program, broken) from broken
+
+
+def _check_app(bundle: Bundle, info: PackageInfo) -> None:
+    config = rules.read_object(bundle.path, "config.json")
     for key, kind in APP_CONFIG.items():
-        if type(raw.get(key)) is not kind:
-            raise _broken(bundle, "config.json", f"{key} is {raw.get(key)!r}", kind.__name__)
-    if not 0 < config.image_token_index < config.text.vocab_size:
-        raise _broken(
-            bundle,
-            "config.json",
-            f"image_token_index is {config.image_token_index}",
-            f"a positive id below vocab_size {config.text.vocab_size}",
+        if type(config.get(key)) is not kind:
+            raise RuleError(
+                f"in config.json, {key} is {config.get(key)!r}, expected {kind.__name__}"
+            )
+    if not 0 < config["image_token_index"] < config["vocab_size"]:
+        raise RuleError(
+            f"in config.json, image_token_index is {config['image_token_index']}, expected a "
+            f"positive id below vocab_size {config['vocab_size']}"
         )
-    _check_weights(bundle, config)
-    _check_processors(bundle)
+    _check_weights(bundle.path, config)
+    size = bundle.config.vision.image_size
+    _check_processors(bundle.path, size)
+    rules.check_end_of_turn(bundle.path)
+    bundle.tokenizer()
     if bundle.package.name != PACKAGE:
-        raise _broken(bundle, bundle.package.name, "another name", f"{PACKAGE}, the Swift class's")
-    size, tokens = config.vision.image_size, config.vision.num_tokens
+        raise RuleError(
+            f"the encoder is {bundle.package.name}, expected {PACKAGE}, the Swift class's"
+        )
     # A picture is for apps that hand over pixel buffers, which the unmodified one does not.
     takes = IMAGE if [f.dtype for f in info.inputs] == [IMAGE] else "float32"
-    _check_feature(bundle, info.inputs, INPUT_NAME, takes, (1, 3, size, size))
-    features = (1, tokens, config.vision.hidden_size)
-    _check_feature(bundle, info.outputs, OUTPUT_NAME, "float32", features)
+    _check_feature(info.inputs, INPUT_NAME, takes, (1, 3, size, size))
+    features = (1, bundle.config.vision.num_tokens, config["mm_hidden_size"])
+    _check_feature(info.outputs, OUTPUT_NAME, "float32", features)
 
 
-def _check_weights(bundle: Bundle, config: FastVLMConfig) -> None:
-    quantization = config.quantization
-    if quantization is not None and (quantization.layers or quantization.default.mode != "affine"):
-        raise _broken(
-            bundle,
-            "config.json",
-            f"quantization is {bundle.raw_config['quantization']}",
-            "group_size and bits alone",
-        )
-    shapes = {name: array.shape for name, array in bundle.tensors().items()}
-    specs = weights.llm_specs(config, tied=config.text.tie_word_embeddings)
-    # The loader quantizes what has scales.
-    chosen = recipes.scheme_of(bundle)
-    expected = {
-        entry.name: entry.shape for spec in specs for entry in llm.stored(spec, chosen, "float16")
-    }
-    for name in sorted(expected.keys() | shapes.keys()):
-        if shapes.get(name) != expected.get(name):
-            raise _broken(
-                bundle,
-                "the .safetensors files",
-                f"{name} is {list(shapes[name]) if name in shapes else 'missing'}",
-                f"{list(expected[name])}" if name in expected else "no such weight",
+def _check_weights(directory: Path, config: dict[str, Any]) -> None:
+    """One format for all that has scales, and every module filled."""
+    found = rules.read_headers(directory)
+    said, form = config.get("quantization"), None
+    if said is not None:
+        form = rules.quantized_form(said, "quantization")
+        # What else stands there, the app does not read.
+        if not said.keys() <= {"group_size", "bits", "mode"} or not LOADERS["app"].knows(form):
+            raise RuleError(
+                f"in config.json, quantization is {said}, expected group_size and bits alone: "
+                f"{LOADERS['app'].versions} reads {LOADERS['app'].known()}"
             )
+    shapes, matrices = rules.decoder_shapes(config)
+    stem = "multi_modal_projector.linear_"
+    of_projector = rules.projector_shapes(config, f"{stem}0", f"{stem}2")
+    expected = {name: Entry("float", shape) for name, shape in (shapes | of_projector[0]).items()}
+    for path in matrices | of_projector[1]:
+        if form is not None and f"{path}.scales" in found:
+            expected |= rules.parts(path, expected[f"{path}.weight"].shape, form)
+    rules.check_entries(found, expected)
 
 
-def _check_processors(bundle: Bundle) -> None:
-    size = bundle.config.vision.image_size
+def _check_processors(directory: Path, size: int) -> None:
     preprocessor, tokenizer = "preprocessor_config.json", "tokenizer_config.json"
     exact: tuple[tuple[str, str, Any], ...] = (
         (preprocessor, "processor_class", "LlavaProcessor"),
@@ -196,27 +215,18 @@ def _check_processors(bundle: Bundle) -> None:
         (tokenizer, "tokenizer_class", "Qwen2Tokenizer"),
     )
     for name, key, expected in exact:
-        value = bundle.read_json(name).get(key)
+        value = rules.read_object(directory, name).get(key)
         if value != expected:
-            raise _broken(bundle, name, f"{key} is {value!r}", repr(expected))
+            raise RuleError(f"in {name}, {key} is {value!r}, expected {expected!r}")
     for key in ("image_mean", "image_std"):
-        value = bundle.preprocessor_config.get(key)
+        value = rules.read_object(directory, preprocessor).get(key)
         if not isinstance(value, list) or [type(v) in (int, float) for v in value] != [True] * 3:
-            raise _broken(bundle, preprocessor, f"{key} is {value!r}", "three numbers")
-    bundle.tokenizer()
+            raise RuleError(f"in {preprocessor}, {key} is {value!r}, expected three numbers")
 
 
 def _check_feature(
-    bundle: Bundle, features: tuple[Feature, ...], name: str, dtype: str, shape: tuple[int, ...]
+    features: tuple[Feature, ...], name: str, dtype: str, shape: tuple[int, ...]
 ) -> None:
     found = [(f.name, f.dtype, f.shape) for f in features]
     if found != [(name, dtype, shape)]:
-        raise _broken(
-            bundle, bundle.package.name, f"it declares {found}", f"{name}, {dtype} {list(shape)}"
-        )
-
-
-def _broken(bundle: Bundle, file: str, found: str, expected: str) -> BundleError:
-    return BundleError(
-        f"{bundle.path} can't be loaded by the demo app: in {file}, {found}, expected {expected}"
-    )
+        raise RuleError(f"the encoder declares {found}, expected {name}, {dtype} {list(shape)}")

@@ -157,8 +157,11 @@ def convert(
 @cache
 def _streams() -> Iterator[mx.ThreadLocalStream]:
     """Where blocks are computed, in turn. On a CPU a stream is a thread: what is read and checked
-    in the meantime has its own. Each thread that exports has both for itself."""
-    return cycle([mx.new_thread_local_stream(mx.default_device()) for _ in range(2)])
+    in the meantime has its own. Each thread that exports has both for itself.
+
+    On a CPU on every machine, so that a Mac writes the bits that another machine checks.
+    """
+    return cycle([mx.new_thread_local_stream(mx.Device(mx.cpu)) for _ in range(2)])
 
 
 def check_range(name: str, weight: torch.Tensor | np.ndarray, dtype: str) -> None:

@@ -49,7 +49,7 @@ def make_manifest(
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
         **job.origin(),
-        "options": options.resolved(recipes.layer_bits(chosen, checkpoint.llm_specs)),
+        "options": options.resolved(),
         "encoder": {
             "precision": options.encoder_format,
             "image_size": vision.image_size,
@@ -71,7 +71,8 @@ def make_manifest(
             **written.facts,
         },
         **_fits(checkpoint, info),
-        "gates": [gate.to_dict() for gate in gates],
+        "gates": [gate.to_dict() for gate in gates if not gate.left_out],
+        "gates_left_out": {gate.name: gate.left_out for gate in gates if gate.left_out},
         "gates_passed": all(gate.passed for gate in gates),
         "versions": {name: version(name) for name in TOOLS}
         | {"python": platform.python_version(), "platform": platform.platform()},

@@ -10,7 +10,8 @@ the activation between the two products as a layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from fastvlm_mlx.config import (
     FastVLMConfig,
     VisionConfig,
 )
-from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.prompt import SYSTEM_PROMPT, TURN_END
-from model_export import recipes, weights
+from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.prompt import SYSTEM_PROMPT
+from fastvlm_mlx.quantization import Format
+from model_export import rules
 from model_export.checkpoint import Checkpoint
-from model_export.layouts import preprocessor_config
+from model_export.layouts import generation_config, preprocessor_config
+from model_export.loaders import LOADERS
 from model_export.options import ExportOptions
+from model_export.rules import Entry, RuleError
 from model_export.tokenizer import ExportedTokenizer
 
 HEAD_DIM = 32  # both loaders' MHSA
@@ -94,17 +98,16 @@ def write_mlx_configs(
     size = checkpoint.config.vision.image_size
     raw = checkpoint.raw_config
     config = app_config | {
-        "eos_token_id": tokenizer.tokenizer.token_to_id(TURN_END),
+        "eos_token_id": tokenizer.turn_end_id,
         "image_token_index": REFERENCE_IMAGE_TOKEN_INDEX,
         "tokenizer_model_max_length": raw.get("tokenizer_model_max_length") or CONTEXT_LENGTH,
         "tokenizer_padding_side": raw.get("tokenizer_padding_side") or "right",
         "vision_config": vision_config(checkpoint.config.vision),
     }
-    generation = checkpoint.generation_config or {"eos_token_id": config["eos_token_id"]}
     files: dict[str, dict[str, Any]] = {
         "config.json": dict(sorted(config.items())),
         "preprocessor_config.json": preprocessor_config(size, "FastVLMProcessor"),
-        "generation_config.json": generation,
+        "generation_config.json": generation_config(checkpoint, tokenizer),
         "tokenizer_config.json": tokenizer.config | {"chat_template": CHAT_TEMPLATE},
     }
     for name, data in files.items():
@@ -179,48 +182,173 @@ def check_mlx(bundle: Bundle) -> None:
     Raises:
         BundleError: naming the file, the rule and what was found.
     """
-    raw = bundle.raw_config
+    try:
+        _check_mlx(bundle)
+    except RuleError as broken:
+        raise rules.refuse(bundle.path, LOADERS["mlx"].program, broken) from broken
+
+
+def _check_mlx(bundle: Bundle) -> None:
+    config = rules.read_object(bundle.path, "config.json")
     for key, fits in CONFIG_RULES.items():
-        if not fits(raw.get(key)):
-            raise _broken(bundle, "config.json", f"{key} is {raw.get(key)!r}")
-    vision = raw.get("vision_config") or {}
+        if not fits(config.get(key)):
+            raise RuleError(f"in config.json, {key} is {config.get(key)!r}")
+    vision = config.get("vision_config") or {}
     for key, fits in VISION_RULES.items():
         if not fits(vision.get(key)):
-            raise _broken(bundle, "config.json", f"vision_config.{key} is {vision.get(key)!r}")
-    size = bundle.config.vision.image_size
-    data = bundle.preprocessor_config
-    rules = {
+            raise RuleError(f"in config.json, vision_config.{key} is {vision.get(key)!r}")
+    lists = [key for key, value in vision.items() if key in VISION_RULES and type(value) is list]
+    if uneven := [key for key in lists if len(vision[key]) != len(vision["layers"])]:
+        raise RuleError(
+            f"in config.json, vision_config.{uneven[0]} has not an entry for each stage"
+        )
+    size, data = vision["image_size"], _preprocessor(bundle.path)
+    of_pixels: dict[str, Callable[[Any], bool]] = {
         "processor_class": lambda value: value == "FastVLMProcessor",
         "size": lambda value: value == {"shortest_edge": size},
         "crop_size": lambda value: value == {"height": size, "width": size},
         "image_mean": lambda value: _list_of(_number)(value) and len(value) == 3,
         "image_std": lambda value: _list_of(_number)(value) and len(value) == 3,
     }
-    for key, fits in rules.items():
+    for key, fits in of_pixels.items():
         if not fits(data.get(key)):
-            raise _broken(bundle, "preprocessor_config.json", f"{key} is {data.get(key)!r}")
-    _check_weights(bundle)
+            raise RuleError(f"in preprocessor_config.json, {key} is {data.get(key)!r}")
+    _check_weights(rules.read_headers(bundle.path), config)
+    end = rules.check_end_of_turn(bundle.path)
+    if config["eos_token_id"] != end:
+        raise RuleError(
+            f"in config.json, eos_token_id is {config['eos_token_id']}, expected {end}, the end "
+            "of a turn"
+        )
 
 
-def _check_weights(bundle: Bundle) -> None:
-    from model_export import llm
-
-    config = bundle.config
-    shapes = {name: array.shape for name, array in bundle.tensors().items()}
-    chosen = recipes.scheme_of(bundle)
-    specs = weights.bundle_specs(config, tied=config.text.tie_word_embeddings, layout="mlx")
-    expected = {
-        entry.name: entry.shape for spec in specs for entry in llm.stored(spec, chosen, "float16")
-    }
-    for name in sorted(expected.keys() | shapes.keys()):
-        if shapes.get(name) != expected.get(name):
-            found = list(shapes[name]) if name in shapes else "missing"
-            wanted = list(expected[name]) if name in expected else "not there"
-            raise _broken(bundle, "the .safetensors files", f"{name} is {found}, not {wanted}")
+def _preprocessor(directory: Path) -> dict[str, Any]:
+    """mlx-vlm's own conversions have one file for both processors."""
+    if (directory / "preprocessor_config.json").is_file():
+        return rules.read_object(directory, "preprocessor_config.json")
+    both = rules.read_object(directory, "processor_config.json")
+    inside = both.get("image_processor")
+    return both | inside if isinstance(inside, dict) else both
 
 
-def _broken(bundle: Bundle, file: str, found: str) -> BundleError:
-    return BundleError(
-        f"{bundle.path} can't be loaded by mlx-vlm and mlx-swift-lm: in {file}, {found}; export "
-        "the checkpoint again"
-    )
+def _check_weights(found: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+    shapes, matrices = rules.decoder_shapes(config)
+    for more, others in (
+        rules.projector_shapes(config, "mm_projector.0", "mm_projector.2"),
+        _tower_shapes(config["vision_config"]),
+    ):
+        shapes, matrices = shapes | more, matrices | others
+    expected = {name: Entry("float", shape) for name, shape in shapes.items()}
+    quantization = config.get("quantization")
+    if quantization is not None:
+        _check_paths(quantization, matrices)
+        for path in sorted(matrices):
+            shape = shapes[f"{path}.weight"]
+            form = _form_of(quantization, path, shape, scaled=f"{path}.scales" in found)
+            if form is not None:
+                expected |= rules.parts(path, shape, form)
+    rules.check_entries(found, expected)
+
+
+def _check_paths(quantization: Mapping[str, Any], matrices: set[str]) -> None:
+    """Whatever is said of a module is said of one that is there: both pass over the rest."""
+    for path, said in quantization.items():
+        if isinstance(said, dict) and path not in matrices:
+            raise RuleError(
+                f"in config.json, quantization gives {path} a form, expected a module's path in "
+                "their models, as mm_projector.0"
+            )
+
+
+def _form_of(
+    quantization: Mapping[str, Any], path: str, shape: tuple[int, ...], *, scaled: bool
+) -> Format | None:
+    """How both build the module at `path`.
+
+    mlx-vlm (`load_model_weights`): what config.json says of the path, or of it without
+    `language_model.`, stands, scales or not; of what it says nothing of, whatever has scales and
+    a multiple of 64 weights has the form for all. mlx-swift-lm (`BaseConfiguration`, `Load`):
+    what has scales has the path's own form, or the one for all.
+
+    Raises:
+        RuleError: they build it differently, or a form is none of theirs.
+    """
+    names = (path, path.removeprefix("language_model."))
+    said = next((quantization[n] for n in names if n in quantization), None)
+    default = rules.quantized_form(quantization, "quantization")
+    if isinstance(said, dict):
+        in_python: Format | None = rules.quantized_form(said, path)
+    else:
+        in_python = default if said is not False and scaled and prod(shape) % 64 == 0 else None
+    own = quantization.get(path)
+    in_swift = None
+    if scaled and own is not False:
+        in_swift = default if own is None else rules.quantized_form(own, path)
+    if in_python != in_swift:
+        raise RuleError(
+            f"in config.json, quantization gives {path} {said!r}, of which mlx-vlm makes "
+            f"{in_python or 'no quantized module'} and mlx-swift-lm {in_swift or 'none'}"
+        )
+    if in_python is not None and not LOADERS["mlx"].knows(in_python):
+        raise RuleError(
+            f"in config.json, quantization gives {path} {in_python}, expected "
+            f"{LOADERS['mlx'].known()} ({LOADERS['mlx'].versions})"
+        )
+    return in_python
+
+
+def _tower_shapes(vision: Mapping[str, Any]) -> tuple[rules.Shapes, set[str]]:
+    """FastViTHD below `vision_tower.vision_model.`, and the paths of its linear layers."""
+    widths, kernel = vision["embed_dims"], vision["repmixer_kernel_size"]
+    shapes: rules.Shapes = {}
+    linear: set[str] = set()
+
+    def convolution(path: str, *shape: int) -> None:
+        """Out, height, width, in (1 where each channel is by itself)."""
+        shapes[f"{path}.weight"], shapes[f"{path}.bias"] = shape, shape[:1]
+
+    def mlp(path: str, width: int, inner: int) -> None:
+        shapes[f"{path}.conv.conv.weight"] = (width, 7, 7, 1)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{path}.conv.bn.{name}"] = (width,)
+        convolution(f"{path}.fc1", inner, 1, 1, width)
+        convolution(f"{path}.fc2", width, 1, 1, inner)
+
+    def block(path: str, mixer: str, width: int, inner: int) -> None:
+        mlp(f"{path}.convffn", width, inner)
+        if mixer == "repmixer":
+            convolution(f"{path}.token_mixer.reparam_conv", width, kernel, kernel, 1)
+            shapes[f"{path}.layer_scale"] = (1, 1, width)
+            return
+        shapes[f"{path}.norm.weight"] = shapes[f"{path}.norm.bias"] = (width,)
+        shapes[f"{path}.token_mixer.qkv.weight"] = (3 * width, width)
+        shapes[f"{path}.token_mixer.proj.weight"] = (width, width)
+        shapes[f"{path}.token_mixer.proj.bias"] = (width,)
+        linear.update(f"{path}.token_mixer.{name}" for name in ("qkv", "proj"))
+        for number in (1, 2):
+            shapes[f"{path}.layer_scale_{number}"] = (1, 1, width)
+
+    first, last = widths[0], int(widths[-1] * vision["cls_ratio"])
+    convolution("patch_embed.blocks.0.reparam_conv", first, 3, 3, 3)
+    convolution("patch_embed.blocks.1.reparam_conv", first, 3, 3, 1)
+    convolution("patch_embed.blocks.2.reparam_conv", first, 1, 1, first)
+    index = 0
+    for stage, (width, count) in enumerate(zip(widths, vision["layers"], strict=True)):
+        if stage and (vision["downsamples"][stage - 1] or widths[stage - 1] != width):
+            size = vision["down_patch_size"]
+            convolution(f"network.{index}.proj.0.lkb_reparam", width, size, size, 1)
+            convolution(f"network.{index}.proj.1.reparam_conv", width, 1, 1, width)
+            index += 1
+        if (position := vision["pos_embs_shapes"][stage]) is not None:
+            convolution(f"network.{index}.reparam_conv", width, *position, 1)
+            index += 1
+        inner = int(width * vision["mlp_ratios"][stage])
+        for number in range(count):
+            block(f"network.{index}.{number}", vision["token_mixers"][stage], width, inner)
+        index += 1
+    convolution("conv_exp.reparam_conv", last, 3, 3, 1)
+    convolution("conv_exp.se.reduce", last // 16, 1, 1, last)
+    convolution("conv_exp.se.expand", last, 1, 1, last // 16)
+    shapes["head.proj"] = (last, vision["projection_dim"])
+    prefix = "vision_tower.vision_model."
+    return {prefix + name: shape for name, shape in shapes.items()}, {prefix + n for n in linear}

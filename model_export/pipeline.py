@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastvlm_mlx.bundle import PACKAGE, Bundle
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError
@@ -24,6 +27,7 @@ from model_export import (
     calibrated,
     compress,
     coreml,
+    equality,
     fastvithd,
     functions,
     layouts,
@@ -35,7 +39,7 @@ from model_export import (
 )
 from model_export.calibration import load_calibration
 from model_export.checkpoint import Checkpoint
-from model_export.destination import Destination, appearing, check_replaceable, resolve
+from model_export.destination import Destination, appearing, check_replaceable, look_at, resolve
 from model_export.encoder_sensitivity import calibration_pixels
 from model_export.gates import Gate
 from model_export.interruption import Progress, interruptible
@@ -53,6 +57,8 @@ LICENSE_BYTES = 1_000_000
 LICENSE_NAME = re.compile(r"LICENSE[\w.-]{0,100}", re.ASCII)
 # Room for the biases and the few weights that stay fp16 in a compressed encoder.
 UNCOMPRESSED_SHARE = 1.05
+# Added to the destination's name for a bundle that failed a gate.
+FAILED_SUFFIX = ".failed-gates"
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,15 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
             made = calibrated.quantize(
                 checkpoint, tokenizer, calibration, chosen, options, Path(waiting), progress
             )
+            hashes = equality.hash_tensors(made.ready)
             summary = write(counted(progress, total), made.ready)
-        return Written(summary, facts | {"calibration": made.facts}, (*notes, *made.notes))
+        told = {"calibration": made.facts, equality.TENSORS: hashes}
+        return Written(summary, facts | told, (*notes, *made.notes))
+
+    def compare(bundle: Bundle, written: Written) -> list[Gate]:
+        dtype = getattr(torch, options.dtype)
+        made = equality.Made(chosen, dtype, written.facts.get(equality.TENSORS, {}))
+        return [equality.tensor_gate(checkpoint, bundle, made)]
 
     return Job(
         checkpoint=checkpoint,
@@ -140,9 +153,9 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
         limits=options,
         llm_bytes=total,
         write_llm=write_llm,
-        own_gates=lambda bundle: [],
+        own_gates=compare,
         origin=lambda: {"source": checkpoint.source()},
-        remedy="choose more bits, or keep it with --allow-failed-gates",
+        remedy="choose more bits",
     )
 
 
@@ -174,12 +187,50 @@ def build(job: Job, destination: Destination, progress: Progress) -> ExportResul
             job.limits,
             job.source,
         )
-        gates += job.own_gates(bundle)
-        _judge(gates, job)
+        progress("check tensors", None)
+        gates += [equality.settings_gate(job.checkpoint, bundle), *job.own_gates(bundle, written)]
         progress("manifest", None)
+        if job.source is None and (merged := equality.merged_hashes(job.checkpoint, bundle)):
+            hashes = merged | written.facts.get(equality.TENSORS, {})
+            written = replace(written, facts=written.facts | {equality.TENSORS: hashes})
         manifest = make_manifest(job, encoder.package, written, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return ExportResult(destination.path, manifest, tuple(gates), written.notes)
+        failed = [gate for gate in gates if not gate.passed]
+        if failed and not job.limits.allow_failed_gates:
+            raise _refused(failed, gates, _keep(directory, destination.path), job)
+    notes = (*job.tokenizer.notes, *written.notes)
+    return ExportResult(destination.path, manifest, tuple(gates), notes)
+
+
+def _keep(directory: Path, destination: Path) -> Path:
+    """Move a whole bundle that failed a gate beside the destination, where it takes the place of
+    one that failed before."""
+    kept = destination.with_name(destination.name + FAILED_SUFFIX)
+    number = 1
+    while os.path.lexists(kept) and not _failed_before(kept):
+        number += 1
+        kept = destination.with_name(f"{destination.name}{FAILED_SUFFIX}-{number}")
+    with appearing(look_at(kept)) as other:
+        for path in directory.iterdir():
+            path.rename(other / path.name)
+    return kept
+
+
+def _failed_before(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["gates_passed"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _refused(failed: list[Gate], gates: list[Gate], kept: Path, job: Job) -> GateError:
+    return GateError(
+        f"the bundle failed {len(failed)} of its {len(gates)} gates ("
+        + "; ".join(gate.sentence() for gate in failed)
+        + f") and is kept at {kept}: rename it to use it as it is, judge it again with `fastvlm "
+        f"verify {kept}` and limits of your own, or {job.remedy}"
+    )
 
 
 def _write_small_files(job: Job, directory: Path) -> None:
@@ -187,7 +238,7 @@ def _write_small_files(job: Job, directory: Path) -> None:
     tokenizer.save(directory)
     config = layouts.app_config(checkpoint, job.chosen, options, tokenizer.image_token_id)
     if options.layout == "app":
-        layouts.write_app_configs(checkpoint, config, directory)
+        layouts.write_app_configs(checkpoint, tokenizer, config, directory)
     else:
         mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, config, directory)
     # The base's first, so that a fine-tune's own stands where both have one.
@@ -277,16 +328,6 @@ def counted(progress: Progress, total: int) -> Callable[[int], None]:
 
     progress("language model", 0.0)
     return advance
-
-
-def _judge(gates: list[Gate], job: Job) -> None:
-    failed = [gate for gate in gates if not gate.passed]
-    if failed and not job.limits.allow_failed_gates:
-        raise GateError(
-            f"the bundle failed {len(failed)} of its {len(gates)} gates ("
-            + "; ".join(gate.sentence() for gate in failed)
-            + f"): {job.remedy}"
-        )
 
 
 def check_overlap(destination: Path, sources: Iterable[Path]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from model_export.options import unknown
 
-# Strict limits: half of what the bits are given.
+# With limits of their own, of what is promised of the answers.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The smallest that passes them.
+    # The smallest that keeps them.
     "phone": {
         "llm_bits": 4,
         "method": "gptq",

@@ -227,10 +227,15 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models compared: its weights, and what the encoder of its side sees."""
+    """One of the models compared: its weights, and what the encoder of its side sees.
+
+    Attributes:
+        config: its own, where it may be another than the one that all run under.
+    """
 
     weights: Weights
     features: Tensor
+    config: TextConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -249,19 +254,27 @@ class Outcome:
 
 @torch.inference_mode()
 def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:
-    """Both sides through the whole model in step, each layer's weights read once per side."""
-    rotary = rotary_embedding(config)
+    """All sides through the whole model in step, each layer's weights read once per side.
+
+    Args:
+        config: of the sides that have none of their own.
+    """
+    configs = [side.config or config for side in sides]
     hidden = [embed(side, dialogue) for side in sides]
     largest = [float(h.abs().max()) for h in hidden]
-    cos_sin = rotary(hidden[0], dialogue.positions[None])
+    cos_sin = [
+        rotary_embedding(own)(h, dialogue.positions[None])
+        for own, h in zip(configs, hidden, strict=True)
+    ]
     for index in range(config.num_hidden_layers):
         for i, side in enumerate(sides):
-            layer = _layer(config, side.weights, f"language_model.model.layers.{index}.")
-            hidden[i] = layer(hidden[i], attention_mask=dialogue.mask, position_embeddings=cos_sin)
+            layer = _layer(configs[i], side.weights, f"language_model.model.layers.{index}.")
+            around = {"attention_mask": dialogue.mask, "position_embeddings": cos_sin[i]}
+            hidden[i] = layer(hidden[i], **around)
             largest[i] = float(np.maximum(largest[i], float(hidden[i].abs().max())))
     return [
-        Outcome(_log_probabilities(side, h[0, dialogue.scored], config), peak)
-        for side, h, peak in zip(sides, hidden, largest, strict=True)
+        Outcome(_log_probabilities(side, h[0, dialogue.scored], own), peak)
+        for side, h, own, peak in zip(sides, hidden, configs, largest, strict=True)
     ]
 
 

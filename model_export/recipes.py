@@ -23,6 +23,7 @@ from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import ConfigError, OptionError
 from fastvlm_mlx.quantization import MODES, Format, Quantization
 from fastvlm_mlx.schema import read_json
+from model_export.loaders import LOADERS
 from model_export.options import GROUP_SIZES, ExportOptions
 from model_export.weights import TensorSpec
 
@@ -82,17 +83,20 @@ def check_layout(chosen: Scheme, layout: str) -> None:
 
 
 def unreadable(chosen: Scheme, layout: str) -> str | None:
-    """Why the layout's loaders can't read a scheme; None where they can.
-
-    The demo app knows one affine format for everything that is quantized.
-    """
+    """Why the layout's loaders can't read a scheme; None where they can."""
+    loader = LOADERS[layout]
     formats = {stored for stored in chosen.values() if stored is not None}
-    if layout != "app" or not formats or (len(formats) == 1 and _only(formats).mode == "affine"):
+    if unknown := sorted(str(stored) for stored in formats if not loader.knows(stored)):
+        return (
+            f"layout {layout} can't hold {unknown[0]}: {loader.program} ({loader.versions}) reads "
+            f"{loader.known()}"
+        )
+    if loader.per_module or len(formats) <= 1:
         return None
     found = " and ".join(sorted(map(str, formats)))
     return (
-        f"layout app can't hold {found}: the demo app reads one affine bits and group_size for all "
-        "that is quantized"
+        f"layout {layout} can't hold {found}: {loader.program} reads one affine bits and "
+        "group_size for all that is quantized"
     )
 
 
@@ -134,10 +138,6 @@ def layer_bits(chosen: Scheme, specs: Iterable[TensorSpec]) -> int:
     bits = [16 if stored is None else stored.bits for stored in formats]
     mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
     return min(int(mean), 8)
-
-
-def _only(formats: set[Format]) -> Format:
-    return next(iter(formats))
 
 
 def _check_width(path: str, width: int, stored: Format | None) -> None:

@@ -7,6 +7,7 @@ Swift does not read, and has no token for the picture: the reference uses the id
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,30 @@ from tokenizers import AddedToken, Tokenizer
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.files import read_bytes
-from fastvlm_mlx.prompt import CHAT_TEMPLATE, TURN_START
+from fastvlm_mlx.prompt import CHAT_TEMPLATE, TURN_END, TURN_START
 from fastvlm_mlx.tokenizer import no_panic, read_tokenizer
 from model_export.checkpoint import Checkpoint
 from model_export.tensors import read_json
 
 COPY = "copy the files of the model it was trained from"
-REQUIRED = ("<|im_start|>", "<|im_end|>")
+REQUIRED = (TURN_START, TURN_END)
 # Rows of an embedding that has to grow, as Qwen2's own vocabularies are padded.
 ROWS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """A tokenizer with `<image>`, and its `tokenizer_config.json`."""
+    """A tokenizer with `<image>`, its `tokenizer_config.json`, and what the user should be told."""
 
     tokenizer: Tokenizer
     config: dict[str, Any]
     image_token_id: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def turn_end_id(self) -> int:
+        """Of `<|im_end|>`, which ends an answer."""
+        return int(self.tokenizer.get_vocab()[TURN_END])
 
     def save(self, directory: Path) -> None:
         self.tokenizer.save(str(directory / "tokenizer.json"))
@@ -72,7 +79,20 @@ def export_tokenizer(checkpoint: Checkpoint) -> ExportedTokenizer:
         )
     file = directory / "tokenizer_config.json"
     source = read_json(file) if file.is_file() else {}
-    return ExportedTokenizer(tokenizer, _config(source, tokenizer), image_token_id)
+    return ExportedTokenizer(
+        tokenizer, _config(source, tokenizer), image_token_id, _notes(source, directory)
+    )
+
+
+def _notes(source: Mapping[str, Any], directory: Path) -> tuple[str, ...]:
+    said = source.get("eos_token")
+    found = said.get("content") if isinstance(said, dict) else said
+    if found in (None, TURN_END):
+        return ()
+    return (
+        f"the tokenizer of {directory} has eos_token {found}, which ends no answer of a chat: the "
+        f"bundle says {TURN_END}, the end of a turn",
+    )
 
 
 def extended(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int) -> Checkpoint:
@@ -128,10 +148,11 @@ def _config(source: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         **{key: source[key] for key in kept if key in source},
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>", IMAGE_TOKEN],
+        "additional_special_tokens": [TURN_START, TURN_END, IMAGE_TOKEN],
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "eos_token": source.get("eos_token") or "<|im_end|>",
+        # What the demo app stops at: with the end of a text there, answers go on to their limit.
+        "eos_token": TURN_END,
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",
     }

@@ -10,9 +10,29 @@ conversion changed. Nothing but the order of sums may differ, so the floor is as
 as for fp32, and one wrong weight or operation shows that the first figure would hide.
 
 Language model, end to end. Both sides answer the same questions about the same pictures, each
-with its own encoder's features; the right answers are given, so that both are asked for the next
-token at the same places. Measured are the mean KL divergence of the bundle's distribution from
-the source's, and how often both choose the same token.
+with its own encoder's features, its own pixels and its own settings; the right answers are given,
+so that both are asked for the next token at the same places. Measured are the mean KL divergence
+of the bundle's distribution from the source's, and how often both choose the same token.
+
+What the divergence may be. That the right weights are there, under the right settings, is proven
+bit by bit elsewhere (`equality`). Left are two questions, and the ceiling is the lower answer.
+What should it cost? A third side has the source's weights as plain rounding stores them in the
+recorded forms, and the bundle's features: the divergence of that, measured at the same places, is
+what the choice of bits and of encoder costs. A bundle by plain rounding repeats it to the last
+digits, one by a method is below it; `PLAIN_FACTOR` is room for a method that gains elsewhere and
+loses on these few pictures. A number for each width of bits would have to suit the tensors that
+round worst, and lets a thousand times as much pass in the others.
+Is it still the model? A choice can cost too much with nothing wrong in how it was carried out.
+`USABLE_NATS` is where the bundle gives what the source says half of its probability, in the
+(geometric) mean of the places: a model that babbles is at several times that. `USABLE_SHARE` asks
+the same of the first choice. Who wants the bundle all the same gives limits of their own, which
+stand in place of these.
+
+A share is counted where the source is sure, which gives its choice at least twice the probability
+of its second: nearer ties may fall either way. It is judged from `COUNTED_PLACES` on: there a
+bundle that truly agrees in 95 of 100 places is below the floor of 0.8 in less than one case of a
+hundred, and one that agrees in half of them above it in less than one. Of fewer, nothing follows
+either way, and the manifest says that nothing was judged.
 """
 
 from __future__ import annotations
@@ -32,7 +52,7 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.fastvlm import load_bundle_encoder, placeholder_id
+from fastvlm_mlx.fastvlm import image_processor, load_bundle_encoder, placeholder_id
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts, mlx_layout
@@ -41,16 +61,22 @@ from model_export.compress import stored_parameters
 from model_export.gates import Gate, Magnitude, overflow_gates
 from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
 from model_export.pictures import Reference, references_of_sizes
-from model_export.recipes import layer_bits, scheme_of
 from model_export.rounded import RoundedEncoder
-from model_export.tokenizer import extended
+from model_export.tokenizer import export_tokenizer, extended
 
 if TYPE_CHECKING:
     import torch
 
+    from model_export import qwen2
     from model_export.fastvithd import FastViTHD
 
 DECIDED_NATS = log(2)
+USABLE_NATS = log(2)
+USABLE_SHARE = 0.8
+COUNTED_PLACES = 20
+PLAIN_FACTOR = 2.0
+# What float32 leaves of a divergence of zero.
+EXACT_NATS = 1e-6
 CONVERSION_SNR_DB = 80.0
 # A token's direction is lost below.
 COMPRESSED_COSINE = 0.5
@@ -162,6 +188,7 @@ def gates_of_sizes(
     of_default: list[np.ndarray] | None = None
     for size, seen in references.items():
         sized = bundle.at(size)
+        seen = _own_pixels(sized, seen)
         if bundle.layout == "app":
             module = partial(folded, sized.config.vision)
             found, features = encoder_gates(bundle.package, module, seen, options)
@@ -173,6 +200,14 @@ def gates_of_sizes(
             found = [replace(gate, name=f"{gate.name} at {size}") for gate in found]
         gates += found
     return gates, of_default or []
+
+
+def _own_pixels(bundle: Bundle, references: Sequence[Reference]) -> list[Reference]:
+    """The pixels that the bundle's own settings make of each picture; the features stay the
+    source's."""
+    config = bundle.config
+    process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
+    return [replace(r, pixels=process(r.picture.image)) for r in references]
 
 
 def _take_stored(module: FastViTHD, constants: Mapping[str, torch.Tensor]) -> float:
@@ -212,50 +247,96 @@ def answer_gates(
     """KL divergence, agreement and the largest magnitude, over every picture with questions.
 
     Args:
+        tokenizer: the source's; the bundle's own must give the same ids.
         features: the bundle's own, for the same pictures as `references`.
         source_bundle: read in place of the checkpoint's language model, as it may be quantized.
+
+    Raises:
+        BundleError: the bundle's tokenizer gives other ids.
     """
     import torch
 
-    from model_export import qwen2
+    from model_export import equality, qwen2
 
-    source: qwen2.Weights = qwen2.SourceWeights(checkpoint)
-    if source_bundle is not None:
-        source = qwen2.BundleWeights(source_bundle)
-    written = qwen2.BundleWeights(bundle)
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
-    divergence, agreed, decided, largest = [], [], [], 0.0
-    placeholder = placeholder_id(tokenizer, bundle)
+    of_checkpoint = qwen2.SourceWeights(checkpoint)
+    source: qwen2.Weights = of_checkpoint
+    plain: qwen2.Weights = equality.PlainWeights(of_checkpoint, equality.Made.shown(bundle))
+    if source_bundle is not None:
+        # Its tensors are taken over as they are.
+        source = plain = qwen2.BundleWeights(source_bundle)
+    written = qwen2.BundleWeights(bundle)
+    divergence, expected, agreed, decided, largest = [], [], [], [], 0.0
     for reference, found in zip(references, features, strict=True):
         if not reference.picture.questions:
             continue
-        dialogue = qwen2.Dialogue.build(
-            tokenizer,
-            reference.picture.questions,
-            placeholder,
-            checkpoint.config.vision.num_tokens,
-        )
+        dialogue = _dialogue(checkpoint, bundle, tokenizer, reference)
+        seen = torch.from_numpy(found)
         sides = [
             qwen2.Side(source, torch.from_numpy(reference.features)),
-            qwen2.Side(written, torch.from_numpy(found)),
+            qwen2.Side(written, seen, bundle.config.text),
+            qwen2.Side(plain, seen),
         ]
-        p, q = qwen2.run(text, dialogue, sides)
+        p, q, rounded = qwen2.run(text, dialogue, sides)
         divergence.append(q.divergence(p))
+        expected.append(rounded.divergence(p))
         top = p.log_probabilities.topk(2, 1)
         decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
         agreed.append(top.indices[:, 0] == q.log_probabilities.argmax(1))
         largest = float(np.maximum(largest, q.largest))
+    ceiling = options.max_kl_nats
+    if ceiling is None:
+        cost = float(torch.cat(expected).mean())
+        # In so many digits as are shown.
+        ceiling = float(f"{min(USABLE_NATS, PLAIN_FACTOR * cost + EXACT_NATS):.3g}")
     kl = float(torch.cat(divergence).mean())
-    bits = layer_bits(scheme_of(bundle), checkpoint.llm_specs)
-    gates = [Gate("KL divergence", kl, "nats", options.kl_ceiling_nats(bits), False)]
-    sure = torch.cat(decided)
-    # Random weights decide nothing; a share of no places would be a figure that can't fail.
-    if bool(sure.any()):
-        share = float(torch.cat(agreed)[sure].float().mean())
-        gates.append(Gate("greedy agreement", share, "", options.agreement_floor(bits), True))
+    gates = [
+        Gate("KL divergence", kl, "nats", ceiling, False),
+        _agreement(torch.cat(agreed)[torch.cat(decided)], options),
+    ]
     if options.dtype == "float16":
         gates.append(Gate("LLM largest magnitude", largest, "", FLOAT16_MAX, False))
     return gates
+
+
+def _agreement(agreed: torch.Tensor, options: ExportOptions) -> Gate:
+    """Of the places where the source is sure: bool [P]."""
+    floor = USABLE_SHARE if options.min_agreement is None else options.min_agreement
+    places = len(agreed)
+    share = float(agreed.float().mean()) if places else 0.0
+    why = ""
+    if places < COUNTED_PLACES:
+        why = (
+            f"the source is sure of its next token at {places} places, and a share is judged from "
+            f"{COUNTED_PLACES} on"
+        )
+    return Gate("greedy agreement", share, "", floor, True, left_out=why)
+
+
+def _dialogue(
+    checkpoint: Checkpoint, bundle: Bundle, tokenizer: Tokenizer, reference: Reference
+) -> qwen2.Dialogue:
+    """The questions about a picture in the source's ids, which must be the bundle's.
+
+    Raises:
+        BundleError: they are not.
+    """
+    from model_export import qwen2
+
+    own = bundle.tokenizer()
+    sides = [
+        qwen2.Dialogue.build(each, reference.picture.questions, placeholder, vision.num_tokens)
+        for each, placeholder, vision in (
+            (tokenizer, placeholder_id(tokenizer, bundle), checkpoint.config.vision),
+            (own, placeholder_id(own, bundle), bundle.config.vision),
+        )
+    ]
+    if sides[0].ids.tolist() != sides[1].ids.tolist():
+        raise BundleError(
+            f"the tokenizer of {bundle.path} gives other ids than the checkpoint's: expected the "
+            "same for every prompt, export the checkpoint again"
+        )
+    return sides[0]
 
 
 def verify(
@@ -297,9 +378,19 @@ def verify(
         progress("check encoder", None)
         exact = options.encoder_format == "fp32"
         return bundle, [] if exact else overflow_gates(bundle, options, other_sizes)
+    from model_export import equality
+
     progress("checkpoint", None)
     tokenizer = bundle.tokenizer()
     checkpoint = _source(bundle, tokenizer, checkpoint_path, base, revision)
+    progress("check tensors", None)
+    exact_gates = [equality.settings_gate(checkpoint, bundle)]
+    if bundle.manifest is None:
+        why = "no manifest says how the tensors were made"
+        exact_gates.append(Gate("tensors changed", 0, "", 0, False, left_out=why))
+    else:
+        made = equality.Made.recorded(bundle.manifest)
+        exact_gates.append(equality.tensor_gate(checkpoint, bundle, made))
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
     references = references_of_sizes(state, checkpoint, other_sizes)
@@ -309,8 +400,9 @@ def verify(
     del state
     progress("check answers", None)
     seen = references[checkpoint.config.vision.image_size]
-    gates += answer_gates(checkpoint, bundle, tokenizer, seen, features, options)
-    return bundle, gates
+    own = export_tokenizer(checkpoint).tokenizer
+    gates += answer_gates(checkpoint, bundle, own, seen, features, options)
+    return bundle, gates + exact_gates
 
 
 def _folded(

@@ -169,10 +169,11 @@ def test_the_manifest_keeps_the_source_and_tells_the_conversion(converted, mlx_b
         "KL divergence",
         "greedy agreement",
         "LLM largest magnitude",
+        "settings changed",
         "LLM tensors changed",
     ]
     limits = {gate["name"]: gate["limit"] for gate in manifest["gates"]}
-    assert limits["KL divergence"] == 0.01, "judged as what changes nothing but the encoder"
+    assert limits["KL divergence"] < 1e-4, "judged as what changes nothing but the encoder"
     assert manifest["gates_passed"]
     about = describe(converted / "fastvithd.mlpackage")
     assert about.license == before["source"]["license"]
@@ -343,7 +344,7 @@ def test_one_choice_of_quantization_for_all(mlx_bundle, tmp_path_factory, bits, 
         assert scheme_for_app(bundle)
     elif told:
         assert bundle_tensors(bundle)
-        with pytest.raises(BundleError, match=r"app can't hold .* and .*: the demo app reads one"):
+        with pytest.raises(BundleError, match=r"app can't hold .*: the demo app"):
             scheme_for_app(bundle)
     else:
         with pytest.raises(BundleError, match=rf"stores {DOWN}\.\w+ as .* config\.json implies"):
@@ -493,12 +494,14 @@ class TestDestination:
 
 
 class TestGates:
-    def test_a_failed_one_leaves_nothing(self, mlx_bundle, tmp_path, quick, monkeypatch):
+    def test_a_failed_one_is_kept_beside_the_destination(
+        self, mlx_bundle, tmp_path, quick, monkeypatch
+    ):
         gate = verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
         monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([gate], []))
-        with pytest.raises(GateError, match=r"below its floor of 35 dB\): export the checkpoint"):
+        with pytest.raises(GateError, match=r"floor of 35 dB\) .*, or export the checkpoint"):
             convert(mlx_bundle, tmp_path / "out", "app")
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name for path in tmp_path.iterdir()] == ["out.failed-gates"]
 
     def test_one_byte_of_the_language_model_is_seen(self, mlx_bundle, converted, tmp_path):
         tensors = bundle_tensors(Bundle.open(mlx_bundle)).values()

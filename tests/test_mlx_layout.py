@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from jinja2 import Environment
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import fastvlm_mlx
@@ -83,16 +84,21 @@ def test_the_weights_have_mlx_vlm_s_names_and_mlx_s_shapes(mlx_bundle):
 
 
 def test_the_encoder_is_the_source_s_number_by_number(mlx_bundle, demo_checkpoint):
-    checkpoint, arrays = Checkpoint(demo_checkpoint), Bundle.open(mlx_bundle).encoder_arrays()
+    """Both files as safetensors' own reader has them."""
+    tower, apple = "vision_tower.vision_model.", "model.vision_tower.vision_tower.model."
+    written = load_file(mlx_bundle / "model.safetensors")
+    arrays = {n.removeprefix(tower): t.numpy() for n, t in written.items() if n.startswith(tower)}
     state = {
-        name.replace("patch_embed.", "patch_embed.blocks."): tensor.half().numpy()
-        for name, tensor in checkpoint.encoder_state().items()
-        if not name.endswith("num_batches_tracked")
+        name.removeprefix(apple).replace("patch_embed.", "patch_embed.blocks."): tensor
+        for name, tensor in load_file(demo_checkpoint / "model.safetensors").items()
+        if name.startswith(apple) and not name.endswith("num_batches_tracked")
     }
+    state = {name: tensor.half().numpy() for name, tensor in state.items()}
+    assert state["head.proj"].any()
     assert state.keys() == arrays.keys()
     for name, array in arrays.items():
         expected = np.moveaxis(state[name], 1, -1) if state[name].ndim == 4 else state[name]
-        assert np.array_equal(np.array(array).ravel(), expected.ravel()), name
+        assert np.array_equal(array.ravel(), expected.ravel()), name
 
 
 def test_the_manifest_and_inspect_say_what_it_is(mlx_bundle):
@@ -174,6 +180,27 @@ def test_verify_repeats_the_gates(mlx_bundle, demo_checkpoint):
     assert all(gate.passed for gate in gates)
 
 
+def test_the_written_side_has_pixels_of_its_own_settings(copy, demo_checkpoint):
+    """A photograph that is not square, once padded and once cropped."""
+    checkpoint = Checkpoint(demo_checkpoint)
+    seen = pictures.gate_pictures(checkpoint.config.vision)[-1:]
+    references = pictures.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    edit_json(copy, "config.json", image_aspect_ratio="square")
+    gates, _ = verify.gates_of_sizes(
+        Bundle.open(copy), None, {256: references}, ExportOptions(layout="mlx")
+    )
+    assert [gate.name for gate in gates if not gate.passed] == ["encoder SNR"]
+
+
+def test_an_answer_ends_with_the_turn_whatever_the_files_say(copy, scene):
+    edit_json(copy, "config.json", eos_token_id=428)
+    edit_json(copy, "generation_config.json", eos_token_id=428)
+    edit_json(copy, "tokenizer_config.json", eos_token="<|endoftext|>")
+    (copy / "manifest.json").unlink()
+    result = fastvlm_mlx.load(copy).generate(scene, "How many shapes are there?", max_tokens=40)
+    assert (result.finish_reason, "<|im_end|>" in result.text) == ("stop", False)
+
+
 def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     seen = pictures.gate_pictures(checkpoint.config.vision)[:1]
@@ -215,7 +242,11 @@ def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
             {"vision_config__pos_embs_shapes": [7, 7, 7, 7, 7]},
             r"vision_config\.pos_embs_shapes is \[7",
         ),
-        ("config.json", {"quantization__bits": 3}, r"embed_tokens\.weight is \[.*, not \["),
+        (
+            "config.json",
+            {"quantization__bits": 3},
+            r"embed_tokens\.weight is U32 .*, expected U32 \[",
+        ),
         (
             "config.json",
             {"tie_word_embeddings": False},
@@ -240,10 +271,12 @@ def test_the_loaders_rules(copy, name, changes, words):
 
 def test_the_loaders_rules_of_names(copy):
     edit_weights(copy, lambda arrays: arrays.pop("vision_tower.vision_model.head.proj"))
-    with pytest.raises(BundleError, match=r"vision_model\.head\.proj is missing, not \[512, 16\]"):
+    with pytest.raises(BundleError, match=r"head\.proj is missing, expected float \[512, 16\]"):
         mlx_layout.check_mlx(Bundle.open(copy))
     edit_weights(copy, lambda arrays: arrays.update({"mm_projector.1.weight": mx.zeros(2)}))
-    with pytest.raises(BundleError, match=r"mm_projector\.1\.weight is \[2\], not not there|head"):
+    with pytest.raises(
+        BundleError, match=r"mm_projector\.1\.weight is F32 \[2\], expected no s|head"
+    ):
         mlx_layout.check_mlx(Bundle.open(copy))
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +39,7 @@ from model_export.weights import ENCODER_PREFIX
 pytestmark = pytest.mark.slow
 
 DRIVER = Path(__file__).parent / "oracles" / "drive_mlx_vlm.py"
+ANSWERER = DRIVER.with_name("answer_mlx_vlm.py")
 VERSION = "0.7.10"
 VISION = VisionConfig(image_size=128)
 PROMPT = "Describe the image."
@@ -180,6 +182,79 @@ def test_the_trained_checkpoint(name, mlx_vlm, demo_checkpoint, picture, tmp_pat
     assert verify.snr_db(expected.numpy(), theirs["features"]) > floor
     answer = ours.generate(picture, PROMPT, max_tokens=MAX_TOKENS).text
     assert text == answer == source.answer(expected, [PROMPT], max_tokens=MAX_TOKENS)[0]
+
+
+# Every form that an option can ask for, by itself and where it meets another.
+FORMS: dict[str, dict[str, Any]] = {
+    "2 bits of 32": {"llm_bits": 2, "group_size": 32},
+    "3 bits of 128": {"llm_bits": 3, "group_size": 128},
+    "5 bits": {"llm_bits": 5},
+    "6 bits": {"llm_bits": 6},
+    "projector": {"llm_bits": 4, "projector_bits": 8},
+    "projector alone": {"llm_bits": 16, "projector_bits": 4},
+    "embedding": {"llm_bits": 4, "embed_bits": 6},
+    "whole embedding": {"llm_bits": 4, "embed_bits": 16},
+    "all parts": {"llm_bits": 4, "projector_bits": 3, "embed_bits": 8},
+    "mxfp4": {"llm_mode": "mxfp4"},
+    "mxfp4 and parts": {"llm_mode": "mxfp4", "projector_bits": 6, "embed_bits": 8},
+    "mxfp8": {"llm_mode": "mxfp8", "projector_bits": 8},
+    "nvfp4": {"llm_mode": "nvfp4", "embed_bits": 5},
+    "mlx-lm's recipe": {"recipe": "mixed_3_6", "projector_bits": 4},
+    "recipe": {"recipe": "RECIPE", "llm_bits": 4},
+    "search": {"llm_bpw": 5.5},
+    "bfloat16": {"llm_bits": 4, "projector_bits": 8, "dtype": "bfloat16"},
+}
+RECIPE = {
+    "*.layers.0.*": {"bits": 8, "group_size": 32},
+    "*.mlp.down_proj": {"mode": "mxfp4"},
+    "multi_modal_projector.linear_2": 6,
+    "multi_modal_projector.linear_0": {"mode": "nvfp4"},
+    "model.layers.3.self_attn.*": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def untied(demo_checkpoint, tmp_path_factory):
+    """The demo with a head of its own, which differs from the embedding."""
+    path = Path(shutil.copytree(demo_checkpoint, tmp_path_factory.mktemp("untied") / "checkpoint"))
+    state = load_file(path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * 1.0625
+    save_file(state, path / "model.safetensors")
+    return path
+
+
+def test_every_form_is_loaded_and_answers_alike(
+    mlx_vlm, demo_checkpoint, untied, picture, tmp_path, one_picture, monkeypatch
+):
+    """As they are written, in one process of mlx-vlm's: its answers are our runtime's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
+    bundles = {}
+    heads = {
+        "head": {"llm_bits": 4, "head_bits": 8},
+        "whole head": {"llm_bits": 4, "head_bits": 16},
+    }
+    for name, asked in (FORMS | heads).items():
+        given = asked | ({"recipe": str(tmp_path / "recipe.json")} if name == "recipe" else {})
+        options = ExportOptions(layout="mlx", max_kl_nats=9.0, min_agreement=0.0, **given)
+        source = untied if name in heads else demo_checkpoint
+        bundles[name] = export(source, tmp_path / name.replace(" ", "-"), options).path
+    found = answers_of_all(mlx_vlm, bundles.values(), picture, tmp_path)
+    for name, path in bundles.items():
+        ours = fastvlm_mlx.load(path).generate(picture, PROMPT, max_tokens=MAX_TOKENS).text
+        assert found[str(path)].strip() == ours.strip(), name
+
+
+def answers_of_all(mlx_vlm, bundles, picture, folder):
+    done = subprocess.run(
+        [mlx_vlm, str(ANSWERER), str(picture), PROMPT, str(MAX_TOKENS), *map(str, bundles)],
+        check=True,
+        cwd=folder,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_its_own_conversion_becomes_an_app_bundle(

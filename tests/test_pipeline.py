@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -36,8 +37,6 @@ def fingerprint(path):
 @pytest.fixture
 def quick(monkeypatch, demo_bundle):
     """Exports whose encoder is copied and whose gates are skipped: for what surrounds them."""
-    import shutil
-
     from fastvlm_mlx.vision.package import describe
 
     def encoder(job, package, progress):
@@ -75,7 +74,10 @@ def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
         "KL divergence",
         "greedy agreement",
         "LLM largest magnitude",
+        "settings changed",
+        "tensors changed",
     ]
+    assert manifest["gates_left_out"] == {}
     listed = set(manifest["files"]) | {"manifest.json"}
     assert listed == {
         p.relative_to(demo_bundle).as_posix() for p in demo_bundle.rglob("*") if p.is_file()
@@ -312,6 +314,7 @@ class TestRefusedBeforeAnyWork:
         ("options", "words"),
         [
             ({"llm_bits": 7}, "--llm-bits is 7: expected one of 2, 3, 4, 5, 6, 8, 16"),
+            ({"llm_bits": 5}, "layout app can't hold 5 bits in groups of 64"),
             ({"group_size": 48}, "--group-size is 48: expected one of 32, 64, 128"),
             ({"dtype": "int8"}, "--dtype is int8"),
             ({"encoder_precision": "int3"}, "--encoder-precision is int3"),
@@ -336,17 +339,80 @@ class TestRefusedBeforeAnyWork:
         assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_gate_leaves_nothing_unless_asked_to(
-    demo_checkpoint, tmp_path, quick, monkeypatch
-):
+@pytest.fixture
+def failing(monkeypatch, quick):
+    """A gate that fails; its figure can be set."""
     gate = pipeline.verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
     monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([gate], []))
-    with pytest.raises(GateError, match=r"encoder SNR is 12\.3 dB, below its floor of 35 dB"):
-        export(demo_checkpoint, tmp_path / "out", ExportOptions())
-    assert list(tmp_path.iterdir()) == []
-    result = export(demo_checkpoint, tmp_path / "out", ExportOptions(allow_failed_gates=True))
-    assert not result.manifest["gates_passed"]
-    assert result.manifest["gates"][0]["passed"] is False
+
+
+class TestAFailedGate:
+    def test_nothing_is_left_at_the_destination_and_the_work_is_kept(
+        self, demo_checkpoint, tmp_path, failing
+    ):
+        out, kept = tmp_path / "a" / "out", tmp_path / "a" / "out.failed-gates"
+        words = (
+            r"failed 1 of its 3 gates \(encoder SNR is 12\.3 dB, below its floor of 35 dB\) and is "
+            rf"kept at {kept}: rename it to use it as it is, judge it again with `fastvlm verify "
+            rf"{kept}` and limits of your own, or choose more bits"
+        )
+        with pytest.raises(GateError, match=words):
+            export(demo_checkpoint, out, ExportOptions(llm_bits=4))
+        assert list(out.parent.iterdir()) == [kept]
+        bundle = Bundle.open(kept)
+        bundle.check_files()
+        assert not bundle.manifest["gates_passed"]
+        assert bundle.manifest["gates"][0]["passed"] is False
+
+    def test_the_next_one_that_fails_takes_its_place(self, demo_checkpoint, tmp_path, failing):
+        kept = tmp_path / "out.failed-gates"
+        for bits in (4, 8):
+            with pytest.raises(GateError, match="is kept at"):
+                export(demo_checkpoint, tmp_path / "out", ExportOptions(llm_bits=bits))
+            assert Bundle.open(kept).manifest["llm"]["bits"] == bits
+        assert list(tmp_path.iterdir()) == [kept]
+
+    def test_what_else_has_that_name_stays(self, demo_checkpoint, tmp_path, failing):
+        kept = tmp_path / "out.failed-gates"
+        kept.mkdir()
+        (kept / "thesis.txt").write_text("precious")
+        with pytest.raises(GateError, match=rf"is kept at {kept}-2: "):
+            export(demo_checkpoint, tmp_path / "out", ExportOptions())
+        assert [path.name for path in kept.iterdir()] == ["thesis.txt"]
+        assert Bundle.open(tmp_path / "out.failed-gates-2").manifest
+
+    def test_a_bundle_that_was_to_be_replaced_stays(
+        self, demo_checkpoint, demo_bundle, tmp_path, failing
+    ):
+        out = tmp_path / "out"
+        shutil.copytree(demo_bundle, out)
+        before = fingerprint(out)
+        with pytest.raises(GateError, match="is kept at"):
+            export(demo_checkpoint, out, ExportOptions(overwrite=True))
+        assert fingerprint(out) == before
+
+    def test_it_is_at_the_destination_where_that_is_asked(self, demo_checkpoint, tmp_path, failing):
+        options = ExportOptions(allow_failed_gates=True)
+        result = export(demo_checkpoint, tmp_path / "out", options)
+        assert not result.manifest["gates_passed"]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_gate_with_too_little_to_judge_is_told(demo_checkpoint, tmp_path, quick, monkeypatch):
+    gate = pipeline.verify.Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
+    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [gate])
+    manifest = export(demo_checkpoint, tmp_path / "out", ExportOptions()).manifest
+    assert manifest["gates_passed"]
+    assert manifest["gates_left_out"] == {"greedy agreement": "2 places"}
+    assert [gate["name"] for gate in manifest["gates"]] == ["settings changed", "tensors changed"]
+
+
+def test_another_end_of_text_is_told(edit_checkpoint, tmp_path, quick):
+    path = edit_checkpoint()
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    (note,) = export(path, tmp_path / "out", ExportOptions()).notes
+    assert "the bundle says <|im_end|>, the end of a turn" in note
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -28,7 +28,10 @@ from model_export import devices, plan, reference, roofline, subject, weights
 from model_export.checkpoint import Checkpoint
 from model_export.devices import CHIPS, DEVICES, SOURCES, find_device
 from model_export.fastvithd import FastViTHD
-from model_export.options import BITS, ExportOptions
+from model_export.loaders import LOADERS
+from model_export.options import ExportOptions
+
+BITS = (*LOADERS["app"].forms["affine"][0], 16)
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 VIEWS = ("view", "reshape", "transpose", "split", "split_with_sizes", "getitem")

@@ -211,9 +211,10 @@ def test_a_preset_is_options_with_names(name):
 
 
 def test_what_is_given_beside_a_preset_counts():
-    made = ExportOptions(**preset("phone", {"llm_mode": "mxfp4", "encoder_precision": "int8"}))
-    assert (made.llm_mode, made.llm_bits, made.encoder_precision) == ("mxfp4", 4, "int8")
-    assert ExportOptions(**preset("phone", {"llm_bits": 5})).llm_bits == 5
+    made = ExportOptions(**preset("phone", {"encoder_precision": "int8", "llm_bits": 6}))
+    assert (made.encoder_precision, made.llm_bits, made.method) == ("int8", 6, "gptq")
+    made = ExportOptions(**preset("phone", {"llm_mode": "mxfp4", "layout": "mlx"}))
+    assert (made.llm_mode, made.llm_bits, made.method) == ("mxfp4", 4, "rtn")
     with pytest.raises(OptionError, match="--preset is tiny: expected one of phone"):
         preset("tiny", {})
 
@@ -226,5 +227,9 @@ def test_presets_pass_their_own_limits(demo_checkpoint, demo_bundle, tmp_path, s
     assert made.manifest["gates_passed"]
     limits = {gate["name"]: gate["limit"] for gate in made.manifest["gates"]}
     assert limits["KL divergence"] == PRESETS[name]["max_kl_nats"]
+    llm = made.manifest["llm"]
+    if "calibration" in llm:
+        # What the method made, if the bundle has it, is recorded by hash.
+        assert bool(llm["tensors"]) == (llm["calibration"]["method"] == "gptq")
     expected = fastvlm_mlx.load(demo_bundle).generate(scene, QUESTION, max_tokens=48).text
     assert fastvlm_mlx.load(out).generate(scene, QUESTION, max_tokens=48).text == expected

@@ -1,20 +1,26 @@
 """The gates: they pass what is right, and catch what is only slightly wrong."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from math import comb
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.vision.package import model_path, read_spec
-from model_export import coreml, fastvithd, pictures, qwen2, verify
+from model_export import coreml, equality, fastvithd, llm, pictures, qwen2, recipes, verify
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
+from model_export.tokenizer import export_tokenizer, extended
 from model_export.verify import Gate
 
 
@@ -139,32 +145,350 @@ def test_branches_are_as_though_each_question_were_asked_alone(demo_checkpoint, 
     torch.testing.assert_close(outcome.log_probabilities, torch.cat(expected), atol=2e-4, rtol=1e-4)
 
 
-def test_damaged_answers_are_seen(demo_checkpoint, demo_bundle, references, tmp_path):
-    """Two rows of a quantized projection swapped: invisible to the layout, seen by the KL gate."""
-    import mlx.core as mx
-    from tokenizers import Tokenizer
+def transformers_answer(tensors, text, features, dialogue):
+    """What transformers' whole model says at the scored places of one question: [P, V].
 
-    damaged = tmp_path / "bundle"
-    shutil.copytree(demo_bundle, damaged)
-    tensors = dict(mx.load(str(damaged / "model.safetensors")))
+    Args:
+        tensors: float32, by the model's names.
+    """
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(qwen2._settings(text)).eval()
+    prefix = "language_model."
+    state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    first, second = (
+        [tensors[f"multi_modal_projector.linear_{i}.{part}"] for part in ("weight", "bias")]
+        for i in (0, 2)
+    )
+    seen = F.linear(F.gelu(F.linear(torch.from_numpy(features)[0], *first)), *second)
+    embedded = model.model.embed_tokens(dialogue.ids).detach().clone()
+    embedded[dialogue.image] = seen
+    with torch.inference_mode():
+        return model(inputs_embeds=embedded[None]).logits[0, dialogue.scored].log_softmax(-1)
+
+
+def unpacked(path):
+    """A bundle's tensors by the model's names, float32, by MLX's own kernels."""
+    arrays = mx.load(str(path / "model.safetensors"))
+    found = {}
+    for name, array in arrays.items():
+        stem = name.removesuffix("weight")
+        if stem + "scales" in arrays and name.endswith("weight"):
+            parts = (arrays[stem + part].astype(mx.float32) for part in ("scales", "biases"))
+            array = mx.dequantize(array, *parts, group_size=64, bits=4)
+        if not name.endswith((".scales", ".biases")):
+            found[name] = torch.from_numpy(np.array(array.astype(mx.float32)))
+    return found
+
+
+@pytest.fixture
+def answers(demo_checkpoint, references):
+    """The answers' gates of a bundle by name, with the source's own features on both sides."""
+
+    def gates(path, seen=references, **limits):
+        checkpoint, bundle = Checkpoint(demo_checkpoint), Bundle.open(path)
+        own = export_tokenizer(checkpoint)
+        checkpoint = extended(checkpoint, own.tokenizer, bundle.config.text.vocab_size)
+        features = [reference.features for reference in seen]
+        options = ExportOptions(llm_bits=4, **limits)
+        found = verify.answer_gates(checkpoint, bundle, own.tokenizer, seen, features, options)
+        return {gate.name: gate for gate in found}
+
+    return gates
+
+
+def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, references, answers):
+    """The source on one side and the bundle on the other, each by transformers' whole model."""
+    checkpoint, bundle = Checkpoint(demo_checkpoint), Bundle.open(demo_bundle)
+    picture = replace(references[0].picture, questions=references[0].picture.questions[:1])
+    seen = [replace(references[0], picture=picture)]
+    tokenizer = bundle.tokenizer()
+    dialogue = qwen2.Dialogue.build(
+        tokenizer, picture.questions, tokenizer.token_to_id("<image>"), 16
+    )
+    rows = bundle.config.text.vocab_size
+    source = {spec.name: checkpoint.tensor(spec.source) for spec in checkpoint.llm_specs}
+    embedding = source["language_model.model.embed_tokens.weight"]
+    assert len(embedding) == rows
+    p, q = (
+        transformers_answer(tensors, bundle.config.text, seen[0].features, dialogue)
+        for tensors in (source, unpacked(demo_bundle))
+    )
+    expected = float((p.exp() * (p - q)).sum(1).mean())
+    assert expected > 1e-8, "four bits cost something"
+    assert answers(demo_bundle, seen)["KL divergence"].value == pytest.approx(expected, rel=0.05)
+
+
+def edit_weights(path, edit):
+    file = path / "model.safetensors"
+    arrays = dict(mx.load(str(file)))
+    # Before the file that they lie in is written to.
+    mx.eval(list(arrays.values()))
+    edit(arrays)
+    mx.save_safetensors(str(file), arrays, {"format": "mlx"})
+
+
+def edit_json(path, name, **changes):
+    data = json.loads((path / name).read_text())
+    (path / name).write_text(json.dumps(data | changes))
+
+
+LAYERS = "language_model.model.layers."
+
+
+def reverse_rows(arrays):
     for part in ("weight", "scales", "biases"):
-        name = f"language_model.model.layers.0.mlp.down_proj.{part}"
-        tensors[name] = tensors[name][::-1]
-    mx.save_safetensors(str(damaged / "model.safetensors"), tensors, {"format": "mlx"})
-    checkpoint, tokenizer = Checkpoint(demo_checkpoint), None
-    tokenizer = Tokenizer.from_file(str(damaged / "tokenizer.json"))
-    features = [reference.features for reference in references]
+        arrays[f"{LAYERS}0.mlp.down_proj.{part}"] = arrays[f"{LAYERS}0.mlp.down_proj.{part}"][::-1]
 
-    def gates(path):
-        options = ExportOptions(llm_bits=4)
-        bundle = Bundle.open(path)
-        return verify.answer_gates(checkpoint, bundle, tokenizer, references, features, options)
 
-    good, bad = gates(demo_bundle), gates(damaged)
-    assert all(gate.passed for gate in good)
-    assert not all(gate.passed for gate in bad)
-    with pytest.raises(BundleError, match=r"model\.safetensors has"):
-        Bundle.open(damaged).check_files()
+def zero_attention_biases(arrays):
+    for name in [n for n in arrays if n.endswith("_proj.bias")]:
+        arrays[name] = mx.zeros_like(arrays[name])
+
+
+def zero_projector_biases(arrays):
+    for name in [n for n in arrays if n.startswith("multi_modal") and n.endswith("bias")]:
+        arrays[name] = mx.zeros_like(arrays[name])
+
+
+def set_a_norm_to_one(arrays):
+    name = f"{LAYERS}1.input_layernorm.weight"
+    arrays[name] = mx.ones_like(arrays[name])
+
+
+def zero_channels_of_the_projector(arrays):
+    weight = np.array(arrays["multi_modal_projector.linear_0.weight"])
+    weight[:, :64] = 0
+    arrays["multi_modal_projector.linear_0.weight"] = mx.array(weight)
+
+
+def change_one_bit(arrays):
+    words = np.array(arrays[f"{LAYERS}3.mlp.up_proj.weight"])
+    words[-1, -1] ^= 1
+    arrays[f"{LAYERS}3.mlp.up_proj.weight"] = mx.array(words)
+
+
+def nudge_a_scale(arrays):
+    scales = np.array(arrays[f"{LAYERS}2.self_attn.v_proj.scales"])
+    scales[0, 0] = np.nextafter(scales[0, 0], np.float16(1))
+    arrays[f"{LAYERS}2.self_attn.v_proj.scales"] = mx.array(scales)
+
+
+DAMAGES = {
+    reverse_rows: (3, "layers.0.mlp.down_proj.weight"),
+    zero_attention_biases: (12, "layers.0.self_attn.q_proj.bias"),
+    zero_projector_biases: (2, "multi_modal_projector.linear_0.bias"),
+    set_a_norm_to_one: (1, "layers.1.input_layernorm.weight"),
+    zero_channels_of_the_projector: (1, "multi_modal_projector.linear_0.weight"),
+    change_one_bit: (1, "layers.3.mlp.up_proj.weight"),
+    nudge_a_scale: (1, "layers.2.self_attn.v_proj.scales"),
+}
+
+
+def tensors_of(path, checkpoint_path):
+    bundle, checkpoint = Bundle.open(path), Checkpoint(checkpoint_path)
+    return equality.tensor_gate(checkpoint, bundle, equality.Made.recorded(bundle.manifest))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_tensor_that_is_not_the_source_s_is_named(demo_checkpoint, bundle_copy, damage):
+    assert tensors_of(bundle_copy, demo_checkpoint).value == 0
+    edit_weights(bundle_copy, damage)
+    gate, (count, name) = tensors_of(bundle_copy, demo_checkpoint), DAMAGES[damage]
+    assert (gate.value, gate.passed) == (count, False)
+    assert name in gate.sentence()
+
+
+def test_an_encoder_s_tensor_too(demo_checkpoint, mlx_bundle, tmp_path):
+    copy = Path(shutil.copytree(mlx_bundle, tmp_path / "bundle"))
+    assert tensors_of(copy, demo_checkpoint).passed
+    name = "vision_tower.vision_model.network.1.proj.0.lkb_reparam.weight"
+
+    def swap(arrays):
+        arrays[name] = arrays[name][:, ::-1]
+
+    edit_weights(copy, swap)
+    gate = tensors_of(copy, demo_checkpoint)
+    assert (gate.value, gate.detail) == (1, name)
+
+
+FORMS = [
+    {"llm_bits": 16, "dtype": "bfloat16"},
+    {"llm_bits": 2, "group_size": 32, "projector_bits": 2},
+    {"llm_bits": 3, "group_size": 128, "dtype": "float32"},
+    {"llm_bits": 5, "embed_bits": 8, "dtype": "bfloat16"},
+    {"llm_bits": 6, "projector_bits": 3},
+    {"llm_mode": "mxfp4", "projector_bits": 8},
+    {"llm_mode": "mxfp8"},
+    {"llm_mode": "nvfp4", "embed_bits": 6},
+]
+
+
+@pytest.mark.parametrize("asked", FORMS, ids=str)
+def test_every_form_is_the_source_s_and_mlx_s(demo_checkpoint, mlx_bundle, tmp_path, asked):
+    """What the export writes; and of one group a little less than the largest weight."""
+    options = ExportOptions(layout="mlx", **asked)
+    checkpoint = Checkpoint(demo_checkpoint)
+    chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+    shutil.copyfile(mlx_bundle / "config.json", tmp_path / "config.json")
+    said = recipes.quantization(chosen, "mlx")
+    edit_json(tmp_path, "config.json", quantization=said and said.to_dict())
+    llm.write(checkpoint, chosen, options, tmp_path, lambda count: None)
+    made = equality.Made(chosen, getattr(torch, options.dtype))
+    bundle = Bundle.open(tmp_path)
+    gate = equality.tensor_gate(checkpoint, bundle, made)
+    assert gate.passed, gate.sentence()
+    assert equality.Made.shown(bundle) == made
+
+    def nudge(arrays):
+        name = f"{LAYERS}0.mlp.gate_proj.weight"
+        words = np.array(arrays[name].view(mx.uint8))
+        words[5, 7] ^= 8
+        arrays[name] = mx.array(words).view(arrays[name].dtype)
+
+    edit_weights(tmp_path, nudge)
+    assert equality.tensor_gate(checkpoint, Bundle.open(tmp_path), made).value == 1
+
+
+def test_what_a_method_made_is_what_it_recorded(demo_checkpoint, bundle_copy, tmp_path):
+    """Its own tensors by their hashes; the others are the source's as ever."""
+    names = [f"{LAYERS}0.self_attn.q_proj.{part}" for part in ("weight", "scales", "biases")]
+
+    def move(arrays):
+        arrays[names[0]] = arrays[names[0]][::-1]
+
+    edit_weights(bundle_copy, move)
+    file = tmp_path / "waiting.safetensors"
+    arrays = mx.load(str(bundle_copy / "model.safetensors"))
+    mx.save_safetensors(str(file), {name: arrays[name] for name in names})
+    hashes = equality.hash_tensors({names[0]: file})
+    assert hashes.keys() == set(names)
+    edit_llm = json.loads((bundle_copy / "manifest.json").read_text())["llm"]
+    edit_json(bundle_copy, "manifest.json", llm=edit_llm | {"tensors": hashes})
+    assert tensors_of(bundle_copy, demo_checkpoint).passed
+    edit_weights(bundle_copy, nudge_a_scale)
+    assert "2.self_attn.v_proj.scales" in tensors_of(bundle_copy, demo_checkpoint).detail
+    edit_weights(bundle_copy, move)
+    assert names[0] in tensors_of(bundle_copy, demo_checkpoint).detail
+
+
+SETTINGS = [
+    ("config.json", {"rope_theta": 1e4}, "rope_theta 10000.0 for 1000000.0"),
+    ("config.json", {"rms_norm_eps": 1e-2}, "rms_norm_eps 0.01 for 1e-06"),
+    ("config.json", {"image_aspect_ratio": "square"}, "aspect_ratio square for pad"),
+    ("preprocessor_config.json", {"image_mean": [0.5] * 3}, r"image_mean \(0.5, 0.5, 0.5\) for"),
+    ("preprocessor_config.json", {"image_std": [0.3] * 3}, "image_std"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), SETTINGS)
+def test_a_setting_that_is_not_the_source_s_is_named(
+    demo_checkpoint, bundle_copy, name, changes, words
+):
+    checkpoint = Checkpoint(demo_checkpoint)
+    assert equality.settings_gate(checkpoint, Bundle.open(bundle_copy)).passed
+    edit_json(bundle_copy, name, **changes)
+    gate = equality.settings_gate(checkpoint, Bundle.open(bundle_copy))
+    assert (gate.value, gate.passed) == (1, False)
+    assert re.search(words, gate.sentence())
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 1e4}, {"rms_norm_eps": 1e-2}], ids=str)
+def test_the_bundle_answers_under_its_own_settings(bundle_copy, answers, change):
+    assert all(gate.passed for gate in answers(bundle_copy).values())
+    edit_json(bundle_copy, "config.json", **change)
+    assert not answers(bundle_copy)["KL divergence"].passed
+
+
+def test_the_bundle_reads_ids_of_its_own_tokenizer(bundle_copy, answers):
+    data = json.loads((bundle_copy / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["."], vocabulary["?"] = vocabulary["?"], vocabulary["."]
+    (bundle_copy / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="gives other ids than the checkpoint's"):
+        answers(bundle_copy)
+
+
+class TestLimits:
+    def test_a_ceiling_is_what_plain_rounding_costs(self, demo_bundle, answers):
+        """By plain rounding: the bundle's own divergence, and some room."""
+        gate = answers(demo_bundle)["KL divergence"]
+        assert gate.limit == pytest.approx(2 * gate.value + 1e-6, rel=1e-2)
+        assert gate.limit < 1e-4
+
+    def test_a_damage_far_below_any_round_number(self, bundle_copy, answers):
+        def widen(arrays):
+            for name in arrays:
+                if name.startswith(LAYERS) and name.endswith((".scales", ".biases")):
+                    arrays[name] = arrays[name] * 1.3
+
+        edit_weights(bundle_copy, widen)
+        gates = answers(bundle_copy)
+        assert not gates["KL divergence"].passed
+        assert gates["KL divergence"].value < 0.5
+        assert answers(bundle_copy, max_kl_nats=0.5)["KL divergence"].passed
+
+    def test_one_s_own_stand_in_place_of_them(self, demo_bundle, answers):
+        gates = answers(demo_bundle, max_kl_nats=1e-12, min_agreement=1.0)
+        assert gates["KL divergence"].limit == 1e-12
+        assert not gates["KL divergence"].passed
+        assert gates["greedy agreement"].limit == 1.0
+
+    def test_a_choice_that_babbles_fails_though_every_tensor_is_right(
+        self, edit_checkpoint, mlx_bundle, tmp_path
+    ):
+        """Outliers in every row, which two bits spend all their codes on."""
+
+        def spread(tensors):
+            for name, tensor in tensors.items():
+                if "layers" in name and tensor.ndim == 2:
+                    tensor[:, ::64] *= 40
+
+        checkpoint = Checkpoint(edit_checkpoint(tensors=spread))
+        options = ExportOptions(layout="mlx", llm_bits=2)
+        chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+        out = tmp_path / "bundle"
+        out.mkdir()
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copyfile(mlx_bundle / name, out / name)
+        edit_json(out, "config.json", quantization={"bits": 2, "group_size": 64})
+        llm.write(checkpoint, chosen, options, out, lambda count: None)
+        bundle, made = Bundle.open(out), equality.Made(chosen, torch.float16)
+        assert equality.tensor_gate(checkpoint, bundle, made).passed
+        seen = pictures.reference_features(
+            checkpoint.encoder_state(),
+            checkpoint,
+            pictures.gate_pictures(checkpoint.config.vision)[:1],
+        )
+        gate, *_ = verify.answer_gates(
+            checkpoint, bundle, bundle.tokenizer(), seen, [seen[0].features], options
+        )
+        assert gate.value > gate.limit == pytest.approx(0.693, abs=1e-3)
+
+    def test_a_share_of_few_places_is_not_judged(self, demo_bundle, references, answers):
+        picture = replace(references[0].picture, questions=(("What is it?", "A star."),))
+        gate = answers(demo_bundle, [replace(references[0], picture=picture)])["greedy agreement"]
+        assert re.search(r"at \d+ places, and a share is judged from 20 on", gate.left_out)
+        assert gate.passed
+        assert answers(demo_bundle)["greedy agreement"].left_out == ""
+
+    def test_so_many_places_tell_a_good_bundle_from_a_bad_one(self):
+        """By the binomial distribution, and no fewer would."""
+
+        def misjudged(places):
+            floor = verify.USABLE_SHARE * places
+            good, bad = (
+                [comb(places, k) * p**k * (1 - p) ** (places - k) for k in range(places + 1)]
+                for p in (0.95, 0.5)
+            )
+            return max(
+                sum(p for k, p in enumerate(good) if k < floor),
+                sum(p for k, p in enumerate(bad) if k >= floor),
+            )
+
+        assert misjudged(verify.COUNTED_PLACES) < 0.01
 
 
 def test_verify_repeats_what_the_manifest_records(demo_checkpoint, demo_bundle):
