@@ -4,19 +4,13 @@ import json
 import shutil
 
 import pytest
+from edits import edit_json
 
 import fastvlm_mlx
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, FastVLMError
 from fastvlm_mlx.vision.package import describe
 from model_export import layouts
-
-
-def edit(path, name, **changes):
-    data = json.loads((path / name).read_text())
-    for key, value in changes.items():
-        data.pop(key, None) if value is None else data.__setitem__(key, value)
-    (path / name).write_text(json.dumps(data))
 
 
 def test_a_bundle_without_a_manifest_is_taken_as_apple_s_are(bundle_copy):
@@ -96,7 +90,7 @@ class TestIncomplete:
             fastvlm_mlx.load(bundle_copy)
 
     def test_another_manifest_schema(self, bundle_copy):
-        edit(bundle_copy, "manifest.json", schema_version=99)
+        edit_json(bundle_copy, "manifest.json", schema_version=99)
         with pytest.raises(BundleError, match="schema version 99, expected 1"):
             Bundle.open(bundle_copy)
 
@@ -109,7 +103,7 @@ class TestIncomplete:
             fastvlm_mlx.load(demo_checkpoint)
 
     def test_an_image_token_that_is_not_the_tokenizer_s(self, bundle_copy):
-        edit(bundle_copy, "config.json", image_token_index=3)
+        edit_json(bundle_copy, "config.json", image_token_index=3)
         (bundle_copy / "manifest.json").unlink()
         with pytest.raises(
             BundleError, match=r"gives <image> the id \d+ where config\.json says 3"
@@ -120,7 +114,7 @@ class TestIncomplete:
 class TestManifest:
     @pytest.mark.parametrize("files", [None, [1], {"config.json": 1}, {"config.json": {}}])
     def test_one_that_is_not_whole(self, bundle_copy, files):
-        edit(bundle_copy, "manifest.json", files=files)
+        edit_json(bundle_copy, "manifest.json", files=files)
         with pytest.raises(BundleError, match="is not a whole manifest"):
             Bundle.open(bundle_copy)
 
@@ -188,7 +182,7 @@ class TestAppRules:
         ],
     )
     def test_a_broken_rule_is_named(self, bundle_copy, name, changes, words):
-        edit(bundle_copy, name, **changes)
+        edit_json(bundle_copy, name, **changes)
         (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=words) as caught:
             self.check(bundle_copy)
@@ -216,13 +210,6 @@ class TestAppRules:
         (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=r"expected fastvithd\.mlpackage"):
             self.check(bundle_copy)
-
-
-def write_manifest(path):
-    """A manifest that agrees with what is there now."""
-    from fastvlm_mlx.manifest import hash_tree
-
-    edit(path, "manifest.json", files=hash_tree(path))
 
 
 class TestListed:
@@ -266,7 +253,7 @@ class TestListed:
 
     @pytest.mark.parametrize("files", [{}, {"README.md": {"bytes": 1, "sha256": "0" * 64}}])
     def test_a_manifest_that_lists_nothing(self, bundle_copy, files):
-        edit(bundle_copy, "manifest.json", files=files)
+        edit_json(bundle_copy, "manifest.json", files=files)
         with pytest.raises(BundleError, match=r"manifest\.json|is missing"):
             Bundle.open(bundle_copy)
 
@@ -326,7 +313,7 @@ class TestBounds:
     """What config.json and the tokenizer say is compared with the weights before it is used."""
 
     def without_manifest(self, path, **changes):
-        edit(path, "config.json", **changes)
+        edit_json(path, "config.json", **changes)
         (path / "manifest.json").unlink()
 
     def test_layers(self, bundle_copy):
@@ -368,7 +355,7 @@ class TestBounds:
 
     @pytest.mark.parametrize("found", [-1, 2**40, 10**6, "x", [1, None]])
     def test_an_end_token_without_a_row(self, bundle_copy, found):
-        edit(bundle_copy, "generation_config.json", eos_token_id=found)
+        edit_json(bundle_copy, "generation_config.json", eos_token_id=found)
         (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match="eos_token_id of"):
             fastvlm_mlx.load(bundle_copy)
@@ -390,7 +377,7 @@ class TestBounds:
         ],
     )
     def test_a_tokenizer_that_is_not_qwen2_s(self, bundle_copy, key, value, words):
-        edit(bundle_copy, "tokenizer.json", **{key: value})
+        edit_json(bundle_copy, "tokenizer.json", **{key: value})
         (bundle_copy / "manifest.json").unlink()
         with pytest.raises(BundleError, match=words) as caught:
             fastvlm_mlx.load(bundle_copy)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from edits import edit_json
 
 from fastvlm_mlx import cli, report
 from model_export.demo import scenes
@@ -239,8 +240,7 @@ class TestPadding:
         assert said == (ratio == "square")
 
     def test_nothing_of_the_app_layout(self, demo_bundle, bundle_copy, capsys):
-        config = json.loads((bundle_copy / "config.json").read_text())
-        (bundle_copy / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": None}))
+        edit_json(bundle_copy, "config.json", image_aspect_ratio=None)
         for bundle in (demo_bundle, bundle_copy):
             report.note_padding(bundle)
         assert capsys.readouterr().err == ""

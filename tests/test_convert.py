@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from edits import edit_json, edit_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -89,19 +90,6 @@ def scene():
 
 def silent(stage, done):
     pass
-
-
-def edit_json(path, name, edit):
-    data = json.loads((path / name).read_text())
-    edit(data)
-    (path / name).write_text(json.dumps(data))
-
-
-def edit_weights(path, edit):
-    file = path / "model.safetensors"
-    arrays = {name: mx.array(np.asarray(a)) for name, a in mx.load(str(file)).items()}
-    edit(arrays)
-    mx.save_safetensors(str(file), arrays, {"format": "mlx"})
 
 
 def quantize(arrays, module, bits=4, group_size=64):

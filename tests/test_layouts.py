@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
+from edits import edit_json, edit_weights
 
 from fastvlm_mlx.bundle import Bundle, model_name, stored_name
 from fastvlm_mlx.errors import BundleError, OptionError
@@ -25,19 +25,6 @@ ADDED = {"__type": "AddedToken"}
 @pytest.fixture
 def mlx_copy(mlx_bundle, tmp_path):
     return Path(shutil.copytree(mlx_bundle, tmp_path / "mlx"))
-
-
-def edit_json(path, name, edit):
-    data = json.loads((path / name).read_text())
-    edit(data)
-    (path / name).write_text(json.dumps(data))
-
-
-def edit_weights(path, edit):
-    file = path / "model.safetensors"
-    arrays = {name: mx.array(np.asarray(a)) for name, a in mx.load(str(file)).items()}
-    edit(arrays)
-    mx.save_safetensors(str(file), arrays, {"format": "mlx"})
 
 
 def quantize(path, module, **form):

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from edits import edit_json, edit_weights
 from jinja2 import Environment
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -38,27 +39,6 @@ def copy(mlx_bundle, tmp_path):
 @pytest.fixture(scope="module")
 def scene():
     return scenes.generate(3, held_out=True).draw(256)
-
-
-def edit_json(path, name, **changes):
-    data = json.loads((path / name).read_text())
-    for key, value in changes.items():
-        *parents, last = key.split("__")
-        inside = data
-        for parent in parents:
-            inside = inside[parent]
-        if value is None:
-            del inside[last]
-        else:
-            inside[last] = value
-    (path / name).write_text(json.dumps(data))
-
-
-def edit_weights(path, edit):
-    file = path / "model.safetensors"
-    arrays = {name: mx.array(np.asarray(a)) for name, a in mx.load(str(file)).items()}
-    edit(arrays)
-    mx.save_safetensors(str(file), arrays, {"format": "mlx"})
 
 
 def test_the_weights_have_mlx_vlm_s_names_and_mlx_s_shapes(mlx_bundle):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import edit_json, edit_weights, sign
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, OptionError
@@ -221,20 +222,6 @@ def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, refere
     assert answers(demo_bundle, seen)["KL divergence"].value == pytest.approx(expected, rel=0.05)
 
 
-def edit_weights(path, edit):
-    file = path / "model.safetensors"
-    arrays = dict(mx.load(str(file)))
-    # Before the file that they lie in is written to.
-    mx.eval(list(arrays.values()))
-    edit(arrays)
-    mx.save_safetensors(str(file), arrays, {"format": "mlx"})
-
-
-def edit_json(path, name, **changes):
-    data = json.loads((path / name).read_text())
-    (path / name).write_text(json.dumps(data | changes))
-
-
 LAYERS = "language_model.model.layers."
 
 
@@ -407,6 +394,7 @@ def test_the_bundle_reads_ids_of_its_own_tokenizer(bundle_copy, answers):
     vocabulary = data["model"]["vocab"]
     vocabulary["."], vocabulary["?"] = vocabulary["?"], vocabulary["."]
     (bundle_copy / "tokenizer.json").write_text(json.dumps(data))
+    sign(bundle_copy)
     with pytest.raises(BundleError, match="gives other ids than the checkpoint's"):
         answers(bundle_copy)
 
