@@ -49,7 +49,7 @@ def make_manifest(
         "schema_version": SCHEMA_VERSION,
         "layout": options.layout,
         **job.origin(),
-        "options": options.resolved(recipes.layer_bits(chosen, checkpoint.llm_specs)),
+        "options": options.resolved(recipes.judged_bits(chosen, checkpoint.llm_specs, options)),
         "encoder": {
             "precision": options.encoder_format,
             "image_size": vision.image_size,

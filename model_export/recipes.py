@@ -33,6 +33,9 @@ PROJECTOR = "multi_modal_projector."
 # mlx_lm.convert's, by the names of its --quant-predicate.
 STOCK = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
+# Of a scale or a bias that a group of weights shares.
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
 # By the model's path of a matrix: its format, or None where it is left at the export's dtype.
 Scheme = Mapping[str, Format | None]
 
@@ -134,6 +137,19 @@ def layer_bits(chosen: Scheme, specs: Iterable[TensorSpec]) -> int:
     bits = [16 if stored is None else stored.bits for stored in formats]
     mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
     return min(int(mean), 8)
+
+
+def judged_bits(chosen: Scheme, specs: Iterable[TensorSpec], options: ExportOptions) -> int:
+    """The whole bits that the gates' limits go by.
+
+    Of a searched assignment the most that every matrix could have at the size asked for: what it
+    loses is held to what plain rounding at that size may, whatever widths it was made of.
+    """
+    if options.llm_bpw is None:
+        return layer_bits(chosen, specs)
+    shared = 2 * 8 * DTYPE_BYTES[options.dtype] / options.group_size
+    fitting = [bits for bits in MODES["affine"][0] if bits + shared <= options.llm_bpw]
+    return max(fitting, default=layer_bits(chosen, specs))
 
 
 def _only(formats: set[Format]) -> Format:

@@ -41,7 +41,7 @@ from model_export.compress import stored_parameters
 from model_export.gates import Gate, Magnitude, overflow_gates
 from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
 from model_export.pictures import Reference, references_of_sizes
-from model_export.recipes import layer_bits, scheme_of
+from model_export.recipes import judged_bits, scheme_of
 from model_export.rounded import RoundedEncoder
 from model_export.tokenizer import extended
 
@@ -246,7 +246,7 @@ def answer_gates(
         agreed.append(top.indices[:, 0] == q.log_probabilities.argmax(1))
         largest = float(np.maximum(largest, q.largest))
     kl = float(torch.cat(divergence).mean())
-    bits = layer_bits(scheme_of(bundle), checkpoint.llm_specs)
+    bits = judged_bits(scheme_of(bundle), checkpoint.llm_specs, options)
     gates = [Gate("KL divergence", kl, "nats", options.kl_ceiling_nats(bits), False)]
     sure = torch.cat(decided)
     # Random weights decide nothing; a share of no places would be a figure that can't fail.
