@@ -172,7 +172,7 @@ def search(
             options.dtype,
             partial(progress, stage),
         )
-        return found.mean(1).tolist()
+        return trial.means(found)
 
     def measure(missing: Asked) -> Losses:
         report = partial(progress, "sensitivities")

@@ -37,9 +37,9 @@ def measure(
         progress: called with the share that is done.
     """
     alone: list[Scheme] = [{path: form} for path, forms in asked.items() for form in forms]
-    means = trial.divergences(checkpoint, tokenizer, references, alone, dtype, progress).mean(1)
+    lost = trial.divergences(checkpoint, tokenizer, references, alone, dtype, progress)
     found: dict[str, dict[Format, float]] = {path: {} for path in asked}
-    for scheme, loss in zip(alone, means.tolist(), strict=True):
+    for scheme, loss in zip(alone, trial.means(lost), strict=True):
         ((path, form),) = scheme.items()
         if form is not None:
             found[path][form] = loss

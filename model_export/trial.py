@@ -59,8 +59,9 @@ def divergences(
     schemes: Sequence[Scheme],
     dtype: str,
     progress: Callable[[float], None] = lambda done: None,
-) -> Tensor:
-    """Nats that each of `schemes` loses at each place of the answers: float64 [schemes, places].
+) -> list[Tensor]:
+    """Nats that each of `schemes` loses at each place of the answers, for each of `references`:
+    float64 [schemes, places].
 
     Args:
         references: pictures with questions, and what the source's encoder makes of them, of any
@@ -96,7 +97,12 @@ def divergences(
     progress(1.0)
     result = torch.empty_like(found)
     result[order] = found
-    return result
+    return list(result.split([len(sample.dialogue.scored) for sample in samples], 1))
+
+
+def means(found: Sequence[Tensor]) -> list[float]:
+    """Of `divergences`, over all places."""
+    return torch.cat(list(found), 1).mean(1).tolist()
 
 
 def _begins(scheme: Scheme) -> int:
