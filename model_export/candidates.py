@@ -95,6 +95,11 @@ class Space:
         """Bytes of norms and biases, which stay as they are."""
         return sum(self.bytes_of(spec, None) for spec in self.specs if not is_matrix(spec))
 
+    @property
+    def largest(self) -> int:
+        """Bytes of everything, nothing quantized."""
+        return self.rest + sum(self.bytes_of(spec, None) for spec in self.matrices)
+
     def budget(self, target: float) -> int:
         """Bytes that `target` bits per weight leave for matrices."""
         # No more is ever needed than all of it in the widest type.
