@@ -1,11 +1,15 @@
-"""`--llm-bpw` beside mlx-lm's mixed recipes: what each loses at the same size, and what it takes.
+"""`--llm-bpw` beside what one could have asked for instead, at eight sizes and in both layouts.
 
-    python -m benchmarks.search [CHECKPOINT] [--synthetic 0.5b] [--json FILE]
+    python -m benchmarks.search [CHECKPOINT] [--synthetic 0.5b] [--sizes 3,4.5] [--json FILE]
 
-The checkpoint is the demo's unless another is given, or made with random weights. Sensitivities are
-measured anew, once; then for each recipe the assignment of bits of no more than its size is found.
-KL divergences are of the language model alone, in nats, on the gates' pictures: none was measured
-on.
+The checkpoint is the demo's unless another is given, or made with random weights. At or below each
+size stand every form for the layers with every form for projector, embedding and head, and mlx-lm's
+recipes; of a large model those that nothing else at that size is wider than everywhere. KL
+divergences are of the language model alone, in nats, on pictures that nothing was measured on.
+
+A difference counts as a tie up to 1e-5 nats, at which a token in 10,000 changes its rank at most,
+and up to two standard errors of the paired difference over the pictures: on the demo one place of
+an answer makes most of a mean.
 """
 
 from __future__ import annotations
@@ -18,65 +22,145 @@ import resource
 import sys
 import tempfile
 import time
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.synthetic import SIZES, make
-from model_export import judge, llm, qwen2, recipes, search
+from fastvlm_mlx.config import VisionConfig
+from model_export import search, trial
 from model_export.calibration import load_calibration
+from model_export.candidates import Candidate, Space, alternatives
 from model_export.checkpoint import Checkpoint
 from model_export.demo import scenes
-from model_export.options import ExportOptions
-from model_export.pictures import gate_pictures, reference_features
+from model_export.options import LAYOUTS, ExportOptions
+from model_export.pictures import GatePicture, gate_pictures, reference_features
 from model_export.recipes import Scheme
 from model_export.tokenizer import export_tokenizer
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
+TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
+# Scenes that were drawn for no other purpose, where the encoder is small.
+FIRST_SEED, UNSEEN = 500, 32
+SMALL_PIXELS = 512
+# Below it, nothing is said of an answer; and standard errors of a paired difference.
+TIE_NATS, TIE_ERRORS = 1e-5, 2.0
 
 
-def bits_per_weight(checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions) -> float:
-    """Of the language model and the projector; an `mlx` bundle's encoder is not among them."""
-    specs = checkpoint.llm_specs
-    entries = [e for spec in specs for e in llm.stored(spec, chosen, options.dtype)]
-    return 8 * sum(entry.bytes for entry in entries) / sum(prod(spec.shape) for spec in specs)
+@dataclass(frozen=True)
+class Row:
+    """A size in a layout: what the search took, and the best of what else there is."""
+
+    layout: str
+    target: float
+    bits_per_weight: float
+    taken: str
+    predicted: float
+    measured: float
+    lost: float
+    best: str
+    best_bits_per_weight: float
+    best_lost: float
+    worse_than: tuple[str, ...]
+    seconds: float
 
 
-def rows(path: Path, group_size: int) -> list[dict[str, Any]]:
-    """For each recipe its size and what it and the search's assignment lose."""
+def unseen(vision: VisionConfig) -> list[GatePicture]:
+    """Pictures with questions that are neither calibration's nor, of scenes, the gates'."""
+    if vision.image_size > SMALL_PIXELS:
+        return [picture for picture in gate_pictures(vision) if picture.questions]
+    pictures = []
+    for seed in range(FIRST_SEED, FIRST_SEED + UNSEEN):
+        scene = scenes.generate(seed, held_out=True)
+        questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
+        pictures.append(GatePicture(f"scene {seed}", scene.draw(vision.image_size), questions))
+    return pictures
+
+
+def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNSEEN) -> list[Row]:
+    """Every size in every layout.
+
+    Args:
+        count: of unseen pictures, at most.
+    """
     checkpoint = Checkpoint(path)
     tokenizer = export_tokenizer(checkpoint)
-    source = qwen2.SourceWeights(checkpoint)
-    found, candidates = [], []
-    for name in recipes.STOCK:
-        options = ExportOptions(recipe=name, group_size=group_size, layout="mlx")
-        stock = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
-        target = bits_per_weight(checkpoint, stock, options)
-        started = time.perf_counter()
-        searched = search.search(
-            checkpoint,
-            tokenizer,
-            load_calibration(None, checkpoint.config.vision),
-            ExportOptions(llm_bpw=target, group_size=group_size, layout="mlx"),
-            target,
-            lambda stage, done: None,
-        )
-        found.append(
-            {
-                "recipe": name,
-                "bits_per_weight": target,
-                "searched_bits_per_weight": bits_per_weight(checkpoint, searched.scheme, options),
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        print(f"{name}: {found[-1]['seconds']:.1f} s", file=sys.stderr)
-        candidates += [judge.Candidate(source, each) for each in (stock, searched.scheme)]
-    pictures = [p for p in gate_pictures(checkpoint.config.vision) if p.questions]
+    calibration = load_calibration(None, checkpoint.config.vision)
+    small = checkpoint.config.vision.image_size <= SMALL_PIXELS
+    found = []
+    others: dict[str, list[Candidate]] = {}
+    for layout in LAYOUTS:
+        options = ExportOptions(group_size=group_size, layout=layout)  # type: ignore[arg-type]
+        space = Space(checkpoint.llm_specs, checkpoint.config, options)
+        for target in targets:
+            started = time.perf_counter()
+            taken = search.search(
+                checkpoint, tokenizer, calibration, options, target, lambda stage, done: None
+            )
+            seconds = time.perf_counter() - started
+            print(f"{layout} {target:g}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            found.append((space, target, taken, seconds))
+            others[f"{layout} {target}"] = alternatives(space, target, widest=not small)
+    # Each assignment once, whatever size it is beside.
+    schemes: dict[tuple[Any, ...], Scheme] = {}
+    for each in (c.scheme for candidates in others.values() for c in candidates):
+        schemes.setdefault(_id(each), each)
+    for _, _, taken, _ in found:
+        schemes.setdefault(_id(taken.scheme), taken.scheme)
+    pictures = unseen(checkpoint.config.vision)[:count]
     references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
-    losses = judge.losses(checkpoint, tokenizer, references, candidates)
-    for row, stock_kl, kl in zip(found, losses[::2], losses[1::2], strict=True):
-        row |= {"recipe_kl_nats": stock_kl, "searched_kl_nats": kl}
-    return found
+    print(f"{len(schemes)} assignments on {len(pictures)} pictures", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    lost = trial.divergences(checkpoint, tokenizer, references, list(schemes.values()), "float16")
+    places = [each.shape[1] for each in lost]
+    print(f"measured in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    losses = dict(zip(schemes, torch.stack([each.sum(1) for each in lost], 1), strict=True))
+    return [
+        _row(each, others[f"{each[0].options.layout} {each[1]}"], losses, places) for each in found
+    ]
+
+
+def _row(
+    each: tuple[Space, float, search.Found, float],
+    others: Sequence[Candidate],
+    losses: dict[tuple[Any, ...], torch.Tensor],
+    places: Sequence[int],
+) -> Row:
+    space, target, found, seconds = each
+    total = sum(places)
+    ours = losses[_id(found.scheme)]
+    by_loss = sorted(others, key=lambda c: float(losses[_id(c.scheme)].sum()))
+    best = by_loss[0]
+    return Row(
+        layout=space.options.layout,
+        target=target,
+        bits_per_weight=space.bits_per_weight(space.size(found.scheme)),
+        taken=found.taken.name,
+        predicted=found.taken.predicted_kl_nats,
+        measured=found.taken.measured_kl_nats,
+        lost=float(ours.sum()) / total,
+        best=best.name,
+        best_bits_per_weight=space.bits_per_weight(best.bytes),
+        best_lost=float(losses[_id(best.scheme)].sum()) / total,
+        worse_than=tuple(c.name for c in by_loss if worse(ours, losses[_id(c.scheme)], places)),
+        seconds=seconds,
+    )
+
+
+def worse(ours: torch.Tensor, theirs: torch.Tensor, places: Sequence[int]) -> bool:
+    """Whether more than a tie is lost; sums over each picture's places, [pictures]."""
+    difference = ours - theirs
+    total = sum(places)
+    mean = float(difference.sum()) / total
+    error = float(difference.std()) * len(places) ** 0.5 / total if len(places) > 1 else 0.0
+    return mean > TIE_NATS and mean > TIE_ERRORS * error
+
+
+def _id(scheme: Scheme) -> tuple[Any, ...]:
+    return tuple(sorted(scheme.items(), key=lambda item: item[0]))
 
 
 def main() -> None:
@@ -84,8 +168,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--synthetic", choices=SIZES, help="random weights of this size instead")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
+    parser.add_argument("--sizes", help="bits per weight with commas between, in place of eight")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    targets = [float(t) for t in arguments.sizes.split(",")] if arguments.sizes else TARGETS
     with tempfile.TemporaryDirectory() as temporary:
         # What an earlier search has measured lies in the cache; this one is timed.
         os.environ["XDG_CACHE_HOME"] = temporary
@@ -93,25 +179,29 @@ def main() -> None:
         if arguments.synthetic:
             checkpoint = Path(temporary) / "checkpoint"
             make(checkpoint, arguments.synthetic)
-        found = rows(checkpoint, arguments.group_size)
+        found = rows(checkpoint, arguments.group_size, targets)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     print(f"{platform.platform()}, {os.cpu_count()} cores, {checkpoint}")
     print(
-        "| recipe | bits per weight | KL, nats | searched: bits per weight | KL, nats | seconds |"
+        "| layout | size | the search takes | bits | predicted | measured | loses, unseen "
+        "| best of the others | bits | loses, unseen | worse than | seconds |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for row in found:
         print(
-            f"| {row['recipe']} | {row['bits_per_weight']:.3f} | {row['recipe_kl_nats']:.3g} "
-            f"| {row['searched_bits_per_weight']:.3f} | {row['searched_kl_nats']:.3g} "
-            f"| {row['seconds']:.1f} |"
+            f"| {row.layout} | {row.target:g} | {row.taken} | {row.bits_per_weight:.3f} "
+            f"| {row.predicted:.2g} | {row.measured:.2g} | {row.lost:.2g} | {row.best} "
+            f"| {row.best_bits_per_weight:.3f} | {row.best_lost:.2g} "
+            f"| {', '.join(row.worse_than) or 'none'} | {row.seconds:.1f} |"
         )
-    print(
-        f"{peak / 1e9:.2f} GB resident at the peak; the first search measures, the others reuse it"
-    )
+    print(f"{peak / 1e9:.2f} GB resident at the peak; what one search measured the next ones reuse")
     if arguments.json:
-        result = {"platform": platform.platform(), "peak_bytes": peak, "rows": found}
+        result = {
+            "platform": platform.platform(),
+            "peak_bytes": peak,
+            "rows": [vars(row) for row in found],
+        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

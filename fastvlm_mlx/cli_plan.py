@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,11 +18,15 @@ Word = Annotated[str | None, typer.Option(help="As for export.")]
 def plan(
     context_of_call: typer.Context,
     path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's or a bundle's directory.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint's or a bundle's directory, or a hub id."
+        ),
     ],
     device: Annotated[
         str | None, typer.Option(help="A phone, or a Mac by its chip: iphone-16-pro, m4. Else all.")
     ] = None,
+    preset: Word = None,
     llm_bits: Whole = None,
     llm_bpw: Annotated[float | None, typer.Option(help="As for export.")] = None,
     group_size: Whole = None,
@@ -32,11 +35,18 @@ def plan(
     head_bits: Whole = None,
     projector_bits: Whole = None,
     recipe: Word = None,
+    method: Word = None,
+    calibration: Word = None,
     dtype: Word = None,
     encoder_precision: Word = None,
+    encoder_bpw: Annotated[float | None, typer.Option(help="As for export.")] = None,
+    deployment_target: Word = None,
     layout: Word = None,
     image_size: Whole = None,
-    base: Annotated[str | None, typer.Option(help="As for export.")] = None,
+    image_sizes: Word = None,
+    image_input: Annotated[bool, typer.Option("--image-input", help="As for export.")] = False,
+    base: Word = None,
+    revision: Word = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache; 2048 if the model has as many.")
     ] = None,
@@ -45,13 +55,24 @@ def plan(
 ) -> None:
     """Foresee memory, time to the first token and speed on a device, without exporting."""
     with needs_export_extra():
+        from model_export.options import parse_sizes
         from model_export.plan import run
+        from model_export.presets import preset as with_preset
 
-    own = ("path", "device", "base", "context", "kv_bits", "as_json")
-    given = {k: v for k, v in context_of_call.params.items() if v is not None and k not in own}
-    plans = run(path, device, given, base=base, context=context, kv_bits=kv_bits)
+    own = ("path", "device", "base", "revision", "context", "kv_bits", "as_json")
+    # An option that is not given is None, a flag False.
+    given = {
+        name: value
+        for name, value in context_of_call.params.items()
+        if value is not None and value is not False and name not in own
+    }
+    if image_sizes is not None:
+        given["image_sizes"] = parse_sizes(image_sizes)
+    if preset is not None:
+        given = with_preset(preset, given)
+    plans = run(path, device, given, base=base, revision=revision, context=context, kv_bits=kv_bits)
     if as_json:
-        print_json({"path": str(path), "devices": plans})
+        print_json({"path": path, "devices": plans})
         return
     from rich.console import Console
 

@@ -123,6 +123,7 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
     total = llm.total_bytes(checkpoint, chosen, options)
     facts: dict[str, Any] = {"search": found.to_dict()} if found else {}
     notes = tuple(calibration.notes()) if calibration else ()
+    notes += tuple(found.notes()) if found else ()
 
     def write_llm(directory: Path, progress: Progress) -> Written:
         write = partial(llm.write, checkpoint, chosen, options, directory)

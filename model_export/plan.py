@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.report import is_bundle
 from model_export import roofline
 from model_export.checkpoint import Checkpoint
@@ -105,19 +105,20 @@ class Forecast:
 
 
 def run(
-    path: Path,
+    path: str | Path,
     device: str | None,
     given: dict[str, Any],
     *,
     base: str | None = None,
+    revision: str | None = None,
     context: int | None = None,
     kv_bits: int | None = None,
 ) -> list[dict[str, Any]]:
     """The forecasts for `device`, or for each of `DEVICES`, as `plan --json` prints them.
 
     Args:
-        path: a bundle's directory, or a checkpoint's of any kind but a hub id, which is not
-            fetched for a forecast.
+        path: a bundle's directory, or a checkpoint of any kind; what a hub id names is downloaded,
+            and an export finds it in the cache.
         given: those of `ExportOptions` that were asked for.
         context: tokens in the KV cache; `CONTEXT`, or all that the model has, if it is not given.
 
@@ -126,22 +127,18 @@ def run(
         OptionError: an unknown device, or options that don't fit.
     """
     names = list(DEVICES) if device is None else [find_device(device)]
-    path = path.expanduser()
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is no directory: expected a bundle's, or a checkpoint's that is downloaded"
-        )
+    found_here = Path(path).expanduser()
     export = None
-    if is_bundle(path):
-        if given or base:
+    if found_here.is_dir() and is_bundle(found_here):
+        if given or base or revision:
             raise OptionError(
                 f"{path} is a bundle, whose bits and sizes are made: leave out the options of "
                 "export, or name the checkpoint"
             )
-        subject = of_bundle(path)
+        subject = of_bundle(found_here)
     else:
         options = ExportOptions(**given)
-        checkpoint = Checkpoint(path, base=base, image_size=options.default_size)
+        checkpoint = Checkpoint(path, base=base, revision=revision, image_size=options.default_size)
         subject = of_checkpoint(checkpoint, options)
         export = exporter(checkpoint, options)
     if context is None:

@@ -34,6 +34,9 @@ PROJECTOR = "multi_modal_projector."
 # mlx_lm.convert's, by the names of its --quant-predicate.
 STOCK = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
+# Of a scale or a bias that a group of weights shares.
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
 # By the model's path of a matrix: its format, or None where it is left at the export's dtype.
 Scheme = Mapping[str, Format | None]
 

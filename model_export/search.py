@@ -1,64 +1,134 @@
 """`--llm-bpw`: which matrix gets how many bits, to lose least at a size, by measured losses.
 
-Losses are taken to add up, and the assignment is solved exactly. What the layout's loaders can
-read decides what is chosen from: every affine width for each matrix, or, for the demo app, one
-width and 16 bits.
+Every matrix is measured alone in every form that it may get, and the assignments that lose least
+by that are solved exactly. Losses do not add up where bits are few, so these assignments, and the
+plain choices that fit the size, are measured whole before one is taken, on pictures that were kept
+back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 from typing import Any
 
-from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.quantization import MODES, Format
-from model_export import llm, sensitivity
-from model_export.allocate import Choice, allocate
+from fastvlm_mlx.quantization import Format
+from model_export import sensitivity, trial
 from model_export.calibration import Calibration
+from model_export.candidates import Candidate, Space, a_little_above, at_or_below
 from model_export.checkpoint import Checkpoint
+from model_export.measurements import Measurements
 from model_export.options import ExportOptions
-from model_export.pictures import reference_features
-from model_export.recipes import Scheme, is_matrix, path_of
+from model_export.pictures import GatePicture, Reference, reference_features
+from model_export.recipes import Scheme, path_of
 from model_export.sensitivity import Losses
 from model_export.tokenizer import ExportedTokenizer
-from model_export.weights import TensorSpec
 
-# What is measured; the other widths follow from it.
-MEASURED_BITS = 4
-# Of pictures that are measured on together: one at 1024×1024, or so many smaller ones.
-IMAGE_TOKENS = 256
 # Part of the name under which losses are kept: of another way to measure them nothing is reused.
-METHOD = 1
+METHOD = 2
+# Matrices are compared with each other on smaller pictures and few questions: the tokens of large
+# ones would take most of the time, and all matrices see the same.
+MEASURED_SIZE = 512
+QUESTIONS = 2
+# Operations, two for each weight and token, that measuring matrices and choosing among whole models
+# may each take, as far as there are pictures: some minutes on two cores.
+MEASURING = 4e13
+CHOOSING = 2e13
+MEASURED_PICTURES = 8
+DECIDING_PICTURES = 24
+# Of a picture's questions with their answers; for an estimate of the time.
+TEXT_TOKENS = 80
+# Whole models that are at least measured on what was kept back.
+FINALISTS = 8
+# What was predicted and what is measured are far apart by this factor; of less than so many nats
+# nothing is made.
+FAR = 3.0
+NOISE_NATS = 1e-5
+# A little more buys much where it leaves at most this share of the loss.
+MUCH = 0.2
+
+# The forms that each matrix is to be measured in.
+Asked = Mapping[str, Sequence[Format]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate and what it loses, measured whole."""
+
+    name: str
+    bits_per_weight: float
+    predicted_kl_nats: float
+    measured_kl_nats: float
 
 
 @dataclass(frozen=True)
 class Found:
-    """An assignment of bits, what it was found from, and what it is expected to lose."""
+    """An assignment of bits, what it was found from, and what it loses.
+
+    Attributes:
+        tried: what was measured whole on the pictures that decide, the one taken first.
+        larger: plain choices a little above the size, measured with them.
+        measured_on, chosen_on: names of pictures.
+    """
 
     scheme: Scheme
-    predicted_kl_nats: float
     target_bits_per_weight: float
+    tried: tuple[Tried, ...]
+    larger: tuple[Tried, ...]
     calibration: Calibration
     measured_on: tuple[str, ...]
+    chosen_on: tuple[str, ...]
+
+    @property
+    def taken(self) -> Tried:
+        return self.tried[0]
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return {
             "target_bits_per_weight": self.target_bits_per_weight,
-            "predicted_kl_nats": self.predicted_kl_nats,
+            "taken": self.taken.name,
+            "predicted_kl_nats": self.taken.predicted_kl_nats,
+            "measured_kl_nats": self.taken.measured_kl_nats,
+            "tried": [vars(each) for each in self.tried],
+            "a_little_larger": [vars(each) for each in self.larger],
             "calibration_sha256": self.calibration.digest,
             "measured_on": list(self.measured_on),
+            "chosen_on": list(self.chosen_on),
             "skipped": list(self.calibration.skipped),
         }
+
+    def notes(self) -> list[str]:
+        """What the user should be told."""
+        taken, said = self.taken, []
+        lost = taken.measured_kl_nats
+        low, high = sorted((taken.predicted_kl_nats, lost))
+        if high > FAR * low and lost > NOISE_NATS:
+            said.append(
+                f"--llm-bpw {self.target_bits_per_weight:g}: losses of single matrices add up to "
+                f"{taken.predicted_kl_nats:.2g} nats and all of them together lose "
+                f"{lost:.2g}, which is the least of {len(self.tried)} "
+                f"assignments measured ({taken.name})"
+            )
+        better = [each for each in self.larger if each.measured_kl_nats <= MUCH * lost]
+        if better and lost > NOISE_NATS:
+            more = min(better, key=lambda each: each.bits_per_weight)
+            # Rounded up, so that it fits.
+            bits = ceil(more.bits_per_weight * 100) / 100
+            said.append(
+                f"a little more buys much: --llm-bpw {bits:g} ({more.name}) loses "
+                f"{more.measured_kl_nats:.2g} nats in place of {lost:.2g}"
+            )
+        if set(self.measured_on) & set(self.chosen_on):
+            said.append(
+                "--llm-bpw was decided on what its bits were measured on: give --calibration two "
+                "pictures or more"
+            )
+        return said
 
 
 def search(
@@ -69,157 +139,118 @@ def search(
     target: float,
     progress: Callable[[str, float | None], None],
 ) -> Found:
-    """The scheme of `target` bits per weight, or the nearest below, that loses least.
+    """The scheme of `target` bits per weight, or fewer, that loses least of all that were measured.
 
     Raises:
         OptionError: the size can't be reached, or the group size does not fit.
     """
-    formats = [Format(bits, options.group_size) for bits in MODES["affine"][0]]
-    if not _divides(checkpoint.llm_specs, options.group_size):
-        raise OptionError(
-            f"group size {options.group_size} does not divide the widths of this model: choose "
-            "another --group-size"
-        )
+    space = Space(checkpoint.llm_specs, checkpoint.config, options)
     # Before minutes of measuring.
-    _check_reachable(checkpoint.llm_specs, options, target, formats)
-    pictures = calibration.spread(max(1, IMAGE_TOKENS // checkpoint.config.vision.num_tokens))
-    measured = Calibration(pictures, ())
-    file = _cache() / f"{_key(checkpoint, measured, options.group_size)}.json"
-    losses = _read(file, formats)
-    if losses is None:
-        progress("calibration pictures", None)
-        references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
-        losses = sensitivity.measure(
+    space.check(target)
+    asked = _asked(space, target)
+    size = checkpoint.config.vision.image_size
+    small, whole = (_cost(checkpoint, side) for side in (min(size, MEASURED_SIZE), size))
+    pictures = calibration.pictures
+    # A matrix that is measured alone is the source's up to its layer, half of the way in the mean.
+    rows = sum(map(len, asked.values())) / 2
+    some = _few(pictures[::2], min(MEASURED_PICTURES, int(MEASURING / small / rows)))
+    seen = [replace(picture, questions=picture.questions[:QUESTIONS]) for picture in some]
+    room = int(CHOOSING / whole)
+    judges = _few(pictures[1::2] or pictures, min(DECIDING_PICTURES, room // FINALISTS))
+    progress("calibration pictures", None)
+    state = checkpoint.encoder_state()
+    references = reference_features(state, checkpoint, seen, min(size, MEASURED_SIZE))
+    deciding = reference_features(state, checkpoint, judges)
+    del state
+
+    def measured(on: Sequence[Reference], of: Sequence[Candidate], stage: str) -> list[float]:
+        found = trial.divergences(
             checkpoint,
-            tokenizer.tokenizer,
-            tokenizer.image_token_id,
-            references,
-            formats,
-            Format(MEASURED_BITS, options.group_size),
-            lambda done: progress("sensitivities", done),
+            tokenizer,
+            on,
+            [candidate.scheme for candidate in of],
+            options.dtype,
+            partial(progress, stage),
         )
-        _write(file, losses)
-    scheme, predicted = assign(checkpoint.llm_specs, losses, options, target)
-    names = tuple(picture.name for picture in pictures)
-    return Found(scheme, predicted, target, calibration, names)
+        return trial.means(found)
 
-
-def assign(
-    specs: Sequence[TensorSpec], losses: Losses, options: ExportOptions, target: float
-) -> tuple[Scheme, float]:
-    """The assignment that fits `target` bits per weight and loses least, and what it loses.
-
-    Raises:
-        OptionError: the size can't be reached.
-    """
-    formats = tuple(next(iter(losses.values())))
-    _check_reachable(specs, options, target, formats)
-    solved = [
-        _solve(specs, losses, candidates, options, target)
-        for candidates in _candidates(formats, options)
-    ]
-    return min((found for found in solved if found is not None), key=lambda found: found[1])
-
-
-def _candidates(
-    formats: Sequence[Format], options: ExportOptions
-) -> list[tuple[Format | None, ...]]:
-    """What matrices may be chosen from together."""
-    if options.layout == "app":
-        return [(form, None) for form in formats]
-    return [(*formats, None)]
-
-
-def _solve(
-    specs: Sequence[TensorSpec],
-    losses: Losses,
-    candidates: Sequence[Format | None],
-    options: ExportOptions,
-    target: float,
-) -> tuple[Scheme, float] | None:
-    """None if the candidates are too large."""
-    matrices = [spec for spec in specs if is_matrix(spec)]
-    parts = [
-        [
-            Choice(_bytes(spec, form, options), losses[path_of(spec)][form] if form else 0.0)
-            for form in candidates
-        ]
-        for spec in matrices
-    ]
-    budget = _budget(specs, options, target)
-    if sum(min(choice.bytes for choice in part) for part in parts) > budget:
-        return None
-    chosen = allocate(parts, budget)
-    scheme = {path_of(spec): candidates[i] for spec, i in zip(matrices, chosen, strict=True)}
-    return scheme, sum(part[i].loss for part, i in zip(parts, chosen, strict=True))
-
-
-def _budget(specs: Sequence[TensorSpec], options: ExportOptions, target: float) -> int:
-    """Bytes that the target leaves for matrices: norms and biases are as they are."""
-    # No more is ever needed than all of it in the widest type.
-    wanted = min(target, 32.0) * sum(prod(spec.shape) for spec in specs) / 8
-    return int(wanted) - sum(_bytes(spec, None, options) for spec in specs if not is_matrix(spec))
-
-
-def _check_reachable(
-    specs: Sequence[TensorSpec],
-    options: ExportOptions,
-    target: float,
-    formats: Sequence[Format],
-) -> None:
-    smallest = min(formats, key=lambda form: form.bits)
-    least = sum(_bytes(spec, smallest if is_matrix(spec) else None, options) for spec in specs)
-    bits = 8 * least / sum(prod(spec.shape) for spec in specs)
-    if target < bits:
-        # Rounded up, so that what is advised can be reached.
-        raise OptionError(
-            f"--llm-bpw is {target:g} and {smallest} everywhere take {bits:.3f} bits per weight, "
-            f"scales included: ask for {bits + 0.005:.2f} or more, or a larger --group-size"
+    def measure(missing: Asked) -> Losses:
+        report = partial(progress, "sensitivities")
+        return sensitivity.measure(
+            checkpoint, tokenizer, references, missing, options.dtype, report
         )
 
-
-def _bytes(spec: TensorSpec, form: Format | None, options: ExportOptions) -> int:
-    return sum(entry.bytes for entry in llm.stored(spec, {path_of(spec): form}, options.dtype))
-
-
-def _divides(specs: Sequence[TensorSpec], group_size: int) -> bool:
-    return all(spec.shape[1] % group_size == 0 for spec in specs if is_matrix(spec))
-
-
-def _cache() -> Path:
-    """Where what has been measured is kept, by the platform's custom."""
-    custom = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    home = os.environ.get("XDG_CACHE_HOME") or custom
-    return Path(home).expanduser() / "fastvlm-mlx" / "sensitivities"
-
-
-def _key(checkpoint: Checkpoint, measured: Calibration, group_size: int) -> str:
-    """What the losses depend on: the weights, the pictures, the formats and the method."""
-    vision = checkpoint.config.vision
-    parts = [checkpoint.source(), measured.digest, group_size, vision.image_size, METHOD]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _read(file: Path, formats: Sequence[Format]) -> Losses | None:
-    """None where there is nothing, or nothing whole."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            path: {form: float(by_bits[str(form.bits)]) for form in formats}
-            for path, by_bits in data.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    losses = _losses(_measurements(checkpoint, seen, options.dtype), asked, measure)
+    fitting = at_or_below(space, losses, target)
+    finalists = max(FINALISTS, room // len(judges))
+    if len(fitting) > finalists:
+        first = measured(references, fitting, "assignments")
+        order = sorted(range(len(fitting)), key=first.__getitem__)
+        fitting = [fitting[i] for i in order[:finalists]]
+    larger = a_little_above(space, losses, target)
+    lost = measured(deciding, [*fitting, *larger], "best assignments")
+    tried = list(zip(fitting, lost, strict=False))
+    tried.sort(key=lambda pair: (pair[1], pair[0].bytes))
+    return Found(
+        scheme=tried[0][0].scheme,
+        target_bits_per_weight=target,
+        tried=tuple(_tried(space, *pair) for pair in tried),
+        larger=tuple(map(partial(_tried, space), larger, lost[len(fitting) :])),
+        calibration=calibration,
+        measured_on=tuple(picture.name for picture in seen),
+        chosen_on=tuple(picture.name for picture in judges),
+    )
 
 
-def _write(file: Path, losses: Losses) -> None:
-    """A cache that can't be written costs the next run its minutes, and this one nothing."""
-    data: Mapping[str, Any] = {
-        path: {str(form.bits): loss for form, loss in by_format.items()}
-        for path, by_format in losses.items()
+def _tried(space: Space, candidate: Candidate, loss: float) -> Tried:
+    bits = space.bits_per_weight(candidate.bytes)
+    return Tried(candidate.name, bits, candidate.predicted, loss)
+
+
+def _asked(space: Space, target: float) -> Asked:
+    """The forms that each matrix may get: of the layers' those near the size, of the few others
+    every one."""
+    near = space.near(target)
+    paths = map(path_of, space.matrices)
+    whole = near if space.options.layout == "app" else space.forms
+    return {path: near if space.part(path) == "layers" else whole for path in paths}
+
+
+def _cost(checkpoint: Checkpoint, image_size: int) -> float:
+    """Operations that a whole model takes for a picture of so many pixels and its questions."""
+    tokens = (image_size // checkpoint.config.vision.patch_size) ** 2
+    return 2.0 * checkpoint.llm_parameters * (tokens + TEXT_TOKENS)
+
+
+def _few(pictures: Sequence[GatePicture], count: int) -> tuple[GatePicture, ...]:
+    return Calibration(tuple(pictures), ()).spread(max(1, count))
+
+
+def _measurements(checkpoint: Checkpoint, seen: Sequence[GatePicture], dtype: str) -> Measurements:
+    """What is kept of losses that depend on the same: weights, pictures, type and method."""
+    config, digest = checkpoint.config, Calibration(tuple(seen), ()).digest
+    facts = [config.text.vocab_size, config.vision.image_size, MEASURED_SIZE, dtype, METHOD]
+    text = json.dumps([checkpoint.source(), digest, *facts], sort_keys=True)
+    return Measurements(hashlib.sha256(text.encode()).hexdigest()[:32])
+
+
+def _losses(
+    measurements: Measurements,
+    asked: Asked,
+    measure: Callable[[Asked], Losses],
+) -> Losses:
+    """What was kept, and the rest measured and kept."""
+    forms = {form for forms in asked.values() for form in forms}
+    known = {form: measurements.read(form) for form in forms}
+    missing = {
+        path: [form for form in forms if path not in known[form]] for path, forms in asked.items()
     }
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as stream:
-            json.dump(data, stream)
-        os.replace(stream.name, file)
+    missing = {path: forms for path, forms in missing.items() if forms}
+    if missing:
+        made = measure(missing)
+        for form in forms:
+            new = {path: by_form[form] for path, by_form in made.items() if form in by_form}
+            if new:
+                known[form] |= new
+                measurements.write(form, new)
+    return {path: {form: known[form][path] for form in forms} for path, forms in asked.items()}

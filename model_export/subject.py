@@ -4,16 +4,19 @@ and shapes, from headers alone."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.config import FastVLMConfig, VisionConfig
+from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.vision.package import describe
 from model_export import llm, recipes
+from model_export.candidates import Space
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
+from model_export.package_size import package_bytes
 from model_export.roofline import Decoder
+from model_export.tokenizer import export_tokenizer, extended
 from model_export.weights import MLX_ENCODER_PREFIX, bundle_specs, in_encoder
 
 # System prompt, chat template and a question of two lines, in tokens.
@@ -81,12 +84,13 @@ def of_bundle(path: Path) -> Subject:
 
 
 def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
-    """What `checkpoint` becomes by `options`, in the exporter's own count, but for the rows that
-    the export adds to a full vocabulary.
+    """What `checkpoint` becomes by `options`, in the exporter's own count; a search is counted as
+    the most that it may take.
 
     Raises:
         OptionError: the options don't fit it.
     """
+    checkpoint = _with_rows(checkpoint)
     specs = checkpoint.llm_specs
     chosen = recipes.scheme(specs, checkpoint.config, options)
     stored = {
@@ -97,8 +101,10 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
     total = sum(stored.values())
     read = sum(size for name, size in stored.items() if _is_read(name, tied=checkpoint.tied))
     if options.llm_bpw is not None:
-        # The search fills what it is given, and what each token reads shrinks with the rest.
-        target = int(options.llm_bpw * checkpoint.llm_parameters / 8)
+        space = Space(specs, checkpoint.config, options)
+        space.check(options.llm_bpw)
+        target = min(int(options.llm_bpw * checkpoint.llm_parameters / 8), space.largest)
+        # What each token reads shrinks with the rest.
         total, read = target, read * target // total
     return Subject(
         name=checkpoint.name,
@@ -115,24 +121,24 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
 
 
 def encoder_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
-    """Bytes of the encoder's weights: of the folded module in a package, of what an `mlx` bundle
-    stores."""
+    """Bytes of a package, or of the encoder's weights in an `mlx` bundle."""
     if options.layout == "mlx":
         specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout="mlx")
         encoder = [spec for spec in specs if in_encoder(spec)]
         stored = (entry for spec in encoder for entry in llm.stored(spec, {}, options.dtype))
         return sum(entry.bytes for entry in stored)
-    return int(_folded_parameters(checkpoint.config.vision) * options.encoder_bits / 8)
+    return package_bytes(checkpoint.config.vision, options)
 
 
-@cache
-def _folded_parameters(vision: VisionConfig) -> int:
-    import torch
-
-    from model_export.fastvithd import FastViTHD
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in FastViTHD(vision).parameters())
+def _with_rows(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the rows that an export adds to a vocabulary that has no room for
+    `<image>`."""
+    try:
+        made = export_tokenizer(checkpoint)
+        return extended(checkpoint, made.tokenizer, made.image_token_id + 1)
+    except CheckpointError:
+        # Without a tokenizer there is no export, and still a forecast.
+        return checkpoint
 
 
 def _is_read(name: str, *, tied: bool) -> bool:
