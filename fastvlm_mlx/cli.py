@@ -152,7 +152,7 @@ def generate(
     for generation in model.ask(picture, prompt, options):
         for piece in generation:
             if not as_json:
-                print(piece, end="", flush=True)
+                print(report.answer(piece), end="", flush=True)
         answers.append(generation.result)
         if not as_json:
             print(flush=True)

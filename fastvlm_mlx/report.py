@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _stderr = Console(stderr=True)
 _stdout = Console()
 
+# All but the line's end and the tab, as Python writes them.
+_CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
 # In these huggingface_hub may draw bars of its own, with bytes and speed: none of ours meanwhile.
 HUB_STAGES = ("checkpoint", "upload")
 
@@ -97,6 +99,11 @@ def note_padding(path: Path) -> None:
             f"image_aspect_ratio is {found!r} and mlx-vlm pads every picture: its answers about "
             "pictures that are not square will differ from the checkpoint's and from fastvlm's"
         )
+
+
+def answer(text: str) -> str:
+    """What a model says, for a terminal: whoever made it, it gives the terminal no commands."""
+    return text.translate(_CONTROLS)
 
 
 def timing_line(result: GenerationResult) -> str:

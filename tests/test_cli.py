@@ -286,3 +286,8 @@ def test_a_reader_that_leaves_is_no_error(demo_bundle):
     command = f"{sys.executable} -m fastvlm_mlx inspect {demo_bundle} --json | head -c 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in result.stderr
+
+
+def test_an_answer_gives_the_terminal_no_commands():
+    said = "two\nlines\tand \x1b[31mred\x9b2J \u200d \N{FAMILY}\x00"
+    assert report.answer(said) == "two\nlines\tand \\x1b[31mred\\x9b2J \u200d \N{FAMILY}\\x00"
