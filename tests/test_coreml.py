@@ -109,8 +109,10 @@ def test_the_graph_is_what_the_neural_engine_wants(
     assert ops.get("cast", 0) == {"fp32": 0, "fp16": 2}[precision]
     assert set(ops) - {"cast"} == {
         *("conv", "gelu", "add", "layer_norm", "softmax", "split", "matmul", "transpose"),
-        *("reshape", "reduce_mean", "relu", "sigmoid", "mul"),
+        *("reshape", "reduce_mean", "reduce_sum", "relu", "sigmoid", "mul"),
     }
+    # Of squeeze and excite: the division before the mean, and the gate.
+    assert (ops["reduce_mean"], ops["reduce_sum"], ops["mul"]) == (1, 1, 2)
 
 
 @pytest.mark.parametrize("precision", FLOORS_DB)
