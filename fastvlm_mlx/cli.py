@@ -105,8 +105,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     compute_units: Annotated[
-        str, typer.Option(help="Where Core ML runs, on macOS: all, cpu, gpu or ne.")
-    ] = "all",
+        str, typer.Option(help="Where Core ML runs, on macOS: auto, all, cpu, gpu or ne.")
+    ] = "auto",
     image_size: Annotated[
         int | None, typer.Option(help="Input size in pixels, of those that the bundle takes.")
     ] = None,
