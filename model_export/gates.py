@@ -20,27 +20,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure and its limit. `limit` is a floor where `at_least`, else a ceiling."""
+    """One figure and its limit. `limit` is a floor where `at_least`, else a ceiling.
+
+    Attributes:
+        detail: what the figure is of, by name.
+        left_out: why nothing is judged, where there is not enough to judge by.
+    """
 
     name: str
     value: float
     unit: str
     limit: float
     at_least: bool
+    detail: str = ""
+    left_out: str = ""
 
     @property
     def passed(self) -> bool:
+        if self.left_out:
+            return True
         # A NaN passes neither way.
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def to_dict(self) -> dict[str, Any]:
         # JSON has neither infinity nor NaN.
         value = self.value if isfinite(self.value) else str(self.value)
-        return {**asdict(self), "value": value, "passed": self.passed}
+        told = {key: text for key, text in asdict(self).items() if text != ""} | {"unit": self.unit}
+        return {**told, "value": value, "passed": self.passed}
 
     def sentence(self) -> str:
         side = "below its floor of" if self.at_least else "above its ceiling of"
-        return f"{self.name} is {self.value:.4g} {self.unit}, {side} {self.limit:g} {self.unit}"
+        unit = f" {self.unit}" if self.unit else ""
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.name} is {self.value:.4g}{unit}, {side} {self.limit:.4g}{unit}{detail}"
 
 
 class Magnitude:
