@@ -156,6 +156,8 @@ def generate(
     """
     from mlx_lm.generate import generate_step
 
+    from fastvlm_mlx.wired import wired
+
     room = check_room(model.config.text, ids)
     options.check_vocabulary(model.config.text.vocab_size)
     if options.seed is not None:
@@ -178,6 +180,7 @@ def generate(
     text = _Text(tokenizer, options.stop)
     finish_reason = "length"
     count = 0
+    steps = wired(steps)
     first = last = time.perf_counter()
     for token, _ in steps:
         last = time.perf_counter()
