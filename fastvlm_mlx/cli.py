@@ -25,6 +25,7 @@ from fastvlm_mlx.cli_common import (
 )
 from fastvlm_mlx.cli_compare import compare, sweep
 from fastvlm_mlx.cli_convert import convert
+from fastvlm_mlx.cli_doctor import doctor
 from fastvlm_mlx.cli_export import export
 from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
@@ -227,6 +228,7 @@ app.command()(compare)
 app.command()(sweep)
 app.command()(plan)
 app.command()(convert)
+app.command()(doctor)
 
 
 @app.command()
