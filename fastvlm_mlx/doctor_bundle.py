@@ -271,7 +271,7 @@ def _on_cpu() -> Iterator[None]:
 
 def _answers(model: FastVLM, exporter: Exporter) -> Iterator[Line]:
     judged = exporter.is_demo(model.bundle)
-    asked = []
+    asked: list[dict[str, Any]] = []
     right = babbled = cut = 0
     for question in exporter.questions():
         answer = model.generate(question.picture, question.prompt, max_tokens=_LONGEST)
