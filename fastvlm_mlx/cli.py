@@ -25,6 +25,7 @@ from fastvlm_mlx.cli_common import (
 )
 from fastvlm_mlx.cli_compare import compare, sweep
 from fastvlm_mlx.cli_convert import convert
+from fastvlm_mlx.cli_doctor import doctor
 from fastvlm_mlx.cli_export import export
 from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
@@ -105,8 +106,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     compute_units: Annotated[
-        str, typer.Option(help="Where Core ML runs, on macOS: all, cpu, gpu or ne.")
-    ] = "all",
+        str, typer.Option(help="Where Core ML runs, on macOS: auto, all, cpu, gpu or ne.")
+    ] = "auto",
     image_size: Annotated[
         int | None, typer.Option(help="Input size in pixels, of those that the bundle takes.")
     ] = None,
@@ -237,6 +238,7 @@ app.command()(compare)
 app.command()(sweep)
 app.command()(plan)
 app.command()(convert)
+app.command()(doctor)
 
 
 @app.command()

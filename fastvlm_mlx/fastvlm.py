@@ -248,7 +248,7 @@ class _Question:
 def load(
     path: str | Path,
     *,
-    compute_units: str = "all",
+    compute_units: str = "auto",
     image_size: int | None = None,
     crop: bool = False,
     check_hashes: bool = True,
@@ -263,7 +263,8 @@ def load(
     when it is made.
 
     Args:
-        compute_units: where Core ML runs the encoder, on macOS: "all", "cpu", "gpu" or "ne".
+        compute_units: where Core ML runs the encoder, on macOS: "auto" (what this Mac does best,
+            measured once), "all", "cpu", "gpu" or "ne".
         image_size: the encoder's input in pixels, where it takes several: of a package one that it
             was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
@@ -349,7 +350,7 @@ def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
 
 
 def load_bundle_encoder(
-    bundle: Bundle, compute_units: str = "all", image_size: int | None = None
+    bundle: Bundle, compute_units: str = "auto", image_size: int | None = None
 ) -> VisionEncoder:
     """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
 
@@ -397,7 +398,7 @@ def _encoder_sizes(bundle: Bundle, image_size: int | None) -> tuple[int, int]:
 def _check_compute_units(bundle: Bundle, compute_units: str) -> None:
     if bundle.layout == "app":
         check_compute_units(compute_units)
-    elif compute_units != "all":
+    elif compute_units not in ("auto", "all"):
         raise OptionError(
             f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
             "of layout mlx and runs in MLX, leave the option out"

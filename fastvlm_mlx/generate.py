@@ -170,6 +170,8 @@ def generate(
     """
     from mlx_lm.generate import generate_step
 
+    from fastvlm_mlx.wired import wired
+
     started = time.perf_counter() - prompt_s
     vocab_size = model.config.text.vocab_size
     room = check_room(model.config.text, ids)
@@ -188,6 +190,7 @@ def generate(
     text = Text(tokenizer, options.stop)
     finish_reason = "length"
     count = 0
+    steps = wired(steps)
     first = last = time.perf_counter()
     # However this ends, its stream is left by the thread that entered it.
     with closing(steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from math import sqrt
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +32,9 @@ class MultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(hidden, hidden)
 
     def __call__(self, features: mx.array) -> mx.array:
-        return self.linear_2(nn.gelu(self.linear_0(features)))
+        x = self.linear_0(features)
+        # nn.gelu halves last, which overflows from half of float16's range on.
+        return self.linear_2(0.5 * x * (1 + mx.erf(x * sqrt(0.5))))
 
 
 class Model(nn.Module):

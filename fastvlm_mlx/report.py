@@ -344,7 +344,8 @@ def gate_cells(gate: dict[str, Any]) -> tuple[str, str, str, str]:
     """A gate of a manifest as it is shown: name, figure, limit, whether it passed."""
     value = f"{float(gate['value']):.4g} {gate['unit']}"
     limit = f"{'≥' if gate['at_least'] else '≤'} {gate['limit']:g} {gate['unit']}"
-    return gate["name"], value, limit, "passed" if gate["passed"] else "FAILED"
+    judged = "passed" if gate["passed"] else "FAILED"
+    return gate["name"], value, limit, "not judged" if gate.get("left_out") else judged
 
 
 def shown_bytes(count: int) -> str:

@@ -1,6 +1,6 @@
 """FastViTHD in torch, written for export and for the Neural Engine.
 
-Three choices, and what each is for:
+Four choices, and what each is for:
 
 - BatchNorm, layer scale, the affine part of channel norm and the softmax scale are folded into
   the neighbouring convolution, so that ConvFFN is conv, conv, gelu, conv, add.
@@ -10,6 +10,8 @@ Three choices, and what each is for:
 - Attention is two products on [1, heads, 32, N] with constant shapes, and every linear layer a
   1×1 convolution: the Neural Engine wants a last axis of at least 32 and few transposes
   (apple/ml-ane-transformers).
+- The mean of squeeze and excite adds up what was divided first, rows and then columns, so that no
+  sum on its way is larger than the largest of its terms, whatever type a kernel sums in.
 
 Parameters keep the checkpoint's names where they still exist; the classification head, which
 FastVLM does not compute, has none.
@@ -46,7 +48,8 @@ class SEBlock(nn.Module):
         self.expand = nn.Conv2d(dim // 16, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean((2, 3), keepdim=True)
+        # Divided before anything is summed: no kernel's half-precision sum can overflow.
+        gate = (x * (1 / x.shape[2])).mean(3, keepdim=True).sum(2, keepdim=True)
         return x * torch.sigmoid(self.expand(F.relu(self.reduce(gate))))
 
 

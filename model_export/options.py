@@ -68,7 +68,8 @@ class ExportOptions:
         encoder_precision: fp32 and fp16 as computed; the others are stored in fewer bits and
             computed in fp16.
         encoder_bpw: bits per weight that `mixed` is given, 6 unless said otherwise.
-        deployment_target: the first iOS that loads the encoder; the first possible unless given.
+        deployment_target: the first iOS that loads the encoder. Unless given, the first possible;
+            of fp32 iOS 16, as Apple's own.
         preset: the name of the set that some of these come from; for the record.
         image_size: the encoder's input in pixels in place of the checkpoint's own.
         image_sizes: several, which share the weights; `default_size` of them runs unless another
@@ -258,10 +259,13 @@ class ExportOptions:
     @property
     def target(self) -> str:
         """The first iOS that loads the encoder."""
-        lowest = PRECISIONS[self.encoder_precision]
+        first = PRECISIONS[self.encoder_precision]
+        if self.encoder_precision == "fp32":
+            # Apple's own export is fp32, for iOS 16: the same package, then.
+            first = "iOS16"
         if len(self.image_sizes) > 1:
-            lowest = FUNCTIONS_TARGET
-        return self.deployment_target or lowest
+            first = FUNCTIONS_TARGET
+        return self.deployment_target or first
 
     @property
     def _sizes(self) -> tuple[int, ...]:

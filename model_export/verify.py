@@ -58,6 +58,7 @@ from fastvlm_mlx.vision.package import describe
 from model_export import layouts, mlx_layout
 from model_export.checkpoint import Checkpoint
 from model_export.compress import stored_parameters
+from model_export.core_ml_gates import core_ml_gates
 from model_export.gates import Gate, Magnitude, overflow_gates
 from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
 from model_export.pictures import Reference, references_of_sizes
@@ -136,11 +137,7 @@ def encoder_gates(
     if options.encoder_precision != "fp32":
         gates.append(Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False))
     if sys.platform == "darwin":
-        from fastvlm_mlx.vision.coreml import CoreMLEncoder
-
-        coreml = CoreMLEncoder(package, "all", references[0].pixels.shape[-1])
-        worst = np.min([snr_db(r.features, coreml(r.pixels)) for r in references])
-        gates.append(Gate("encoder SNR through Core ML", float(worst), "dB", floor, True))
+        gates += core_ml_gates(package, references[-1].pixels, exact, options.min_snr_db)
     return gates, features
 
 

@@ -17,6 +17,9 @@ from hub_server import HubServer
 # Read when torch is first imported, here and in the processes that tests start. On the demo's tiny
 # layers a second thread gains nothing, and on a busy machine costs ten times the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when MLX first multiplies. From the M5 on a product of float32 is one of 19-bit numbers
+# unless this says otherwise, and tests compare with what other libraries compute in all 32.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from model_export.options import ExportOptions
 from model_export.pipeline import export

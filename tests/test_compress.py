@@ -367,6 +367,9 @@ class TestOptions:
 
     def test_the_target_follows_from_the_precision(self):
         assert ExportOptions().target == "iOS15"
+        # Apple's own, which is fp32.
+        assert ExportOptions(encoder_precision="fp32").target == "iOS16"
+        assert ExportOptions(encoder_precision="fp32", deployment_target="iOS15").target == "iOS15"
         assert ExportOptions(encoder_precision="palette4").target == "iOS16"
         assert ExportOptions(deployment_target="iOS18").target == "iOS18"
 

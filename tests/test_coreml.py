@@ -22,15 +22,12 @@ from torch import nn
 
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.errors import DestinationError, EncoderError, GateError, OptionError
-from fastvlm_mlx.vision import coreml as runtime
-from fastvlm_mlx.vision import load_encoder
+from fastvlm_mlx.errors import DestinationError, GateError, OptionError
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import PackageInfo, describe
 from model_export import reference
 from model_export.coreml import EncoderMetadata, Form, check_graph, export_encoder
 from model_export.fastvithd import ChannelNorm, FastViTHD, fold
-from model_export.functions import export_sizes
 
 CONFIG = VisionConfig(image_size=128, layers=(1, 2, 1, 2, 1), embed_dims=(16, 32, 64, 64, 128))
 METADATA = EncoderMetadata(
@@ -109,8 +106,10 @@ def test_the_graph_is_what_the_neural_engine_wants(
     assert ops.get("cast", 0) == {"fp32": 0, "fp16": 2}[precision]
     assert set(ops) - {"cast"} == {
         *("conv", "gelu", "add", "layer_norm", "softmax", "split", "matmul", "transpose"),
-        *("reshape", "reduce_mean", "relu", "sigmoid", "mul"),
+        *("reshape", "reduce_mean", "reduce_sum", "relu", "sigmoid", "mul"),
     }
+    # Of squeeze and excite: the division before the mean, and the gate.
+    assert (ops["reduce_mean"], ops["reduce_sum"], ops["mul"]) == (1, 1, 2)
 
 
 @pytest.mark.parametrize("precision", FLOORS_DB)
@@ -255,132 +254,3 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-class FakeCompiledModel:
-    """Stands where Core ML would: evaluates the package whose path the fake compiler wrote down."""
-
-    made: list[tuple[str, str]]
-    functions: list[str | None]
-
-    def __init__(self, path: str, compute_units: Any, function_name: str | None):
-        self.made.append((path, compute_units.name))
-        self.functions.append(function_name)
-        package = Path((Path(path) / "source").read_text())
-        size = describe(package).functions[function_name or "main"]
-        self._encoder = MLProgramEncoder(package, size)
-
-    def predict(self, data: dict[str, Any]) -> dict[str, np.ndarray]:
-        [(name, images)] = data.items()
-        assert name == "images"
-        if self._encoder.info.inputs[0].dtype == "image":
-            assert (images.mode, images.size) == ("RGB", (self._encoder.image_size,) * 2)
-            images = np.asarray(images, np.float32).transpose(2, 0, 1)[None] / 255
-        return {"image_features": self._encoder(images)}
-
-
-@pytest.fixture
-def fake_core_ml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
-    """The calls that load a compiled model: its path and compute units."""
-    import coremltools as ct
-
-    def compile_model(model: str, destination_path: str) -> str:
-        Path(destination_path).mkdir()
-        (Path(destination_path) / "source").write_text(model)
-        return destination_path
-
-    FakeCompiledModel.made, FakeCompiledModel.functions = [], []
-    monkeypatch.setattr(ct.utils, "compile_model", compile_model)
-    monkeypatch.setattr(ct.models, "CompiledMLModel", FakeCompiledModel)
-    monkeypatch.setattr(runtime, "_CACHE", tmp_path / "cache")
-    return FakeCompiledModel.made
-
-
-def test_core_ml_gets_the_compiled_package_once(
-    packages: dict[str, Path],
-    images: np.ndarray,
-    fake_core_ml: list[tuple[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sys.platform", "darwin")
-    names = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ne": "CPU_AND_NE"}
-    for units in names:
-        encoder = load_encoder(packages["fp16"], units)
-        assert units in encoder.backend
-        assert (encoder.image_size, encoder.num_tokens, encoder.hidden_size) == (128, 4, 256)
-        assert encoder(images).shape == (1, 4, 256)
-    assert [units for _, units in fake_core_ml] == list(names.values())
-    assert FakeCompiledModel.functions == [None] * 4
-    [path] = {path for path, _ in fake_core_ml}
-    assert path.endswith("fastvithd.mlmodelc")
-    assert runtime.cache_key(packages["fp16"]) in path
-    assert runtime.cache_key(packages["fp16"]) != runtime.cache_key(packages["fp32"])
-    with pytest.raises(EncoderError, match=r"expected \[1, 3, 128, 128\]"):
-        encoder(images[:, :, :64, :64])
-
-
-def test_core_ml_is_asked_for_a_function_and_given_a_picture(
-    fake_core_ml: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    package = tmp_path / "pictures.mlpackage"
-    module = fold(encoder_state_dict(CONFIG), CONFIG)
-    sizes = [CONFIG, replace(CONFIG, image_size=64)]
-    form = Form("fp32", METADATA, target="iOS18", image_input=True)
-    export_sizes(module, sizes, package, form)
-    found = {}
-    for size in (None, 128, 64):
-        encoder = runtime.CoreMLEncoder(package, image_size=size)
-        pixels = np.random.default_rng(1).random((1, 3, size or 128, size or 128), np.float32)
-        found[size] = encoder(pixels)
-        np.testing.assert_array_equal(found[size], MLProgramEncoder(package, size)(pixels))
-    assert FakeCompiledModel.functions == ["size_128", "size_128", "size_64"]
-    assert len({path for path, _ in fake_core_ml}) == 1
-    np.testing.assert_array_equal(found[None], found[128])
-    assert found[64].shape == (1, 1, 256)
-
-
-def test_the_cache_keeps_the_last_few(
-    packages: dict[str, Path], fake_core_ml: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(6):
-        monkeypatch.setattr(runtime, "cache_key", lambda package, n=number: f"key{n}")
-        runtime.CoreMLEncoder(packages["fp16"])
-        os.utime(runtime._CACHE / f"key{number}", (number, number))
-    assert sorted(p.name for p in runtime._CACHE.iterdir()) == ["key2", "key3", "key4", "key5"]
-
-
-def test_core_ml_s_refusal_is_one_sentence(
-    packages: dict[str, Path], fake_core_ml: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import coremltools as ct
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("Error compiling model:\n  unsupported")
-
-    monkeypatch.setattr(ct.models, "CompiledMLModel", refuse)
-    with pytest.raises(EncoderError, match=r"Core ML refuses .* model: unsupported") as caught:
-        runtime.CoreMLEncoder(packages["fp16"])
-    assert "\n" not in str(caught.value)
-    assert list(runtime._CACHE.iterdir()) == []
-
-
-@pytest.mark.macos
-@pytest.mark.parametrize("precision", FLOORS_DB)
-@pytest.mark.parametrize("units", ["all", "cpu", "gpu", "ne"])
-def test_core_ml_computes_the_same(
-    units: str,
-    precision: str,
-    packages: dict[str, Path],
-    images: np.ndarray,
-    expected: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setattr(runtime, "_CACHE", tmp_path)
-    encoder = load_encoder(packages[precision], units)
-    found = encoder(images)
-    assert found.shape == expected.shape
-    assert found.dtype == np.float32
-    # Apple's kernels are free in how they sum: 60 dB is far above fp16 and below torch's own fp32.
-    floors = {"fp32": 60, "fp16": FLOORS_DB["fp16"]}
-    assert snr_db(expected, found) >= floors[precision]

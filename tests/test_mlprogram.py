@@ -341,7 +341,7 @@ def test_load_encoder_takes_compute_units_on_macos_only(
     assert load_encoder(encoder).num_tokens == 4
     with pytest.raises(OptionError, match="exist on macOS only"):
         load_encoder(encoder, "ne")
-    with pytest.raises(OptionError, match="choose one of all, cpu, gpu, ne"):
+    with pytest.raises(OptionError, match="choose one of auto, all, cpu, gpu, ne"):
         load_encoder(encoder, "tpu")
 
 

@@ -131,3 +131,32 @@ def test_a_picture_of_another_size_is_refused():
     encoder = FastViTHD(mlx_arrays(encoder_state_dict(SMALL)), SMALL)
     with pytest.raises(EncoderError, match=r"shape \[1, 3, 64, 64\], expected \[1, 3, 128, 128\]"):
         encoder(np.zeros((1, 3, 64, 64), np.float32))
+
+
+def excited(config, value):
+    """Arrays whose feature map is `value` everywhere before squeeze and excite, and so after it:
+    the gate is a sigmoid of ten times what the mean is of `value`."""
+    arrays = mlx_arrays(encoder_state_dict(config, seed=3))
+    width, squeezed = config.hidden_size, config.hidden_size // 16
+    filled = {
+        "reparam_conv.weight": 0.0,
+        "reparam_conv.bias": value,
+        "se.reduce.weight": 1 / width,
+        "se.reduce.bias": 0.0,
+        "se.expand.weight": 10 / value / squeezed,
+        "se.expand.bias": 0.0,
+    }
+    for name, number in filled.items():
+        arrays[f"conv_exp.{name}"] = mx.full(arrays[f"conv_exp.{name}"].shape, number)
+    return arrays
+
+
+def test_half_precision_s_range_is_used_up_to_its_end():
+    """Four places of 60,000 are summed in squeeze and excite, and doubled within GELU."""
+    arrays = excited(SMALL, 60_000.0)
+    pixels = np.random.default_rng(1).random((1, 3, 128, 128)).astype(np.float32)
+    expected = FastViTHD(arrays, SMALL)(pixels)
+    np.testing.assert_allclose(expected, 60_000, rtol=1e-3)
+    # What a GPU computes in; on a CPU MLX is only slow at it.
+    found = FastViTHD(arrays, SMALL, dtype=mx.float16)(pixels)
+    np.testing.assert_allclose(found, expected, rtol=2e-3)

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from programs import build, half, mb, run, t
+from programs import build, ct, half, mb, run, t
 
 from fastvlm_mlx.vision.mlprogram import flat
+from fastvlm_mlx.vision.package import quiet_coremltools
+from model_export.fastvithd import SEBlock
+from model_export.gates import Magnitude
 
 
 def test_rounding_follows_each_fp16_operation(tmp_path: Path) -> None:
@@ -74,3 +78,59 @@ def test_rounding_shows_an_overflow(tmp_path: Path) -> None:
     values = np.array([300.0, 3.0], np.float32)
     assert run(package, values)[0].tolist() == [90_000, 9]
     assert run(package, values, round_fp16=True)[0].tolist() == [float("inf"), 9]
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda x: mb.reduce_mean(x=x, axes=[2, 3], keep_dims=True),
+        lambda x: mb.avg_pool(x=x, kernel_sizes=[16, 16], pad_type="valid"),
+    ],
+)
+def test_rounding_shows_a_mean_s_sum(mean: Any, tmp_path: Path) -> None:
+    """256 places of 300 are a mean of 300, and a sum that fp16 has no number for."""
+    package = build(
+        tmp_path,
+        [(1, 2, 16, 16)],
+        lambda a: mb.cast(x=mean(mb.cast(x=a, dtype="fp16")), dtype="fp32"),
+    )
+    values = np.ones((1, 2, 16, 16), np.float32)
+    values[:, 0] = 300
+    seen: list[float] = []
+
+    def observe(name: str, kind: str, value: torch.Tensor) -> None:
+        seen.append(float(value.max()))
+
+    [plain] = run(package, values, observe=observe)
+    assert plain.flatten().tolist() == [300, 1]
+    assert max(seen) == 300
+    [rounded] = run(package, values, round_fp16=True, observe=observe)
+    assert rounded.flatten().tolist() == [float("inf"), 1]
+    assert max(seen) == float("inf")
+    [small] = run(package, values / 2, round_fp16=True)
+    assert small.flatten().tolist() == [150, 0.5]
+
+
+def test_the_exported_mean_does_not_overflow(tmp_path: Path) -> None:
+    """Squeeze and excite as the exporter writes it: no sum is larger than its largest term."""
+    block = SEBlock(16)
+    for parameter in block.parameters():
+        parameter.data.fill_(1e-5)
+    shape = (1, 16, 16, 16)
+    with quiet_coremltools(), torch.no_grad():
+        program = torch.export.export(block.eval(), (torch.zeros(shape),))
+        ct.convert(
+            program.run_decompositions({}),
+            convert_to="mlprogram",
+            inputs=[ct.TensorType("a", shape, dtype=np.float32)],
+            outputs=[ct.TensorType("b", dtype=np.float32)],
+            minimum_deployment_target=ct.target.iOS16,
+            compute_precision=ct.precision.FLOAT16,
+            skip_model_load=True,
+        ).save(str(tmp_path / "block.mlpackage"))
+    values = np.full(shape, 60_000, np.float32)
+    magnitude = Magnitude()
+    [gated] = run(tmp_path / "block.mlpackage", values, round_fp16=True, observe=magnitude)
+    assert magnitude.largest <= 60_000
+    with torch.no_grad():
+        torch.testing.assert_close(gated, block(t(values)), rtol=2e-3, atol=0)

@@ -13,7 +13,9 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 
-COMPUTE_UNITS = ("all", "cpu", "gpu", "ne")
+# Those that this machine runs the encoder best on, by measurement.
+AUTO = "auto"
+COMPUTE_UNITS = (AUTO, "all", "cpu", "gpu", "ne")
 
 
 class VisionEncoder(Protocol):
@@ -30,18 +32,19 @@ class VisionEncoder(Protocol):
 
 
 def load_encoder(
-    package: Path, compute_units: str = "all", image_size: int | None = None
+    package: Path, compute_units: str = AUTO, image_size: int | None = None
 ) -> VisionEncoder:
     """Load the encoder in an `.mlpackage`.
 
     Args:
         package: the `.mlpackage` directory.
-        compute_units: "all", or to leave out what Core ML may use besides the CPU: "cpu" alone,
-            "gpu" and CPU, "ne" (Neural Engine) and CPU. Only Core ML has compute units.
+        compute_units: what Core ML may use: "all"; "cpu" alone, "gpu" and CPU, "ne" (Neural
+            Engine) and CPU; "auto" is the fastest of these that computes what the package says,
+            measured once on each Mac. Only Core ML has compute units.
         image_size: in pixels, where the package takes several; its default one unless given.
 
     Raises:
-        OptionError: unknown compute units, or any but "all" where there is no Core ML; or a size
+        OptionError: unknown compute units, or some chosen where there is no Core ML; or a size
             that the package does not take.
         EncoderError: the package is missing, damaged, or refused by Core ML.
     """
@@ -56,12 +59,12 @@ def load_encoder(
 
 
 def check_compute_units(compute_units: str) -> None:
-    """Raises OptionError: unknown compute units, or any but "all" where there is no Core ML."""
+    """Raises OptionError: unknown compute units, or some chosen where there is no Core ML."""
     if compute_units not in COMPUTE_UNITS:
         raise OptionError(
             f"compute units {compute_units!r} are unknown: choose one of {', '.join(COMPUTE_UNITS)}"
         )
-    if sys.platform != "darwin" and compute_units != "all":
+    if sys.platform != "darwin" and compute_units not in (AUTO, "all"):
         raise OptionError(
             f"compute units {compute_units!r} were asked for, which exist on macOS only: leave the "
             "option out here"

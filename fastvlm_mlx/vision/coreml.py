@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import shutil
-import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,16 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.mlprogram import check_features, check_images, encoder_shape, to_bytes
+from fastvlm_mlx.machine import tell
+from fastvlm_mlx.vision import AUTO
+from fastvlm_mlx.vision.compiled import Compiled, compiled
+from fastvlm_mlx.vision.mlprogram import (
+    MLProgramEncoder,
+    check_features,
+    check_images,
+    encoder_shape,
+    to_bytes,
+)
 from fastvlm_mlx.vision.package import (
     FUNCTION_NAME,
     IMAGE,
@@ -24,46 +31,81 @@ from fastvlm_mlx.vision.package import (
     one_line,
     quiet_coremltools,
 )
-
-# Names of coremltools.ComputeUnit.
-_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ne": "CPU_AND_NE"}
-_CACHE = Path("~/Library/Caches/fastvlm-mlx")
-_KEPT = 4  # compiled models, a quarter of a gigabyte each
+from fastvlm_mlx.vision.units import (
+    NAMES,
+    Measured,
+    best,
+    floor_db,
+    measure,
+    probe,
+    read_record,
+    write_record,
+)
 
 
 class CoreMLEncoder:
     """The encoder in an `.mlpackage` on the chosen compute units: float32 [1, 3, S, S] → [1, N, C].
 
     The package is compiled once for each version of macOS, into the user's cache, where the last
-    few stay: what the system prepares for the Neural Engine it keeps by the path of the compiled
-    model, and prepares again for another path.
+    few stay. "auto" is the compute units that run it best, which is measured once and kept beside
+    the compiled model: those of another Mac, the bundle's maker's too, say nothing about this one.
 
     Args:
         image_size: S, where the package takes several; its default one's unless given.
+
+    Attributes:
+        compute_units: that it runs on.
+        compiled: the model on disk, and what it took to make.
 
     Raises:
         EncoderError: the package is missing, damaged, not an encoder's, or refused by Core ML.
         OptionError: it does not take that size.
     """
 
-    def __init__(self, package: Path, compute_units: str = "all", image_size: int | None = None):
+    def __init__(self, package: Path, compute_units: str = AUTO, image_size: int | None = None):
         package = Path(package)
         self.info = describe(package, image_size)
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
-        self.backend = f"Core ML ({compute_units})"
         try:
-            self._model = _load(_compiled(package), _UNITS[compute_units], self.info.function)
+            self.compiled = compiled(package)
+            self.compute_units = self._best(package) if compute_units == AUTO else compute_units
+            self._model = self._open(package)
         # What Core ML refuses arrives as a RuntimeError with its NSError in the text.
         except RuntimeError as error:
             raise EncoderError(
                 f"Core ML refuses {package} ({one_line(error)}): expected a system for "
                 f"{self.info.deployment_target} or later, update it or try other compute units"
             ) from error
-        except OSError as error:
-            raise EncoderError(
-                f"{package} can't be compiled into {_CACHE} ({error.strerror}): expected room and "
-                "permission to write there, make some"
-            ) from error
+        self.backend = f"Core ML ({self.compute_units})"
+
+    def _best(self, package: Path) -> str:
+        """What was measured on this Mac before, or is now."""
+        if not self.compiled.kept:
+            # To measure in every process would take longer than to answer.
+            return "all"
+        kept = read_record(_record(self.compiled, self.info.function))
+        if kept is not None:
+            return kept
+        tell("measuring which compute units run the encoder best: once for it on this Mac")
+        chosen = choose_units(package, self.image_size).chosen
+        floor = floor_db(self.info.precision)
+        if not chosen.holds(floor):
+            tell(
+                f"no compute units come within {floor:g} dB of the encoder's own arithmetic, and "
+                f"{chosen.units} comes nearest: run `fastvlm doctor` and report what it prints"
+            )
+        return chosen.units
+
+    def _open(self, package: Path) -> Any:
+        try:
+            return _load(self.compiled.path, self.compute_units, self.info.function)
+        except RuntimeError:
+            if self.compiled.compile_s:
+                raise
+            # What lies in the cache may be damaged; a refusal costs one more compilation.
+            self.compiled.remove()
+            self.compiled = compiled(package)
+            return _load(self.compiled.path, self.compute_units, self.info.function)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] in 0 to 1 → float32 [1, N, C].
@@ -72,7 +114,8 @@ class CoreMLEncoder:
             EncoderError: `images` has another shape, or the prediction fails.
         """
         check_images(images, self.image_size)
-        pixels: Any = np.ascontiguousarray(images, dtype=np.float32)
+        # Core ML gets the memory itself, and refuses what can't be written to.
+        pixels: Any = np.require(images, np.float32, ["C", "W"])
         if self.info.inputs[0].dtype == IMAGE:
             pixels = Image.fromarray(to_bytes(pixels)[0].transpose(1, 2, 0))
         try:
@@ -87,60 +130,62 @@ class CoreMLEncoder:
         return features
 
 
-def cache_key(package: Path) -> str:
-    """A name for the compiled package: its content and the version of macOS, in hexadecimal."""
-    digest = hashlib.sha256(platform.mac_ver()[0].encode())
-    for path in sorted(p for p in package.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Choice:
+    """Compute units as they were measured, the one to use, and what they were compared with."""
+
+    chosen: Measured
+    measured: list[Measured]
+    reference: str
 
 
-def _compiled(package: Path) -> Path:
-    """The compiled model of `package` in the cache, made if it is not there."""
-    directory = _CACHE.expanduser() / cache_key(package)
-    compiled = directory / "fastvithd.mlmodelc"
-    if compiled.is_dir():
-        os.utime(directory)
-        return compiled
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        target = Path(scratch) / "compiled" / compiled.name
-        target.parent.mkdir()
-        with quiet_coremltools():
-            import coremltools as ct
+def measure_units(
+    package: Path, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]
+) -> list[Measured]:
+    """Every compute unit of this Mac, on pictures [1, 3, S, S] and their features [1, N, C].
 
-            ct.utils.compile_model(str(package), str(target))
-        try:
-            os.rename(target.parent, directory)
-        except OSError:
-            # Another process was first; anything else shows as the compiled model's absence.
-            if not compiled.is_dir():
-                raise
-    _prune(directory.parent)
-    return compiled
+    One that can't run the encoder says why.
+    """
+    size = pictures[0].shape[-1]
+    return measure(lambda units: CoreMLEncoder(package, units, size), pictures, references)
 
 
-def _prune(cache: Path) -> None:
-    """Remove all but the models used last."""
-    kept = sorted(cache.glob("*/*.mlmodelc"), key=lambda p: p.parent.stat().st_mtime, reverse=True)
-    for compiled in kept[_KEPT:]:
-        shutil.rmtree(compiled.parent, ignore_errors=True)
+def choose_units(package: Path, image_size: int | None = None) -> Choice:
+    """Measure this Mac's compute units against the package evaluated op by op, and keep the result
+    beside the compiled model, where `CoreMLEncoder` finds it.
+
+    Where there is no torch to evaluate it with, against Core ML on the CPU.
+
+    Raises:
+        EncoderError: no compute units run it.
+    """
+    info = describe(package, image_size)
+    pixels = probe(encoder_shape(info)[0])
+    if find_spec("torch") is None:
+        reference = "Core ML on the CPU"
+        features = CoreMLEncoder(package, "cpu", image_size)(pixels)
+    else:
+        reference = "the package evaluated op by op"
+        features = MLProgramEncoder(package, image_size)(pixels)
+    measured = measure_units(package, [pixels], [features])
+    chosen = best(measured, floor_db(info.precision))
+    made = compiled(package)
+    if made.kept:
+        write_record(_record(made, info.function), chosen.units, reference, measured)
+    return Choice(chosen, measured, reference)
 
 
-def _load(compiled: Path, units: str, function: str) -> Any:
+def _record(made: Compiled, function: str) -> Path:
+    return made.directory / f"units-{function}.json"
+
+
+def _load(path: Path, units: str, function: str) -> Any:
     with quiet_coremltools():
         import coremltools as ct
 
-        try:
-            return ct.models.CompiledMLModel(
-                str(compiled),
-                compute_units=ct.ComputeUnit[units],
-                # Before macOS 15 a function can't be named, and there is one.
-                function_name=None if function == FUNCTION_NAME else function,
-            )
-        except RuntimeError:
-            # A damaged cache must not be met again; a refusal costs one more compilation.
-            shutil.rmtree(compiled.parent, ignore_errors=True)
-            raise
+        return ct.models.CompiledMLModel(
+            str(path),
+            compute_units=ct.ComputeUnit[NAMES[units]],
+            # Before macOS 15 a function can't be named, and there is one.
+            function_name=None if function == FUNCTION_NAME else function,
+        )

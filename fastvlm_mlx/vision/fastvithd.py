@@ -159,6 +159,7 @@ class FastViTHD:
         config: VisionConfig,
         quantization: Quantization | None = None,
         observe: Observe | None = None,
+        dtype: mx.Dtype | None = None,
     ):
         """Fold and evaluate the weights.
 
@@ -166,6 +167,7 @@ class FastViTHD:
             arrays: under the names of an `mlx` bundle without `vision_tower.vision_model.`.
             quantization: config.json's, for conversions that quantized the encoder too.
             observe: called with every operation's result; computes in float32, uncompiled.
+            dtype: what is computed in, where it is not as above.
 
         Raises:
             EncoderError: a weight is missing, unknown or of the wrong shape.
@@ -178,7 +180,8 @@ class FastViTHD:
         weights = Weights(arrays, quantization)
         stem = "patch_embed.blocks.0.reparam_conv.bias"
         on_gpu = mx.default_device() != mx.Device(mx.cpu) and observe is None
-        self._dtype = arrays[stem].dtype if on_gpu and stem in arrays else mx.float32
+        own = arrays[stem].dtype if on_gpu and stem in arrays else mx.float32
+        self._dtype = dtype or own
         self._layers = [_cast(layer, self._dtype) for layer in _layers(weights, config)]
         widths = (config.embed_dims[-1], config.hidden_size)
         self._conv_exp = _conv(weights, "conv_exp.reparam_conv", *widths, 3, 1, widths[0]).cast(
@@ -208,9 +211,9 @@ class FastViTHD:
             x = self._layer(layer, x)
         x = self._op(self._conv_exp(x))
         reduce, expand = self._se
-        gate = self._op(x.mean((1, 2), keepdims=True))
+        gate = self._op(_mean(x))
         gate = self._op(mx.sigmoid(self._op(expand(mx.maximum(self._op(reduce(gate)), 0)))))
-        x = self._op(_gelu(self._op(x * gate)))
+        x = _gelu(self._op(x * gate), self._op)
         return x.flatten(1, 2)
 
     def _layer(self, layer: Layer, x: mx.array) -> mx.array:
@@ -218,13 +221,13 @@ class FastViTHD:
         if isinstance(layer, Conv):
             return op(layer(x))
         if isinstance(layer, Activated):
-            return op(_gelu(op(layer.conv(x))))
+            return _gelu(op(layer.conv(x)), op)
         if isinstance(layer, RepMixerBlock):
             x = op(layer.mixer(x))
         else:
             x = op(x + self._attention(layer, x))
         depthwise, up, down = layer.ffn
-        y = op(_gelu(op(up(op(depthwise(x))))))
+        y = _gelu(op(up(op(depthwise(x)))), op)
         y = op(x + op(down(y)))
         # One block's activations at a time: a lazy graph of the whole would hold the memory of
         # more. Inside a compiled function there is nothing to evaluate.
@@ -237,15 +240,27 @@ class FastViTHD:
         batch, height, width, channels = x.shape
         tokens = (batch, height * width, 3, channels // self._head_dim, self._head_dim)
         normed = self._op(mx.fast.layer_norm(x, None, None, EPS))
-        qkv = self._op(layer.qkv(normed)).reshape(tokens).transpose(2, 0, 3, 1, 4)
-        mixed = mx.fast.scaled_dot_product_attention(*qkv, scale=self._head_dim**-0.5)
+        q, k, v = self._op(layer.qkv(normed)).reshape(tokens).transpose(2, 0, 3, 1, 4)
+        # Metal has no fused kernel for heads this narrow. Written out, what is observed is what
+        # MLX falls back to: the scores, too, are rounded, and may overflow.
+        scores = self._op(self._op(q * self._head_dim**-0.5) @ k.swapaxes(-1, -2))
+        mixed = self._op(mx.softmax(scores, axis=-1, precise=True)) @ v
         mixed = self._op(mixed).transpose(0, 2, 1, 3).reshape(x.shape)
         return self._op(layer.proj(mixed))
 
 
-def _gelu(x: mx.array) -> mx.array:
+def _mean(x: mx.array) -> mx.array:
+    """[B, H, W, C] → [B, 1, 1, C] in x's type.
+
+    The sum is float32: in half precision that of 256 places of 256 is infinite already.
+    """
+    return x.astype(mx.float32).mean((1, 2), keepdims=True).astype(x.dtype)
+
+
+def _gelu(x: mx.array, op: Observe) -> mx.array:
+    """Exact GELU. Halved first: x · (1 + erf) overflows from half of the range on."""
     # nn.gelu is compiled on its own, which on a CPU calls the system's C++ compiler.
-    return x * (1 + mx.erf(x * sqrt(0.5))) * 0.5
+    return op(op(0.5 * x) * op(1 + op(mx.erf(op(x * sqrt(0.5))))))
 
 
 def _cast(layer: Layer, dtype: mx.Dtype) -> Layer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.errors import EncoderError
@@ -23,11 +24,12 @@ class Operation:
     """One MIL operation: its parameters, read once each.
 
     `tensor` names an operand of the returned function (its arguments come in the order of the
-    calls); `value` reads a constant.
+    calls); `value` reads a constant. `places` is, of a mean, how many numbers it adds up.
     """
 
     def __init__(self, op: Any):
         self._op = op
+        self.places = 1
         self.name, self.type = str(op.name), str(op.op_type)
         self.operands: list[Any] = []
         self._unread = {name for name, value in op.inputs.items() if value is not None}
@@ -55,7 +57,12 @@ class Operation:
     @property
     def rank(self) -> int:
         """Rank of the operand `x`."""
-        return len(self._op.inputs["x"].shape)
+        return len(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of the operand `x`."""
+        return tuple(self._op.inputs["x"].shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,6 +148,7 @@ def avg_pool(op: Operation) -> Compute:
     if op.value("ceil_mode", False):
         raise op.error("ceil_mode", "sizes rounded down")
     inside = op.value("exclude_padding_from_average", False)
+    op.places = prod(kernel)
     return lambda x: F.avg_pool2d(x, kernel, stride, pad[0::2], False, not inside)
 
 
@@ -318,6 +326,8 @@ def reduce(name: str, op: Operation) -> Compute:
     op.tensor("x")
     axes = _axes(op.value("axes", list(range(op.rank))), op.rank)
     keep = op.value("keep_dims", False)
+    if name == "mean":
+        op.places = prod(int(op.sizes[axis]) for axis in axes)
     function: Any = getattr(torch, name)
     return lambda x: function(x, axes, keepdim=keep)
 

@@ -3,7 +3,8 @@
 What runs is the package as it lies on disk, weights decompressed: both the encoder of machines
 without Core ML and the side of the numeric gate that speaks for what was written. Arithmetic is
 fp32, also where the program says fp16: torch's own half-precision convolution takes minutes on a
-CPU. `round_fp16` rounds the result of every fp16 operation instead.
+CPU. `round_fp16` rounds the result of every fp16 operation instead, and of a mean the sum before
+it is divided, which a kernel may hold in fp16: 256 places of 256 are infinite.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class _Step:
     results: tuple[str, ...]
     half: tuple[bool, ...]
     dead: tuple[str, ...]
+    places: int
 
 
 class MLProgram:
@@ -129,8 +131,9 @@ class MLProgram:
         Args:
             inputs: the function's inputs by name, float32; a picture's pixels from 0 to 255.
             round_fp16: round what every fp16 operation makes to fp16, overflow included.
-            observe: called with name, type and result (not to be written to) of every operation;
-                results are mostly channels-last, for reductions take `flat` of them.
+            observe: called with name, type and result (not to be written to) of every operation,
+                with `round_fp16` of a mean's sum too; results are mostly channels-last, for
+                reductions take `flat` of them.
 
         Raises:
             EncoderError: an operation fails: the package is damaged, or the memory short.
@@ -155,6 +158,11 @@ class MLProgram:
                 del made
                 for name, half, value in zip(step.results, step.half, values, strict=True):
                     if half and round_fp16:
+                        if step.places > 1:
+                            value = _rounded(value * step.places, operands)
+                            if observe is not None:
+                                observe(step.name, step.type, value)
+                            value = value / step.places
                         alive[name] = _rounded(value, operands)
                     else:
                         alive[name] = value
@@ -249,7 +257,8 @@ class MLProgramEncoder:
         check_images(images, self.image_size)
         if self.info.inputs[0].dtype == IMAGE:
             images = to_bytes(images)
-        x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+        # torch takes no array that is read-only without a warning.
+        x = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
         x = x.to(memory_format=torch.channels_last)
         made = self._program.run({INPUT_NAME: x}, round_fp16=round_fp16, observe=observe)
         features = made[OUTPUT_NAME].contiguous().numpy()
@@ -368,7 +377,8 @@ def _compile(function: Any) -> tuple[list[_Step], dict[str, torch.Tensor]]:
     for operation, compute, operands, results, half in reversed(drafts):
         dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
         later.update(operands)
-        steps.append(_Step(operation.name, operation.type, compute, operands, results, half, dead))
+        name, kind, places = operation.name, operation.type, operation.places
+        steps.append(_Step(name, kind, compute, operands, results, half, dead, places))
     return steps[::-1], constants
 
 
