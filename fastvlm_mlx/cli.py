@@ -27,9 +27,11 @@ from fastvlm_mlx.cli_compare import compare, sweep
 from fastvlm_mlx.cli_convert import convert
 from fastvlm_mlx.cli_export import export
 from fastvlm_mlx.cli_plan import plan
-from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
+from fastvlm_mlx.cli_usage import UsageError, Verbs, usage_sentence
+from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError, printable
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,9 +49,15 @@ def main() -> None:
             # A terminal without a character for an answer's letter still gets the answer.
             stream.reconfigure(errors="replace")
     try:
-        app()
+        with needs_export_extra():
+            status = app(standalone_mode=False) or 0
     except FastVLMError as error:
         _fail(str(error), error.exit_status)
+    except UsageError as error:
+        # Without arguments the help was printed, and there is no more to say.
+        if error.format_message():
+            _fail(printable(usage_sentence(error, sys.argv[1:])), error.exit_code)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,10 +66,9 @@ def main() -> None:
         if error.filename is not None:
             raise
         _fail(f"the output can't be written ({error.strerror}): make room where it goes", 2)
-    except SystemExit as leaving:
-        if leaving.code == 130:
-            print("interrupted: nothing half done was left behind", file=sys.stderr)
-        raise
+    if status == 130:
+        print("interrupted: nothing half done was left behind", file=sys.stderr)
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> None:
@@ -177,10 +184,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Repeat a bundle's checks: files, layout, and with its checkpoint the numeric gates."""
-    with needs_export_extra():
-        from model_export.verify import verify as run
-
     from fastvlm_mlx import report
+    from model_export.verify import verify as run
 
     if checkpoint is None and (base or revision):
         raise OptionError("--base or --revision is given without --checkpoint: name that too")
@@ -238,9 +243,8 @@ def install(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done.")] = False,
 ) -> None:
     """Put a bundle where the demo app's Xcode project expects its model."""
-    with needs_export_extra():
-        from model_export.install import install as run
-        from model_export.install import plan
+    from model_export.install import install as run
+    from model_export.install import plan
 
     installation = plan(bundle, app_dir)
     for name in installation.files:
@@ -298,8 +302,7 @@ def demo(
     llm_bits: Annotated[int, typer.Option(help="As for export.")] = 4,
 ) -> None:
     """Export the checkpoint that ships with the package, verify it, draw a scene and ask."""
-    with needs_export_extra():
-        from model_export.demo.run import run_demo
+    from model_export.demo.run import run_demo
 
     run_demo(directory, seed=seed, llm_bits=llm_bits)
 

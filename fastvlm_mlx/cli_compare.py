@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli_common import needs_export_extra, print_json
+from fastvlm_mlx.cli_common import print_json
 
 if TYPE_CHECKING:
     from model_export.compare import Row
@@ -38,11 +38,9 @@ def compare(
 ) -> None:
     """Hold bundles and checkpoints to one of them: sizes, losses, answers changed."""
     from fastvlm_mlx import report
-
-    with needs_export_extra():
-        from model_export import chart
-        from model_export.compare import compare as run
-        from model_export.sweep import RESULTS
+    from model_export import chart
+    from model_export.compare import compare as run
+    from model_export.sweep import RESULTS
 
     if plot is not None:
         chart.check(plot)
@@ -67,11 +65,9 @@ def sweep(
 ) -> None:
     """Export a checkpoint in many ways and compare them all; run again, it goes on."""
     from fastvlm_mlx import report
-
-    with needs_export_extra():
-        from model_export import chart
-        from model_export.sweep import read_choices
-        from model_export.sweep import sweep as run
+    from model_export import chart
+    from model_export.sweep import read_choices
+    from model_export.sweep import sweep as run
 
     if plot is not None:
         chart.check(plot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 
 from fastvlm_mlx.bundle import Bundle
@@ -14,10 +15,21 @@ from model_export import llm, recipes
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.roofline import Decoder
-from model_export.weights import MLX_ENCODER_PREFIX, bundle_specs, in_encoder
+from model_export.weights import (
+    MLX_ENCODER_PREFIX,
+    bundle_specs,
+    encoder_specs,
+    in_encoder,
+    is_unused,
+)
 
 # System prompt, chat template and a question of two lines, in tokens.
 PROMPT_TEXT_TOKENS = 40
+# What goes into the products beside it. BatchNorm's bias stays, as that of the convolution.
+FOLDED = (
+    *(".bn.weight", ".bn.running_mean", ".bn.running_var", ".norm.weight", ".norm.bias"),
+    *(".layer_scale", ".layer_scale_1", ".layer_scale_2"),
+)
 
 
 @dataclass(frozen=True)
@@ -127,12 +139,11 @@ def encoder_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
 
 @cache
 def _folded_parameters(vision: VisionConfig) -> int:
-    import torch
-
-    from model_export.fastvithd import FastViTHD
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in FastViTHD(vision).parameters())
+    """What `fastvithd.fold` leaves of the encoder's parameters, counted without torch."""
+    shapes = {spec.name: spec.shape for spec in encoder_specs(vision) if not is_unused(spec.name)}
+    kept = sum(prod(shape) for name, shape in shapes.items() if not name.endswith(FOLDED))
+    # Attention's first product gets a bias, from the norm before it.
+    return kept + sum(shape[0] for name, shape in shapes.items() if name.endswith("qkv.weight"))
 
 
 def _is_read(name: str, *, tied: bool) -> bool:
