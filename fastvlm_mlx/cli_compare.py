@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm_mlx.cli_common import print_json
+from fastvlm_mlx.files import left_behind
 
 if TYPE_CHECKING:
     from model_export.compare import Row
@@ -45,7 +46,7 @@ def compare(
     if plot is not None:
         chart.check(plot)
     # What a sweep leaves beside its bundles, which `sweep/*` names too.
-    models = [path for path in paths if Path(path).name != RESULTS]
+    models = [p for p in paths if (name := Path(p).name) != RESULTS and not left_behind(name)]
     with report.stages() as progress:
         rows = run(models, reference, questions, count, progress)
     _deliver(rows, plot, as_json, {})

@@ -24,7 +24,8 @@ MAX_FILES = 10_000
 
 # What desktop systems leave beside files, on a USB stick for example; and where git and
 # huggingface_hub (`hf download --local-dir`) keep books of their own.
-_LEFT = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX", ".git", ".cache"})
+_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX"})
+_BOOKS = frozenset({".git", ".cache"})
 _APPLE_DOUBLE = "._"
 
 
@@ -48,7 +49,17 @@ class Stamp:
 def left_behind(name: str) -> bool:
     """Whether a system or a tool leaves files or folders of this name by itself: no part of a
     model."""
-    return name in _LEFT or name.startswith(_APPLE_DOUBLE)
+    return name in _BOOKS or is_litter(name)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a desktop system leaves files or folders of this name, which nobody misses."""
+    return name in _LITTER or name.startswith(_APPLE_DOUBLE)
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether there is nothing in a directory that anybody put there. Raises OSError."""
+    return all(is_litter(path.name) for path in directory.iterdir())
 
 
 def inside(root: Path | None, file: Path, error: type[FastVLMError]) -> Path:

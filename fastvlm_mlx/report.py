@@ -163,7 +163,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
             "hidden_size": bundle.config.text.hidden_size,
             **sizes,
         },
-        "total_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "total_bytes": sum(stamp.bytes for stamp in bundle.stamps.values()),
         "image_aspect_ratio": bundle.config.image_aspect_ratio,
         **_fits(bundle),
         "gates": manifest.get("gates"),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.files import left_behind
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # Of the repository's top directory; a `.bin` of full weights only where there are no safetensors.
@@ -92,7 +93,7 @@ def _download(repository: str, revision: str | None) -> Path:
     name = repository + (f" at revision {revision}" if revision else "")
     try:
         snapshot = fetch((*SMALL_FILES, *WEIGHTS))
-        if not any(snapshot.glob("*.safetensors")):
+        if all(left_behind(file.name) for file in snapshot.glob("*.safetensors")):
             snapshot = fetch((*SMALL_FILES, *WEIGHTS, *PICKLED_WEIGHTS))
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, DestinationError
+from fastvlm_mlx.files import is_litter
 from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export import layouts
 from model_export.destination import appearing
@@ -51,13 +52,13 @@ def plan(bundle_path: Path, app: Path) -> Installation:
             "released encoder at 1024×1024, without --image-input"
         )
     model = _model_directory(app)
-    present = sorted(p for p in model.rglob("*") if p.is_file()) if model.is_dir() else []
+    present = sorted(p.relative_to(model) for p in model.rglob("*") if p.is_file())
     return Installation(
         bundle.path,
         model,
         tuple(bundle.files),
         sum((bundle.path / name).stat().st_size for name in bundle.files),
-        tuple(p.relative_to(model).as_posix() for p in present),
+        tuple(p.as_posix() for p in present if not any(map(is_litter, p.parts))),
     )
 
 
