@@ -50,7 +50,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         with needs_export_extra():
-            status = app(standalone_mode=False) or 0
+            status = app(prog_name="fastvlm", standalone_mode=False) or 0
     except FastVLMError as error:
         _fail(str(error), error.exit_status)
     except UsageError as error:
@@ -195,18 +195,22 @@ def verify(
         "min_agreement": min_agreement,
     }
     with report.stages() as progress:
-        _, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
+        checked, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
     failed = [gate for gate in gates if not gate.passed]
     if as_json:
         print_json(
             {
                 "bundle": str(bundle),
+                "files": None if checked.manifest is None else len(checked.files) - 1,
+                "layout": checked.layout,
                 "gates": [gate.to_dict() for gate in gates],
                 "passed": not failed,
             }
         )
     else:
-        report.print_gates([gate.to_dict() for gate in gates])
+        report.print_checks(checked)
+        if gates:
+            report.print_gates([gate.to_dict() for gate in gates])
         if checkpoint is None:
             report.note("give --checkpoint to compare features and answers with the source")
     if failed:

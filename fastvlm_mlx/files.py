@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ MAX_FILES = 10_000
 _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX"})
 _BOOKS = frozenset({".git", ".cache"})
 _APPLE_DOUBLE = "._"
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/+\S", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Stamp:
         """Of a path, or of an open file's descriptor. Raises OSError."""
         found = os.stat(file)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def is_url(reference: object) -> bool:
+    """Whether it begins as a URL does, and nothing here has that name. Of a URL that was made a
+    path one slash is left."""
+    return _URL.match(str(reference)) is not None and not os.path.exists(str(reference))
 
 
 def left_behind(name: str) -> bool:

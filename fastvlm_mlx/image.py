@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.errors import ConfigError, ImageError
+from fastvlm_mlx.files import is_url
 from fastvlm_mlx.resample import reached, resample, support
 
 # Where PIL by itself refuses: half a gibibyte of 24-bit pixels.
@@ -86,6 +88,11 @@ def load_image(
         return _decode(source, name if isinstance(name, str) else "the picture", max_pixels)
     if not str(source):
         raise ImageError("the picture's path is empty: give the path of a picture")
+    if is_url(source):
+        raise ImageError(
+            f"{source} is a URL: expected the path of a picture, download it first with `curl -LO "
+            f"{quote(str(source))}` and give the file"
+        )
     path = Path(source).expanduser()
     try:
         file = path.open("rb")

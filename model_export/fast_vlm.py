@@ -9,7 +9,6 @@ from fastvlm_mlx.config import MODEL_TYPE, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from model_export.tensors import read_json
 
-TRANSFORMERS_MODEL_TYPE = "fast_vlm"
 ARCHITECTURE = "fastvit_mci3"
 # What timm's fastvit_mci3 may be built with, under the names of VisionConfig.
 SHAPE_ARGUMENTS = (
