@@ -26,6 +26,7 @@ from fastvlm_mlx.cli_common import (
 from fastvlm_mlx.cli_compare import compare, sweep
 from fastvlm_mlx.cli_convert import convert
 from fastvlm_mlx.cli_export import export
+from fastvlm_mlx.cli_install import install
 from fastvlm_mlx.cli_plan import plan
 from fastvlm_mlx.cli_usage import UsageError, Verbs, usage_sentence
 from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError, printable
@@ -236,32 +237,7 @@ app.command()(compare)
 app.command()(sweep)
 app.command()(plan)
 app.command()(convert)
-
-
-@app.command()
-def install(
-    bundle: Out,
-    app_dir: Annotated[
-        Path, typer.Argument(help="The app/ directory of a clone of apple/ml-fastvlm.")
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done.")] = False,
-) -> None:
-    """Put a bundle where the demo app's Xcode project expects its model."""
-    from model_export.install import install as run
-    from model_export.install import plan
-
-    installation = plan(bundle, app_dir)
-    for name in installation.files:
-        print(f"{'would copy' if dry_run else 'copy'} {name}")
-    for name in sorted(set(installation.replaces) - set(installation.files)):
-        print(f"{'would remove' if dry_run else 'remove'} {name}")
-    if not dry_run:
-        run(installation)
-    print(
-        f"{installation.bytes / 1e6:,.1f} MB {'would go' if dry_run else 'are'} in "
-        f"{installation.model}\nNext: open FastVLM.xcodeproj beside it in Xcode, choose your team "
-        "under Signing & Capabilities, a device, and run"
-    )
+app.command()(install)
 
 
 @app.command()

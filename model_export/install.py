@@ -51,7 +51,7 @@ def plan(bundle_path: Path, app: Path) -> Installation:
             f"{bundle_path} does not fit the unmodified app, {misfit}: export a checkpoint of the "
             "released encoder at 1024×1024, without --image-input"
         )
-    model = _model_directory(app)
+    model = model_directory(app)
     present = sorted(p.relative_to(model) for p in model.rglob("*") if p.is_file())
     return Installation(
         bundle.path,
@@ -77,7 +77,8 @@ def install(installation: Installation) -> None:
             shutil.copyfile(installation.bundle / name, target)
 
 
-def _model_directory(app: Path) -> Path:
+def model_directory(app: Path) -> Path:
+    """Where the app's model is, or will be. Raises DestinationError: `app` is not the demo app."""
     app = app.expanduser()
     if not app.is_dir():
         raise DestinationError(
