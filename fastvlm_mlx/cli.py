@@ -209,7 +209,8 @@ def verify(
             }
         )
     else:
-        report.print_checks(checked)
+        if checkpoint is None:
+            report.print_checks(checked)
         if gates:
             report.print_gates([gate.to_dict() for gate in gates])
         if checkpoint is None:
