@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
-from fastvlm_mlx.directory import Directory
+from fastvlm_mlx.config import IMAGE_TOKEN, TRANSFORMERS_MODEL_TYPE, FastVLMConfig
+from fastvlm_mlx.directory import Directory, checkpoint_found
 from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.kind import is_bundle
 from fastvlm_mlx.manifest import EXPORT_AGAIN
 from fastvlm_mlx.quantization import Format
 from fastvlm_mlx.schema import TokenId, check
@@ -31,6 +33,9 @@ MLX_PROJECTOR = {
     "mm_projector.0.": "multi_modal_projector.linear_0.",
     "mm_projector.2.": "multi_modal_projector.linear_2.",
 }
+
+# Weights that a checkpoint has and a bundle never.
+PICKLED = ("pytorch_model*.bin", "mm_projector.bin", "non_lora_trainables.bin", "adapter_*.bin")
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,13 @@ class Bundle(Directory):
         """
         found = Directory.look(path)
         raw = found.read_json("config.json")
+        if found.manifest is None and _is_checkpoint(found, raw):
+            raise checkpoint_found(found.path)
         config = FastVLMConfig.from_dict(raw)
         bundle = cls(found.path, found.manifest, found.stamps, raw, config)
         # Of a bundle with a manifest nothing is parsed that was not compared with its hash.
         if found.manifest is None and any(n.startswith("model.") for n in bundle.tensor_names):
-            raise BundleError(
-                f"{bundle.path} is a checkpoint, not a bundle: run `fastvlm export {bundle.path} "
-                "OUT` first"
-            )
+            raise checkpoint_found(bundle.path)
         return bundle
 
     def at(self, image_size: int) -> Bundle:
@@ -240,6 +244,14 @@ class Bundle(Directory):
                 f"expected the ids of this model's tokens, {EXPORT_AGAIN}"
             )
         return frozenset(ids)
+
+
+def _is_checkpoint(found: Directory, raw_config: dict[str, Any]) -> bool:
+    """Whether a directory without a manifest is a checkpoint that other tools than Apple's wrote;
+    Apple's has tensors by which it is told."""
+    pickled = any(fnmatch(name, pattern) for name in found.stamps for pattern in PICKLED)
+    of_transformers = raw_config.get("model_type") == TRANSFORMERS_MODEL_TYPE
+    return (pickled or of_transformers) and not is_bundle(found.path)
 
 
 def model_name(stored: str) -> str:

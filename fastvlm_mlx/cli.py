@@ -27,10 +27,13 @@ from fastvlm_mlx.cli_compare import compare, sweep
 from fastvlm_mlx.cli_convert import convert
 from fastvlm_mlx.cli_doctor import doctor
 from fastvlm_mlx.cli_export import export
+from fastvlm_mlx.cli_install import install
 from fastvlm_mlx.cli_plan import plan
-from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError
+from fastvlm_mlx.cli_usage import UsageError, Verbs, usage_sentence
+from fastvlm_mlx.errors import FastVLMError, GateError, ImageError, OptionError, printable
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,9 +51,15 @@ def main() -> None:
             # A terminal without a character for an answer's letter still gets the answer.
             stream.reconfigure(errors="replace")
     try:
-        app()
+        with needs_export_extra():
+            status = app(prog_name="fastvlm", standalone_mode=False) or 0
     except FastVLMError as error:
         _fail(str(error), error.exit_status)
+    except UsageError as error:
+        # Without arguments the help was printed, and there is no more to say.
+        if error.format_message():
+            _fail(printable(usage_sentence(error, sys.argv[1:])), error.exit_code)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,10 +68,9 @@ def main() -> None:
         if error.filename is not None:
             raise
         _fail(f"the output can't be written ({error.strerror}): make room where it goes", 2)
-    except SystemExit as leaving:
-        if leaving.code == 130:
-            print("interrupted: nothing half done was left behind", file=sys.stderr)
-        raise
+    if status == 130:
+        print("interrupted: nothing half done was left behind", file=sys.stderr)
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> None:
@@ -183,10 +191,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Repeat a bundle's checks: files, layout, and with its checkpoint the numeric gates."""
-    with needs_export_extra():
-        from model_export.verify import verify as run
-
     from fastvlm_mlx import report
+    from model_export.verify import verify as run
 
     if checkpoint is None and (base or revision):
         raise OptionError("--base or --revision is given without --checkpoint: name that too")
@@ -196,7 +202,7 @@ def verify(
         "min_agreement": min_agreement,
     }
     with report.stages() as progress:
-        _, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
+        checked, gates = run(bundle, checkpoint, limits, progress, base=base, revision=revision)
     failed = [gate for gate in gates if not gate.passed]
     judged = [gate.to_dict() for gate in gates if not gate.left_out]
     left_out = {gate.name: gate.left_out for gate in gates if gate.left_out}
@@ -204,13 +210,18 @@ def verify(
         print_json(
             {
                 "bundle": str(bundle),
+                "files": None if checked.manifest is None else len(checked.files) - 1,
+                "layout": checked.layout,
                 "gates": judged,
                 "gates_left_out": left_out,
                 "passed": not failed,
             }
         )
     else:
-        report.print_gates(judged)
+        if checkpoint is None:
+            report.print_checks(checked)
+        if judged:
+            report.print_gates(judged)
         for name, why in left_out.items():
             report.note(f"{name} is not judged: {why}")
         if checkpoint is None:
@@ -239,33 +250,7 @@ app.command()(sweep)
 app.command()(plan)
 app.command()(convert)
 app.command()(doctor)
-
-
-@app.command()
-def install(
-    bundle: Out,
-    app_dir: Annotated[
-        Path, typer.Argument(help="The app/ directory of a clone of apple/ml-fastvlm.")
-    ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done.")] = False,
-) -> None:
-    """Put a bundle where the demo app's Xcode project expects its model."""
-    with needs_export_extra():
-        from model_export.install import install as run
-        from model_export.install import plan
-
-    installation = plan(bundle, app_dir)
-    for name in installation.files:
-        print(f"{'would copy' if dry_run else 'copy'} {name}")
-    for name in sorted(set(installation.replaces) - set(installation.files)):
-        print(f"{'would remove' if dry_run else 'remove'} {name}")
-    if not dry_run:
-        run(installation)
-    print(
-        f"{installation.bytes / 1e6:,.1f} MB {'would go' if dry_run else 'are'} in "
-        f"{installation.model}\nNext: open FastVLM.xcodeproj beside it in Xcode, choose your team "
-        "under Signing & Capabilities, a device, and run"
-    )
+app.command()(install)
 
 
 @app.command()
@@ -310,8 +295,7 @@ def demo(
     llm_bits: Annotated[int, typer.Option(help="As for export.")] = 4,
 ) -> None:
     """Export the checkpoint that ships with the package, verify it, draw a scene and ask."""
-    with needs_export_extra():
-        from model_export.demo.run import run_demo
+    from model_export.demo.run import run_demo
 
     run_demo(directory, seed=seed, llm_bits=llm_bits)
 

@@ -12,6 +12,15 @@ import typer
 
 from fastvlm_mlx.errors import OptionError
 
+# The modules of the `export` extra, and the packages that they come in.
+EXTRA = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "scipy": "scipy",
+}
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")]
 Base = Annotated[
@@ -27,12 +36,16 @@ MinAgreement = Annotated[float | None, typer.Option(help="Floor of the greedy ag
 
 @contextmanager
 def needs_export_extra() -> Iterator[None]:
-    """Turns a missing package of the `export` extra into the command that installs it."""
+    """Turns a missing package of the `export` extra, whenever it is missed, into the command that
+    installs it. Any other missing module is a bug of ours, and stays one."""
     try:
         yield
     except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in EXTRA:
+            raise
         raise OptionError(
-            f"this needs {error.name}, which is not installed: run "
+            f"this needs {EXTRA[name]} of the `export` extra, which is not installed: run "
             'pip install "fastvlm-mlx[export]"'
         ) from error
 

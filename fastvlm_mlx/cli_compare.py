@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli_common import needs_export_extra, print_json
+from fastvlm_mlx.cli_common import print_json
+from fastvlm_mlx.files import left_behind
 
 if TYPE_CHECKING:
     from model_export.compare import Row
@@ -38,16 +39,14 @@ def compare(
 ) -> None:
     """Hold bundles and checkpoints to one of them: sizes, losses, answers changed."""
     from fastvlm_mlx import report
-
-    with needs_export_extra():
-        from model_export import chart
-        from model_export.compare import compare as run
-        from model_export.sweep import RESULTS
+    from model_export import chart
+    from model_export.compare import compare as run
+    from model_export.sweep import RESULTS
 
     if plot is not None:
         chart.check(plot)
     # What a sweep leaves beside its bundles, which `sweep/*` names too.
-    models = [path for path in paths if Path(path).name != RESULTS]
+    models = [p for p in paths if (name := Path(p).name) != RESULTS and not left_behind(name)]
     with report.stages() as progress:
         rows = run(models, reference, questions, count, progress)
     _deliver(rows, plot, as_json, {})
@@ -67,11 +66,9 @@ def sweep(
 ) -> None:
     """Export a checkpoint in many ways and compare them all; run again, it goes on."""
     from fastvlm_mlx import report
-
-    with needs_export_extra():
-        from model_export import chart
-        from model_export.sweep import read_choices
-        from model_export.sweep import sweep as run
+    from model_export import chart
+    from model_export.sweep import read_choices
+    from model_export.sweep import sweep as run
 
     if plot is not None:
         chart.check(plot)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastvlm_mlx.cli_common import needs_export_extra, print_json
+from fastvlm_mlx.cli_common import print_json
 
 
 def convert(
@@ -19,9 +19,7 @@ def convert(
 ) -> None:
     """Turn an mlx bundle into an app bundle, checked against it; needs no checkpoint."""
     from fastvlm_mlx import report
-
-    with needs_export_extra():
-        from model_export.convert import convert as run
+    from model_export.convert import convert as run
 
     with report.stages() as progress:
         result = run(bundle, out, layout, progress, overwrite=overwrite)

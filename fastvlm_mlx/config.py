@@ -18,6 +18,7 @@ from fastvlm_mlx.quantization import Quantization
 from fastvlm_mlx.schema import Count, Layers, Positive, Width, check
 
 MODEL_TYPE = "llava_qwen2"
+TRANSFORMERS_MODEL_TYPE = "fast_vlm"
 IMAGE_TOKEN = "<image>"
 # The encoder's input in pixels along one side: twice what FastVLM was trained at. There attention
 # alone takes 1.6 GB; at twice that size, sixteen times as much.
@@ -300,3 +301,15 @@ class FastVLMConfig:
             dtype=meeting.torch_dtype or meeting.dtype or "float16",
             quantization=None if quantization is None else Quantization.from_dict(quantization),
         )
+
+
+def fits_mlx_vlm(vision: VisionConfig) -> dict[str, Any]:
+    """What the manifest and `inspect` say of mlx-vlm as it is released, which builds MobileCLIP-L
+    whatever `vision_config` says; only the size is free."""
+    released = VisionConfig(image_size=vision.image_size)
+    for name, value in released.to_dict().items():
+        found = vision.to_dict()[name]
+        if found != value:
+            misfit = f"its encoder has {name} {found} and mlx-vlm builds the released one's {value}"
+            return {"fits_unmodified_mlx_vlm": False, "misfit": misfit}
+    return {"fits_unmodified_mlx_vlm": True}

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.errors import ImageError, OptionError
+from fastvlm_mlx.files import is_url
 from fastvlm_mlx.inner_sizes import inner_sizes
 from fastvlm_mlx.rgb import DECODER_ERRORS, from_array, to_rgb
 
@@ -101,9 +103,10 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
-        if text.startswith(("https://", "http://")):
+        if is_url(text):
             raise ImageError(
-                f"{_printable(text)} is a URL: download the picture and give its path"
+                f"{text} is a URL: expected the path of a picture, download it first with `curl "
+                f"-LO {quote(text)}` and give the file"
             ) from error
         raise ImageError(f"{name} does not exist: give the path of a picture") from error
     except IsADirectoryError as error:

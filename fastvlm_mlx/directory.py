@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastvlm_mlx.errors import BundleError
-from fastvlm_mlx.files import Stamp, inside, listing, read_bytes, sha256
+from fastvlm_mlx.files import Stamp, inside, is_url, listing, read_bytes, sha256
+from fastvlm_mlx.kind import ADAPTER_CONFIG, CONFIG, is_like_a_hub_id, what_is_below
 from fastvlm_mlx.manifest import EXPORT_AGAIN, MANIFEST, check_manifest
 from fastvlm_mlx.schema import JSON_BYTES, parse
 
@@ -136,21 +137,41 @@ def _directory(path: str | Path) -> Path:
         raise BundleError(
             f"a bundle was looked for at {path!r}, a {type(path).__name__}: expected a path"
         )
+    if is_url(path):
+        raise BundleError(f"{path} is a URL: expected a bundle's directory, download it first")
     try:
         path = Path(path).expanduser()
         exists, directory = path.exists(), path.is_dir()
     # A NUL in it, a home that nobody has, or a name that is too long.
     except (OSError, ValueError, RuntimeError) as error:
         raise BundleError(f"{path} is not a path that can be opened ({error})") from error
+    if not exists and is_like_a_hub_id(path):
+        raise BundleError(
+            f"{path} does not exist here, and is no hub id to this verb: `fastvlm export {path} "
+            f"OUT` makes a bundle of a checkpoint on the hub, `hf download {path} --local-dir OUT` "
+            "fetches a bundle"
+        )
     if not exists:
         raise BundleError(f"{path} does not exist: expected a bundle made by `fastvlm export`")
     if not directory:
         raise BundleError(f"{path} is a file: expected the bundle's directory")
-    if not (path / "config.json").is_file():
-        raise BundleError(
-            f"{path} holds no config.json: expected a bundle made by `fastvlm export`"
-        )
-    return path
+    if (path / CONFIG).is_file():
+        return path
+    if (path / ADAPTER_CONFIG).is_file():
+        raise checkpoint_found(path)
+    below = what_is_below(path)
+    raise BundleError(
+        f"{path} holds no config.json but {below}: give the one that is meant"
+        if below
+        else f"{path} holds no config.json: expected a bundle made by `fastvlm export`"
+    )
+
+
+def checkpoint_found(path: Path) -> BundleError:
+    """What is said of a checkpoint where a bundle belongs."""
+    return BundleError(
+        f"{path} is a checkpoint, not a bundle: run `fastvlm export {path} OUT` first"
+    )
 
 
 def _stamps(path: Path) -> dict[str, Stamp]:

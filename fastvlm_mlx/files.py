@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ MAX_FILES = 10_000
 
 # What desktop systems leave beside files, on a USB stick for example; and where git and
 # huggingface_hub (`hf download --local-dir`) keep books of their own.
-_LEFT = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX", ".git", ".cache"})
+_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX"})
+_BOOKS = frozenset({".git", ".cache"})
 _APPLE_DOUBLE = "._"
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/+\S", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,26 @@ class Stamp:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def is_url(reference: object) -> bool:
+    """Whether it begins as a URL does, and nothing here has that name. Of a URL that was made a
+    path one slash is left."""
+    return _URL.match(str(reference)) is not None and not os.path.exists(str(reference))
+
+
 def left_behind(name: str) -> bool:
     """Whether a system or a tool leaves files or folders of this name by itself: no part of a
     model."""
-    return name in _LEFT or name.startswith(_APPLE_DOUBLE)
+    return name in _BOOKS or is_litter(name)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a desktop system leaves files or folders of this name, which nobody misses."""
+    return name in _LITTER or name.startswith(_APPLE_DOUBLE)
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether there is nothing in a directory that anybody put there. Raises OSError."""
+    return all(is_litter(path.name) for path in directory.iterdir())
 
 
 def inside(root: Path | None, file: Path, error: type[FastVLMError]) -> Path:

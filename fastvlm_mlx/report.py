@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fastvlm_mlx.bundle import ENCODER_PREFIX, Bundle, tensor_names
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.config import fits_mlx_vlm
 from fastvlm_mlx.errors import BundleError, printable
-from fastvlm_mlx.files import inside
+from fastvlm_mlx.kind import is_bundle
 from fastvlm_mlx.manifest import MANIFEST
 from fastvlm_mlx.vision.package import IMAGE, describe, fits_app
 
@@ -137,20 +138,6 @@ def inspect(path: Path) -> dict[str, Any]:
     return inspect_bundle(path) if is_bundle(path) else inspect_checkpoint(path)
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a directory is a bundle, ours, Apple's, or mlx-vlm's, which has neither package nor
-    manifest."""
-    if [*path.glob("*.mlpackage"), *path.glob(MANIFEST)]:
-        return True
-    for file in sorted(path.glob("*.safetensors")):
-        # A damaged file is told by who reads the directory as what it is otherwise.
-        with suppress(BundleError):
-            names = tensor_names([inside(path, file, BundleError)])
-            if any(name.startswith(ENCODER_PREFIX) for name in names):
-                return True
-    return False
-
-
 def inspect_bundle(path: Path) -> dict[str, Any]:
     """Sizes by part, bits per weight, encoder, gates, licence. From the files, not the manifest."""
     bundle = Bundle.open(path)
@@ -174,7 +161,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
             "hidden_size": bundle.config.text.hidden_size,
             **sizes,
         },
-        "total_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "total_bytes": sum(stamp.bytes for stamp in bundle.stamps.values()),
         "image_aspect_ratio": bundle.config.image_aspect_ratio,
         **_fits(bundle),
         "gates": manifest.get("gates"),
@@ -193,7 +180,7 @@ def _converted_from(manifest: dict[str, Any]) -> dict[str, Any]:
 def _fits(bundle: Bundle) -> dict[str, Any]:
     if bundle.layout == "app":
         return fits_app(describe(bundle.package))
-    return {"fits_unmodified_mlx_vlm": bundle.config.vision.is_mobileclip_l}
+    return fits_mlx_vlm(bundle.config.vision)
 
 
 def _package_facts(bundle: Bundle) -> dict[str, Any]:
@@ -326,6 +313,17 @@ def print_bundle(facts: dict[str, Any]) -> None:
     _stdout.print(table, soft_wrap=True)
     if facts.get("gates"):
         print_gates(facts["gates"])
+
+
+def print_checks(bundle: Bundle) -> None:
+    """What `verify` has checked before any gate, as its manifest and its layout say it."""
+    files = f"{len(bundle.files) - 1} as {MANIFEST} lists them, by size and SHA-256"
+    if bundle.manifest is None:
+        files = f"not compared, there is no {MANIFEST}"
+    table = Table("check", "", box=None, pad_edge=False)
+    table.add_row("files", files)
+    table.add_row("layout", f"{bundle.layout}, by the rules of the programs that load it")
+    _stdout.print(table, soft_wrap=True)
 
 
 def print_gates(gates: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import ImageError, OptionError
-from fastvlm_mlx.files import MB, read_bytes
+from fastvlm_mlx.files import MB, left_behind, read_bytes
 from fastvlm_mlx.image import load_image
 from model_export.demo import scenes
 from model_export.pictures import GATE_PIXELS, GatePicture, photographs
@@ -129,7 +129,8 @@ def _scene(seed: int, size: int) -> GatePicture:
 def _directory(directory: Path, size: int) -> tuple[list[GatePicture], list[str]]:
     Image.init()
     files = [f for f in directory.rglob("*") if f.suffix.lower() in Image.EXTENSION and f.is_file()]
-    asked = {file.relative_to(directory).as_posix(): OPENINGS for file in sorted(files)}
+    names = (file.relative_to(directory) for file in sorted(files))
+    asked = {n.as_posix(): OPENINGS for n in names if not any(map(left_behind, n.parts))}
     return _read(directory, asked, size)
 
 

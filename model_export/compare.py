@@ -23,6 +23,7 @@ from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.fastvlm import image_processor, placeholder_id
+from fastvlm_mlx.kind import is_bundle
 from fastvlm_mlx.prompt import TURN_END
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export import qwen2
@@ -144,7 +145,7 @@ def compare(
 def open_model(path: str | Path) -> Model:
     """Raises BundleError or CheckpointError if it is neither a bundle nor a checkpoint."""
     directory = Path(path).expanduser()
-    if directory.is_dir() and report.is_bundle(directory):
+    if directory.is_dir() and is_bundle(directory):
         return _bundle(directory)
     return _checkpoint(path)
 

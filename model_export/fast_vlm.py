@@ -10,7 +10,6 @@ from fastvlm_mlx.errors import CheckpointError, ConfigError
 from model_export.settings import ROPE_THETA, check_settings
 from model_export.tensors import read_json
 
-TRANSFORMERS_MODEL_TYPE = "fast_vlm"
 ARCHITECTURE = "fastvit_mci3"
 # What timm's fastvit_mci3 may be built with, under the names of VisionConfig.
 SHAPE_ARGUMENTS = (

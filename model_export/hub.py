@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.files import is_url, left_behind
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # Of the repository's top directory; a `.bin` of full weights only where there are no safetensors.
@@ -47,6 +48,11 @@ def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, st
         raise CheckpointError(
             f"a checkpoint was looked for at {reference!r}, a {type(reference).__name__}: expected "
             "a path or a hub id"
+        )
+    if is_url(reference):
+        raise CheckpointError(
+            f"{reference} is a URL: expected a checkpoint directory, or a hub id such as "
+            "apple/FastVLM-0.5B"
         )
     match = HUB_ID.fullmatch(str(reference))
     try:
@@ -92,7 +98,7 @@ def _download(repository: str, revision: str | None) -> Path:
     name = repository + (f" at revision {revision}" if revision else "")
     try:
         snapshot = fetch((*SMALL_FILES, *WEIGHTS))
-        if not any(snapshot.glob("*.safetensors")):
+        if all(left_behind(file.name) for file in snapshot.glob("*.safetensors")):
             snapshot = fetch((*SMALL_FILES, *WEIGHTS, *PICKLED_WEIGHTS))
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.errors import BundleError, DestinationError
+from fastvlm_mlx.files import is_litter
 from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export import layouts
 from model_export.destination import Destination, appearing, look_at
@@ -38,7 +39,8 @@ class Installation:
     @property
     def replaces(self) -> tuple[str, ...]:
         """Files that are there now, relative to `model`."""
-        return self.place.found.files if self.place.found else ()
+        found = self.place.found.files if self.place.found else ()
+        return tuple(name for name in found if not any(map(is_litter, name.split("/"))))
 
 
 def plan(bundle_path: Path, app: Path) -> Installation:
@@ -58,7 +60,7 @@ def plan(bundle_path: Path, app: Path) -> Installation:
             f"{bundle_path} does not fit the unmodified app, {misfit}: export a checkpoint of the "
             "released encoder at 1024×1024, without --image-input"
         )
-    place = look_at(_model_directory(app))
+    place = look_at(model_directory(app))
     if place.found is not None and not place.found.is_directory:
         raise DestinationError(
             f"{place.path} is a file: expected the app's model directory, or nothing; remove it"
@@ -88,7 +90,8 @@ def install(installation: Installation) -> None:
             shutil.copyfile(installation.bundle / name, target)
 
 
-def _model_directory(app: Path) -> Path:
+def model_directory(app: Path) -> Path:
+    """Where the app's model is, or will be. Raises DestinationError: `app` is not the demo app."""
     app = app.expanduser()
     if not app.is_dir():
         raise DestinationError(

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastvlm_mlx.config import fits_mlx_vlm
 from fastvlm_mlx.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
-from model_export import mlx_layout, recipes
+from model_export import recipes
 from model_export.checkpoint import Checkpoint
 from model_export.gates import Gate
 from model_export.job import Job, Written
@@ -93,4 +94,4 @@ def _package_facts(info: PackageInfo) -> dict[str, Any]:
 def _fits(checkpoint: Checkpoint, info: PackageInfo | None) -> dict[str, Any]:
     if info is not None:
         return fits_app(info)
-    return {"fits_unmodified_mlx_vlm": mlx_layout.fits_unmodified_mlx_vlm(checkpoint.config)}
+    return fits_mlx_vlm(checkpoint.config.vision)

@@ -20,7 +20,6 @@ from fastvlm_mlx.config import (
     IMAGE_TOKEN,
     MODEL_TYPE,
     REFERENCE_IMAGE_TOKEN_INDEX,
-    FastVLMConfig,
     VisionConfig,
 )
 from fastvlm_mlx.errors import OptionError
@@ -114,11 +113,6 @@ def write_mlx_configs(
         text = json.dumps(data, indent=2, ensure_ascii=False)
         (directory / name).write_text(text + "\n", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-
-def fits_unmodified_mlx_vlm(config: FastVLMConfig) -> bool:
-    """mlx-vlm builds MobileCLIP-L whatever `vision_config` says; only the size is free."""
-    return config.vision.is_mobileclip_l
 
 
 def _is(kind: type) -> Callable[[Any], bool]:

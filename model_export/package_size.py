@@ -13,6 +13,7 @@ from math import ceil, prod
 from fastvlm_mlx.config import VisionConfig
 from model_export.compress import PALETTE_BITS
 from model_export.options import ExportOptions
+from model_export.weights import encoder_specs
 
 _ALIGNMENT = 64
 # coremltools merges equal constants of so many elements: int8's zero points are all alike.
@@ -22,6 +23,8 @@ _MANIFEST_BYTES = 617
 # each weight that is unpacked.
 _FUNCTION_BYTES, _CONVOLUTION_BYTES = 6_200, 1_634
 _FP32_SHARE = 0.935
+# What `fastvithd.fold` puts into the convolution beside it.
+_FOLDED = (".bn.weight", ".norm.weight")
 _UNPACKED_BYTES = {"int8": 252, "palette": 183}
 
 
@@ -75,11 +78,12 @@ def _padded(size: int) -> int:
 
 @cache
 def _convolutions(vision: VisionConfig) -> list[tuple[int, ...]]:
-    """The shapes of the folded module's weights, each with a bias of as many elements as rows."""
-    import torch
+    """The shapes of the folded module's weights, each with a bias of as many elements as rows.
 
-    from model_export.fastvithd import FastViTHD
-
-    with torch.device("meta"):
-        module = FastViTHD(vision)
-    return [tuple(p.shape) for name, p in module.named_parameters() if name.endswith(".weight")]
+    From the names of the unfolded ones, since a forecast needs no torch.
+    """
+    return [
+        spec.shape
+        for spec in encoder_specs(vision)
+        if spec.name.endswith(".weight") and not spec.name.endswith(_FOLDED)
+    ]

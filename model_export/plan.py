@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.report import is_bundle
+from fastvlm_mlx.kind import is_bundle
 from model_export import roofline
 from model_export.checkpoint import Checkpoint
 from model_export.devices import CHIPS, DEVICES, Device, find_device

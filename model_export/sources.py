@@ -6,15 +6,17 @@ A directory or a hub id; Apple's layout, transformers', a LoRA adapter or a proj
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.config import MODEL_TYPE, VisionConfig
-from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.config import MODEL_TYPE, TRANSFORMERS_MODEL_TYPE, VisionConfig
+from fastvlm_mlx.directory import Directory
+from fastvlm_mlx.errors import CheckpointError, FastVLMError, OptionError
 from fastvlm_mlx.files import is_file
+from fastvlm_mlx.kind import is_bundle, what_is_below
 from model_export import fast_vlm, hub, lora, weights
-from model_export.fast_vlm import TRANSFORMERS_MODEL_TYPE
 from model_export.settings import check_settings
 from model_export.tensors import SourceTensor, has_weights, read_json, read_weights
 
@@ -61,6 +63,8 @@ def open_source(
         raise CheckpointError(
             f"{path} is a file: expected the directory that holds config.json and the weights"
         )
+    if is_bundle(path):
+        raise _bundle_found(path)
     adapter = (path / lora.ADAPTER_CONFIG).is_file()
     projector = [path / name for name in lora.PROJECTOR_FILES if (path / name).is_file()]
     whole = has_weights(path)
@@ -81,14 +85,23 @@ def open_source(
     return _whole(path, hub_id)
 
 
+def _bundle_found(path: Path) -> CheckpointError:
+    name = None
+    with suppress(FastVLMError):
+        manifest = Directory.look(path).manifest
+        name = manifest["source"]["name"] if manifest is not None else None
+    return CheckpointError(
+        f"{path} is a bundle: expected a checkpoint, give the one that it was made from"
+        + (f", {name}" if name else "")
+    )
+
+
 def _whole(path: Path, hub_id: str | None) -> Source:
     file = path / "config.json"
     if not file.is_file():
-        inside = sorted(child.name for child in path.iterdir() if _is_checkpoint(child))
-        if inside:
+        if below := what_is_below(path):
             raise CheckpointError(
-                f"{path} holds no config.json but the directories of {len(inside)} checkpoints "
-                f"({', '.join(inside)}): give the one that is meant"
+                f"{path} holds no config.json but {below}: give the one that is meant"
             )
         raise CheckpointError(
             f"{path} holds no config.json: expected a FastVLM checkpoint directory ({MODEL_TYPE} "
@@ -111,10 +124,6 @@ def _whole(path: Path, hub_id: str | None) -> Source:
         # A name that is in no table stays, to be named by the check of all names.
         tensors[weights.from_transformers(name, vision) or name] = tensor
     return Source("transformers' layout", (path,), config, tensors, hub_id)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("config.json", lora.ADAPTER_CONFIG))
 
 
 def _adapter(path: Path, hub_id: str | None, given: str | Path | None) -> Source:

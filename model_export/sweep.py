@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
+from fastvlm_mlx.files import is_empty
 from fastvlm_mlx.manifest import MANIFEST
 from fastvlm_mlx.schema import read_json
 from model_export import compare
@@ -171,7 +172,7 @@ class _State:
         file = out / RESULTS
         if not file.is_file():
             clear_leftovers(out)
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if out.exists() and (not out.is_dir() or not is_empty(out)):
                 raise DestinationError(
                     f"{out} is there and is no sweep's: choose a directory of its own"
                 )

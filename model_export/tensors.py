@@ -335,10 +335,10 @@ def safe_tensors(file: Path) -> dict[str, SafeTensor]:
 
 
 def _pickled_header(file: Path) -> dict[str, PickledTensor]:
-    names = _dtype_names()
     tensors = {}
-    stored = PickledFile(file)
-    for key, tensor in unpickle(file).items():
+    stored, header = PickledFile(file), unpickle(file)
+    names = _dtype_names()
+    for key, tensor in header.items():
         dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         tensors[key] = PickledTensor(stored, key, dtype, tuple(tensor.shape))
     return tensors
@@ -360,9 +360,14 @@ def unpickle(file: Path) -> dict[str, torch.Tensor]:
     """
     import pickle
 
-    import torch
-
     inside(file.parent, file, CheckpointError)
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is a pickle, which torch alone reads, and torch is not installed: run pip "
+            'install "fastvlm-mlx[export]", or save the weights as safetensors'
+        ) from error
     try:
         data = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -28,6 +28,8 @@ UNUSED_SUFFIX = ".rotary_emb.inv_freq"
 
 # (source, destination, shape), `{h}` and its like filled from the config.
 Row = tuple[str, str, tuple[str, ...]]
+# A tensor of the encoder, by its own name.
+Shape = tuple[str, tuple[int, ...]]
 
 PROJECTOR: tuple[Row, ...] = (
     ("model.mm_projector.0.weight", "multi_modal_projector.linear_0.weight", ("hidden", "vision")),
@@ -135,13 +137,7 @@ def _mlx_encoder_spec(spec: TensorSpec) -> TensorSpec:
 
 def encoder_specs(vision: VisionConfig) -> list[TensorSpec]:
     """Every tensor of FastViTHD as the checkpoint holds it, the unused ones included."""
-    import torch
-
-    from model_export.reference import FastViTHD
-
-    with torch.device("meta"):
-        state = FastViTHD(vision).state_dict()
-    return [TensorSpec(ENCODER_PREFIX + k, k, tuple(v.shape)) for k, v in state.items()]
+    return [TensorSpec(ENCODER_PREFIX + k, k, shape) for k, shape in _encoder_shapes(vision)]
 
 
 def is_unused(name: str) -> bool:
@@ -208,6 +204,63 @@ def check_names(found: Mapping[str, tuple[int, ...]], specs: Iterable[TensorSpec
             f"the checkpoint holds {extra[0]}{_more(extra)}, which is no tensor of the model that "
             f"config.json describes{hint}: remove it or correct config.json"
         )
+
+
+def _encoder_shapes(vision: VisionConfig) -> Iterator[Shape]:
+    """In the order in which torch's modules list them: a module's own before its children's."""
+    dims = vision.embed_dims
+    for index, (into, kernel) in enumerate(((3, 3), (1, 3), (dims[0], 1))):
+        yield from _conv(f"patch_embed.{index}.reparam_conv", dims[0], into, kernel)
+    stages = zip(_stage_indices(vision), vision.pos_embs_shapes, vision.token_mixers, strict=True)
+    for stage, (indices, position, mixer) in enumerate(stages):
+        dim = dims[stage]
+        if stage:
+            proj = f"network.{indices['downsample']}.proj."
+            yield from _conv(proj + "0.lkb_reparam", dim, 1, vision.down_patch_size)
+            yield from _conv(proj + "1.reparam_conv", dim, dim, 1)
+        if position is not None:
+            yield from _conv(f"network.{indices['position']}.reparam_conv", dim, 1, position)
+        hidden = int(dim * vision.mlp_ratios[stage])
+        for block in range(vision.layers[stage]):
+            path = f"network.{indices['blocks']}.{block}."
+            yield from _mixer(path, dim, None if mixer == "attention" else vision)
+            yield from _conv_ffn(path + "convffn.", dim, hidden)
+    width = vision.hidden_size
+    yield from _conv("conv_exp.se.reduce", width // 16, width, 1)
+    yield from _conv("conv_exp.se.expand", width, width // 16, 1)
+    yield from _conv("conv_exp.reparam_conv", width, 1, 3)
+    yield UNUSED_ENCODER[0], (width, vision.projection_dim)
+
+
+def _conv(path: str, out: int, into: int, kernel: int) -> Iterator[Shape]:
+    """Of a convolution, `into` channels for each group."""
+    yield f"{path}.weight", (out, into, kernel, kernel)
+    yield f"{path}.bias", (out,)
+
+
+def _mixer(path: str, dim: int, convolution: VisionConfig | None) -> Iterator[Shape]:
+    """What is before the feed-forward part of a block that mixes by attention or convolution."""
+    if convolution is not None:
+        yield path + "layer_scale", (dim, 1, 1)
+        kernel = convolution.repmixer_kernel_size
+        yield from _conv(path + "token_mixer.reparam_conv", dim, 1, kernel)
+        return
+    yield path + "layer_scale_1", (dim, 1, 1)
+    yield path + "layer_scale_2", (dim, 1, 1)
+    yield path + "norm.weight", (dim,)
+    yield path + "norm.bias", (dim,)
+    yield path + "token_mixer.qkv.weight", (3 * dim, dim)
+    yield path + "token_mixer.proj.weight", (dim, dim)
+    yield path + "token_mixer.proj.bias", (dim,)
+
+
+def _conv_ffn(path: str, dim: int, hidden: int) -> Iterator[Shape]:
+    yield path + "conv.conv.weight", (dim, 1, 7, 7)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        yield f"{path}conv.bn.{name}", (dim,)
+    yield path + "conv.bn" + UNUSED_ENCODER[1], ()
+    yield from _conv(path + "fc1", hidden, dim, 1)
+    yield from _conv(path + "fc2", dim, hidden, 1)
 
 
 def _more(names: list[str]) -> str:

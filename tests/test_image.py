@@ -414,7 +414,9 @@ def message(source: object, **options: int) -> str:
 def test_bad_paths(tmp_path: Path) -> None:
     assert f"{tmp_path / 'no.jpg'} does not exist" in message(tmp_path / "no.jpg")
     assert "is a directory" in message(str(tmp_path))
-    assert "is a URL: download the picture" in message("https://example.org/cat.jpg")
+    url = "https://example.org/cat.jpg"
+    assert f"{url} is a URL" in message(url)
+    assert f"`curl -LO {url}`" in message(url)
     assert "null byte" in message("a\0b")
     for data, said in ((b"", "is empty"), (b"hello, world", "is not a picture")):
         (tmp_path / "file.jpg").write_bytes(data)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import fastvlm_mlx
 from fastvlm_mlx import report
 from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.config import VisionConfig, fits_mlx_vlm
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import placeholder_id
 from fastvlm_mlx.prompt import CHAT_TEMPLATE
@@ -94,6 +94,7 @@ def test_the_manifest_and_inspect_say_what_it_is(mlx_bundle):
         "mm_projector.2.weight",
     }
     facts = report.inspect(mlx_bundle)
+    assert facts["misfit"] == manifest["misfit"]
     assert facts["layout"] == "mlx"
     assert facts["encoder"]["precision"] == "float16"
     assert facts["encoder"]["bytes"] == manifest["encoder"]["bytes"]
@@ -103,9 +104,10 @@ def test_the_manifest_and_inspect_say_what_it_is(mlx_bundle):
 
 def test_only_the_encoder_of_mobileclip_l_fits_mlx_vlm(demo_checkpoint):
     config = Checkpoint(demo_checkpoint).config
-    assert not mlx_layout.fits_unmodified_mlx_vlm(config)
-    object.__setattr__(config, "vision", VisionConfig(image_size=512))
-    assert mlx_layout.fits_unmodified_mlx_vlm(config)
+    fits = fits_mlx_vlm(config.vision)
+    assert fits.pop("misfit").startswith("its encoder has layers [")
+    assert fits == {"fits_unmodified_mlx_vlm": False}
+    assert fits_mlx_vlm(VisionConfig(image_size=512)) == {"fits_unmodified_mlx_vlm": True}
 
 
 def test_it_answers_as_the_app_bundle_does(mlx_bundle, demo_bundle, scene):

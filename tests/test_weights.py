@@ -3,14 +3,15 @@
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlm_mlx.config import FastVLMConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.model import Model
-from model_export import weights
-from model_export.reference import FastViTHD
+from model_export import fastvithd, reference, weights
+from model_export.subject import _folded_parameters
 
 QWEN2_05B = TextConfig(
     hidden_size=896,
@@ -20,6 +21,16 @@ QWEN2_05B = TextConfig(
     num_key_value_heads=2,
     vocab_size=151_936,
     tie_word_embeddings=True,
+)
+# Other sizes in every part, other kernels, two stages of attention in other places.
+OTHER = VisionConfig(
+    image_size=128,
+    layers=(1, 2, 1, 2, 1),
+    embed_dims=(16, 32, 32, 64, 128),
+    mlp_ratios=(4, 3, 2, 4, 3),
+    token_mixers=("repmixer", "repmixer", "attention", "repmixer", "attention"),
+    pos_embs_shapes=(None, 5, None, 7, None),
+    repmixer_kernel_size=5,
 )
 
 
@@ -43,10 +54,18 @@ def test_all_629_encoder_tensors_have_a_parameter():
     assert sum(spec.name.endswith("num_batches_tracked") for spec in specs) == 44
     used = [spec for spec in specs if not weights.is_unused(spec.name)]
     assert len(used) == 629 - 44 - 1
-    assert FastViTHD.__name__ == "FastViTHD"
     assert specs[0].source == (
         "model.vision_tower.vision_tower.model.patch_embed.0.reparam_conv.weight"
     )
+
+
+@pytest.mark.parametrize("vision", [VisionConfig(), OTHER], ids=["released", "other"])
+def test_the_encoder_is_listed_as_torch_s_modules_are(vision):
+    with torch.device("meta"):
+        state, folded = reference.FastViTHD(vision).state_dict(), fastvithd.FastViTHD(vision)
+    listed = [(spec.name, spec.shape) for spec in weights.encoder_specs(vision)]
+    assert listed == [(name, tuple(tensor.shape)) for name, tensor in state.items()]
+    assert _folded_parameters(vision) == sum(p.numel() for p in folded.parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])

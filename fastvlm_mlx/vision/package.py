@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError, OptionError
-from fastvlm_mlx.files import inside, read_bytes
+from fastvlm_mlx.files import inside, listing, read_bytes
 from fastvlm_mlx.imports import part
 from fastvlm_mlx.schema import read_json
 from fastvlm_mlx.vision.blobs import check_weights
@@ -249,7 +249,7 @@ def describe_spec(spec: Any, package: Path, image_size: int | None = None) -> Pa
         version=metadata.versionString,
         short_description=metadata.shortDescription,
         metadata=dict(sorted(metadata.userDefined.items())),
-        bytes=sum(p.stat().st_size for p in package.rglob("*") if p.is_file()),
+        bytes=sum((package / name).stat().st_size for name in listing(package, EncoderError)),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastvlm_mlx import report
 from fastvlm_mlx.errors import DestinationError
 from fastvlm_mlx.fastvlm import load
+from fastvlm_mlx.files import is_empty
 from fastvlm_mlx.generate import SamplingOptions
 from fastvlm_mlx.manifest import MANIFEST
 from model_export.demo import scenes
@@ -26,7 +27,7 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
     bundle, picture = directory / "bundle", directory / "scene.png"
     clear_leftovers(directory)
     ours = not directory.exists() or (
-        directory.is_dir() and (not any(directory.iterdir()) or (bundle / MANIFEST).is_file())
+        directory.is_dir() and (is_empty(directory) or (bundle / MANIFEST).is_file())
     )
     if not ours:
         raise DestinationError(
