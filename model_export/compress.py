@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.package import MIXED, quiet_coremltools
 from model_export.fastvithd import FastViTHD
+from model_export.options import PALETTE_BITS
 
 # Widths that Core ML's table look-up has had since iOS 16, as far as they are of use here.
-PALETTE_BITS = {"palette4": 4, "palette6": 6, "palette8": 8}
 # What coremltools' passes append to the name of a constant that they replace.
 _SUFFIXES = ("", "_palettized", "_quantized")
 _ROUNDS = 200

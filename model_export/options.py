@@ -46,6 +46,7 @@ ENCODER_SNR_DB = {"fp32": 80.0, "fp16": 35.0, "bf16": 20.0}
 COMPRESSED_SNR_DB = 0.0
 WEIGHTS_SNR_DB = {"int8": 30.0, "palette6": 20.0, "palette4": 10.0, "mixed": 5.0}
 ENCODER_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "palette6": 6, "palette4": 4}
+PALETTE_BITS = {"palette4": 4, "palette6": 6, "palette8": 8}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from functools import cache
 from math import ceil, prod
 
 from fastvlm_mlx.config import VisionConfig
-from model_export.compress import PALETTE_BITS
-from model_export.options import ExportOptions
+from model_export.options import PALETTE_BITS, ExportOptions
 from model_export.weights import encoder_specs
 
 _ALIGNMENT = 64

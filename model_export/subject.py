@@ -11,7 +11,6 @@ from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.vision.package import describe
 from model_export import llm, recipes
-from model_export.candidates import Space
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.package_size import package_bytes
@@ -101,6 +100,9 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
     total = sum(stored.values())
     read = sum(size for name, size in stored.items() if _is_read(name, tied=checkpoint.tied))
     if options.llm_bpw is not None:
+        # It solves for the bits with scipy, which a plain forecast does without.
+        from model_export.candidates import Space
+
         space = Space(specs, checkpoint.config, options)
         space.check(options.llm_bpw)
         target = min(int(options.llm_bpw * checkpoint.llm_parameters / 8), space.largest)

@@ -53,10 +53,11 @@ def test_an_app_bundle(bundle_copy, tmp_path, monkeypatch, manifest):
     app = app_with(bundle_copy, tmp_path)
 
     def everything():
+        installation = installer.plan(bundle_copy, app)
         found = {
             "inspect": report.inspect(bundle_copy),
             "plan": plan.run(bundle_copy, "m4", {}),
-            "install": installer.plan(bundle_copy, app),
+            "install": (installation.files, installation.bytes, installation.replaces),
             "hashes": hash_tree(bundle_copy),
         }
         return found | ({"push": push.plan(bundle_copy, "me/model")} if manifest else {})
