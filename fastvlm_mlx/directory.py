@@ -144,7 +144,8 @@ def _directory(path: str | Path) -> Path:
         exists, directory = path.exists(), path.is_dir()
     # A NUL in it, a home that nobody has, or a name that is too long.
     except (OSError, ValueError, RuntimeError) as error:
-        raise BundleError(f"{path} is not a path that can be opened ({error})") from error
+        reason = getattr(error, "strerror", None) or "it is no path"
+        raise BundleError(f"{path} can't be opened as a path ({reason})") from error
     if not exists and is_like_a_hub_id(path):
         raise BundleError(
             f"{path} does not exist here, and is no hub id to this verb: `fastvlm export {path} "

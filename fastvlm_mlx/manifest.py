@@ -39,12 +39,17 @@ class GateEntry(Struct):
     passed: bool
 
 
-class SourceEntry(Struct):
+class BaseEntry(Struct, kw_only=True):
+    """A checkpoint that a fine-tune is a difference to."""
+
     name: str
-    license: str
     kind: str = ""
     files: dict[str, FileEntry] = field(default_factory=dict)
-    base: SourceEntry | None = None
+    base: BaseEntry | None = None
+
+
+class SourceEntry(BaseEntry, kw_only=True):
+    license: str
 
 
 class FormatEntry(Struct):

@@ -129,7 +129,8 @@ def inspect(path: Path) -> dict[str, Any]:
         path = Path(path).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise BundleError(f"{path!r} is not a path that can be opened ({error})") from error
+        reason = getattr(error, "strerror", None) or "it is no path"
+        raise BundleError(f"{path!r} can't be opened as a path ({reason})") from error
     if not exists:
         raise BundleError(
             f"{path} does not exist: expected a bundle's or a checkpoint's directory; a hub id is "

@@ -27,10 +27,13 @@ Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 # Putting is reentrant, so what the garbage collector ends may put while something else does.
 Tasks = SimpleQueue[Task | None]
 
+_END_S = 10.0  # longer than a token or a picture takes
+
 # The process that the first worker began in. MLX has threads of its own, which a fork leaves behind
 # likewise: a model can't be loaded anew there either.
 _loader: int | None = None
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_threads: set[threading.Thread] = set()
 
 
 class Worker:
@@ -91,6 +94,7 @@ class Worker:
                         name="fastvlm",
                         daemon=True,
                     )
+                    _threads.add(self._thread)
                     self._thread.start()
         future: Future[T] = Future()
         self._tasks.put((future, task, arguments))
@@ -104,6 +108,10 @@ class Worker:
     def opened(self, steps: Generator[Any]) -> None:
         """Have a generator closed on the thread, should the interpreter end before it is."""
         self._open.add(steps)
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        return self._thread
 
     def end(self) -> None:
         """Wait for the task that is running, and let no other begin."""
@@ -138,6 +146,7 @@ def _work(tasks: Tasks, running: threading.Lock, device: mx.Device) -> None:
             # Or they would live until the next task comes.
             del waiting, future, task, arguments
     mx.clear_streams()
+    _threads.discard(threading.current_thread())
 
 
 @atexit.register
@@ -145,7 +154,15 @@ def _end_all() -> None:
     """While the interpreter takes itself apart, a thread must neither be inside MLX nor end.
 
     Either would ask for the interpreter once more, and abort the process when it is refused. So
-    each is left where it waits, which needs nothing.
+    each is left where it waits, which needs nothing; but for those whose worker nobody has any
+    more, which are about to end.
     """
-    for worker in list(_workers):
+    workers = list(_workers)
+    for worker in workers:
         worker.end()
+    ending = _threads - {worker.thread for worker in workers}
+    for thread in ending:
+        thread.join(_END_S)
+    if ending:
+        # What MLX keeps for a thread goes after Python's part of it.
+        time.sleep(0.005)

@@ -60,7 +60,8 @@ def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, st
         exists = path.exists()
     # A NUL in it, a home that nobody has, or a name that is too long.
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{reference} is not a path that can be opened ({error})") from error
+        reason = getattr(error, "strerror", None) or "it is no path"
+        raise CheckpointError(f"{reference} can't be opened as a path ({reason})") from error
     if exists or match is None:
         if not exists:
             raise CheckpointError(

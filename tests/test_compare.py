@@ -211,7 +211,7 @@ def test_a_file_of_choices(tmp_path):
     file.write_text(json.dumps(CHOICES))
     assert sweep.read_choices(file, "app") == CHOICES
     assert sweep.read_choices(None, "mlx") is sweep.CHOICES["mlx"]
-    for text, words in (("{", "can't be read"), ("[]", "no set of choices"), ("{}", "no set")):
+    for text, words in (("{", "can't be read"), ("[]", "expected a JSON object"), ("{}", "no set")):
         file.write_text(text)
         with pytest.raises(OptionError, match=words):
             sweep.read_choices(file, "app")

@@ -15,6 +15,7 @@ from fastvlm_mlx.errors import CheckpointError, OptionError
 from fastvlm_mlx.quantization import MODES, Format
 from model_export import llm, tensors
 from model_export.checkpoint import Checkpoint
+from model_export.loaders import LOADERS
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
 from model_export.qwen2 import Matrix
 from model_export.recipes import scheme
@@ -28,7 +29,7 @@ def write(checkpoint: Checkpoint, options: ExportOptions, directory: Path) -> ll
     return llm.write(checkpoint, chosen, options, directory, lambda count: None)
 
 
-@pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize("bits", LOADERS["app"].forms["affine"][0])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_what_is_written_is_what_mlx_quantizes(
     demo_checkpoint, tmp_path, bits, group_size, monkeypatch
@@ -150,7 +151,7 @@ def test_shards_are_complete_and_indexed(demo_checkpoint, tmp_path, monkeypatch)
 
 def test_progress_adds_up(demo_checkpoint, tmp_path):
     checkpoint = Checkpoint(demo_checkpoint)
-    options = ExportOptions(llm_bits=5)
+    options = ExportOptions(llm_bits=3)
     counts: list[int] = []
     chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
     llm.write(checkpoint, chosen, options, tmp_path, counts.append)

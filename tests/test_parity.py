@@ -22,6 +22,7 @@ from fastvlm_mlx.config import FastVLMConfig, TextConfig
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image import ImageProcessor, load_image
 from fastvlm_mlx.model import Model
+from fastvlm_mlx.prompt import encode_prompt
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export.checkpoint import Checkpoint
 from model_export.fastvithd import fold
@@ -129,7 +130,7 @@ def test_logits_equal_transformers(index: int, exact: FastVLM) -> None:
     image = exact.config.image_token_index
     count = exact.encoder.num_tokens
     ids = [x for i in IDS[case["prompt"]] for x in ([image] * count if i == -200 else [i])]
-    assert exact._encode_prompt(case["prompt"], True) == ids
+    assert encode_prompt(exact.tokenizer, case["prompt"], num_image_tokens=count) == ids
     projected = mx.array(EXPECTED[f"{case['image']}.projected"][0])
     embedded = exact.model.embed_inputs(mx.array(ids), projected)
     logits = exact.model.language_model(mx.array([ids]), input_embeddings=embedded[None])
