@@ -29,7 +29,7 @@ from model_export.affine import round_weight
 from model_export.calibration import Calibration, record, split
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
-from model_export.pictures import Reference, reference_features
+from model_export.pictures import Reference, each_reference
 from model_export.recipes import PREFIX, Scheme
 from model_export.sensitivity import recorded
 from model_export.tensors import from_torch
@@ -135,7 +135,9 @@ def quantize(
         "judged_on": record(judges),
     }
     progress("calibration pictures", None)
-    references = reference_features(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
+    looked_at = each_reference(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
+    # Only features are read from here on.
+    references = [replace(each, pixels=each.pixels[:0].copy()) for each in looked_at]
     source = qwen2.SourceWeights(checkpoint)
     samples = samples_of(checkpoint, tokenizer, references[: len(seen)], source)
     work = Work(checkpoint, chosen, options, directory, partial(progress, name))
