@@ -99,7 +99,7 @@ def print_rows(rows: list[Row]) -> None:
 
     from fastvlm_mlx.errors import printable
 
-    right = ("encoder", "LLM", "bpw", "SNR", "LLM KL", "KL", "top-1", "changed")
+    right = ("encoder", "LLM", "bpw", "SNR", "LLM KL", "KL", "median", "sd", "top-1", "changed")
     table = Table(
         Column("", no_wrap=True),
         Column("", no_wrap=True),
@@ -121,12 +121,12 @@ def _cells(row: Row) -> list[str]:
     sizes = [shown_bytes(row.bytes["encoder"]), shown_bytes(row.bytes["llm"])]
     sizes.append(f"{row.bits_per_weight:.2f}")
     if row.reference:
-        return [*sizes, "reference", "", "", "", f"of {row.questions}"]
-    losses: list[Any] = [row.llm_kl_nats, row.kl_nats]
+        return [*sizes, "reference", "", "", "", "", "", f"of {row.questions}"]
+    losses = [row.llm_kl_nats, row.kl_nats, row.kl_median_nats, row.kl_deviation_nats]
     return [
         *sizes,
         f"{row.snr_db:.1f} dB" if row.snr_db is not None else "equal",
-        *(f"{loss:.1e}" for loss in losses),
+        *("" if loss is None else f"{loss:.1e}" for loss in losses),
         f"{row.agreement:.2%}",
         str(row.changed),
     ]

@@ -3,8 +3,8 @@
 The pictures go through the source's encoder and projector once. Then each layer is loaded, reads
 what comes out of those before it, is quantized, and is put into a file where the writer finds its
 tensors. Resident are one layer in float32, what it reads, and the second moments of that. DWQ goes
-through all of them many times. Some pictures are kept back: where plain rounding loses less on
-those, it is what the bundle gets.
+through all of them many times. Some pictures are kept back: where nothing is gained on those, plain
+rounding is what the bundle gets.
 
 mlx-lm has these, over whole models in MLX; on a CPU MLX takes hours for them. Ours are in torch, on
 the layers that the gates run, and held to mlx-lm's by a test.
@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,16 @@ from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.quantization import Format
 from model_export import awq, dwq, gptq, judge, llm, qwen2
 from model_export.affine import round_weight
-from model_export.calibration import Calibration
+from model_export.calibration import Calibration, record, split
 from model_export.checkpoint import Checkpoint
 from model_export.options import ExportOptions
-from model_export.pictures import GATE_PIXELS, GatePicture, Reference, reference_features
+from model_export.pictures import Reference, each_reference
 from model_export.recipes import PREFIX, Scheme
 from model_export.sensitivity import recorded
 from model_export.tensors import from_torch
 from model_export.tokenizer import ExportedTokenizer
 from model_export.weights import LAYER
 
-# What the encoder looks at: so many pictures at 1024×1024, or the same pixels in smaller ones.
-PICTURES = 16
-JUDGES = 4
-# One picture in so many is kept back.
-KEPT_BACK = 4
 # AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
 AWQ_TOKENS = 2_048
 LAYERS = PREFIX + "model.layers."
@@ -100,29 +94,11 @@ def check(chosen: Scheme, method: str) -> None:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the method made, if it loses less than plain rounding, and what is to be said of it."""
+    """What the method made, if it gains over plain rounding, and what is to be said of it."""
 
     ready: llm.Ready
     facts: dict[str, Any]
     notes: tuple[str, ...]
-
-
-def split(
-    calibration: Calibration, image_size: int
-) -> tuple[tuple[GatePicture, ...], tuple[GatePicture, ...]]:
-    """The pictures that a method looks at, and those that its result is judged by.
-
-    Where there are too few to keep any back, it is judged by what it looked at.
-    """
-
-    def some(pictures: Sequence[GatePicture], at_1024: int) -> tuple[GatePicture, ...]:
-        count = max(1, at_1024 * GATE_PIXELS // image_size**2)
-        return Calibration(tuple(pictures), ()).spread(count)
-
-    pictures = calibration.pictures
-    kept_back = pictures[KEPT_BACK - 1 :: KEPT_BACK]
-    seen = [picture for i, picture in enumerate(pictures, 1) if i % KEPT_BACK]
-    return some(seen, PICTURES), some(kept_back or pictures, JUDGES)
 
 
 @torch.no_grad()
@@ -143,13 +119,28 @@ def quantize(
     Raises:
         CheckpointError, OptionError: as `llm.convert`.
     """
-    method = options.method
+    method, name = options.method, options.method.upper()
+    seen, judges = split(calibration, checkpoint.config.vision.image_size, judge.LEAST_PICTURES)
+    facts: dict[str, Any] = {
+        "sha256": calibration.digest,
+        "skipped": list(calibration.skipped),
+        "level": judge.LEVEL,
+    }
+    if len(judges) < judge.LEAST_PICTURES:
+        facts |= {"method": "rtn", "pictures": 0}
+        return Calibrated({}, facts, (_too_few(name, len(seen) + len(judges)),))
+    facts |= {
+        "pictures": len(seen),
+        "calibrated_on": record(seen),
+        "judged_on": record(judges),
+    }
     progress("calibration pictures", None)
-    seen, judges = split(calibration, checkpoint.config.vision.image_size)
-    references = reference_features(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
+    looked_at = each_reference(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
+    # Only features are read from here on.
+    references = [replace(each, pixels=each.pixels[:0].copy()) for each in looked_at]
     source = qwen2.SourceWeights(checkpoint)
     samples = samples_of(checkpoint, tokenizer, references[: len(seen)], source)
-    work = Work(checkpoint, chosen, options, directory, partial(progress, method.upper()))
+    work = Work(checkpoint, chosen, options, directory, partial(progress, name))
     if method == "dwq":
         rounded = judge.Candidate(source, chosen)
         ready = _train(
@@ -157,25 +148,31 @@ def quantize(
         )
     else:
         ready = _layer_by_layer(work, samples)
-    progress(f"{method.upper()} or rounding", None)
+    progress(f"{name} or rounding", None)
     candidates = [judge.Candidate(source, chosen, made) for made in ({}, ready)]
     rounding, found = judge.losses(checkpoint, tokenizer, references[len(seen) :], candidates)
-    facts = {
-        "method": method if found < rounding else "rtn",
-        # JSON has no NaN, which is where a training ends that diverges.
-        "kl_nats": {"rtn": rounding, method: found if isfinite(found) else None},
-        "sha256": calibration.digest,
-        "pictures": len(seen),
-        "judged_on": [picture.name for picture in judges],
-        "skipped": list(calibration.skipped),
+    verdict = judge.Verdict(rounding, found)
+    facts |= {
+        "method": method if verdict.gains else "rtn",
+        "kl_nats": {"rtn": rounding.to_dict(), method: found.to_dict()},
+        "p_value": verdict.p_value,
     }
-    if found < rounding:
-        return Calibrated(ready, facts, ())
     note = (
-        f"{method.upper()} loses {found:.3g} nats on the pictures that judge it and plain rounding "
-        f"{rounding:.3g}: the bundle has plain rounding"
+        f"{name} loses {found} on the {len(judges)} pictures that judge it and plain rounding "
+        f"{rounding}; {verdict}"
     )
-    return Calibrated({}, facts, (note,))
+    if verdict.gains:
+        return Calibrated(ready, facts, (note,))
+    return Calibrated({}, facts, (f"{note}: the bundle has plain rounding",))
+
+
+def _too_few(name: str, count: int) -> str:
+    found = "one picture is" if count == 1 else f"{count} pictures are"
+    return (
+        f"{found} too few to calibrate {name} on some and tell on others whether it gains: the "
+        f"bundle has plain rounding; give --calibration {2 * judge.LEAST_PICTURES} different "
+        "pictures or more, or leave it out"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """Pictures and questions that quantization is measured and calibrated on.
 
 The user's own, a directory of pictures or JSON lines of image, prompt and answer; else generated
-scenes for a small encoder, a photograph for a large one. None of them is among the gates'.
+scenes for a small encoder; for a large one a photograph, scenes and documents. None of them is
+among the gates'.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -19,6 +20,7 @@ from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import ImageError, OptionError
 from fastvlm_mlx.files import MB, left_behind, read_bytes
 from fastvlm_mlx.image import load_image
+from model_export import documents
 from model_export.demo import scenes
 from model_export.pictures import GATE_PIXELS, GatePicture, photographs
 
@@ -42,8 +44,20 @@ FLOWER_QUESTIONS = (
 # Seeds from here on: the gates' scenes are the first.
 FIRST_SEED = 1_000
 SCENES = 48
+# For a large encoder; a quarter of them is enough for a paired test.
+SAMPLES = 24
+# One of so many is a scene, the others are the kinds of documents in turn; where every fourth is
+# kept back, so is every kind.
+SCENE_EVERY = 5
+# About each of these scenes; the search reckons with about as many for each picture.
+SCENE_QUESTIONS = 5
 # Of a larger collection, as many are read, evenly over it.
 MAX_PICTURES = 32
+# What the encoder looks at: so many pictures at 1024×1024, or the same pixels in smaller ones.
+PICTURES = 16
+JUDGES = 8
+# One picture in so many is kept back, and more of a few.
+KEPT_BACK = 4
 # Longer than any message needs; the rest is counted.
 LISTED = 5
 
@@ -62,11 +76,7 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        hashed = hashlib.sha256()
-        for picture in self.pictures:
-            hashed.update(repr((picture.image.size, picture.questions)).encode())
-            hashed.update(picture.image.tobytes())
-        return hashed.hexdigest()
+        return digest(self.pictures)
 
     def spread(self, count: int) -> tuple[GatePicture, ...]:
         """At most `count` of the pictures, evenly over all of them."""
@@ -79,6 +89,47 @@ class Calibration:
         more = f" and {len(self.skipped) - LISTED} more" if len(self.skipped) > LISTED else ""
         listed = "; ".join(self.skipped[:LISTED])
         return [f"calibration: {len(self.skipped)} skipped ({listed}{more})"]
+
+
+def digest(pictures: Sequence[GatePicture]) -> str:
+    """SHA-256 of pixels, questions and answers."""
+    hashed = hashlib.sha256()
+    for picture in pictures:
+        hashed.update(repr((picture.image.size, picture.questions)).encode())
+        hashed.update(picture.image.tobytes())
+    return hashed.hexdigest()
+
+
+def record(pictures: Sequence[GatePicture]) -> dict[str, Any]:
+    """Which these are, for the manifest."""
+    names = [picture.name for picture in pictures]
+    return {"count": len(names), "names": names, "sha256": digest(pictures)}
+
+
+def split(
+    calibration: Calibration, image_size: int, least: int
+) -> tuple[tuple[GatePicture, ...], tuple[GatePicture, ...]]:
+    """The pictures that a method looks at, and others that its result is judged by.
+
+    A picture that is there twice is used once.
+
+    Args:
+        least: so many are kept back, more than a quarter, as far as half of all are enough.
+    """
+
+    def some(
+        pictures: Sequence[GatePicture], at_1024: int, least: int = 1
+    ) -> tuple[GatePicture, ...]:
+        count = max(least, at_1024 * GATE_PIXELS // image_size**2)
+        return Calibration(tuple(pictures), ()).spread(count)
+
+    pictures = list({digest([replace(p, questions=())]): p for p in calibration.pictures}.values())
+    count = len(pictures)
+    kept_back = max(count // KEPT_BACK, min(least, count // 2))
+    places = {(i + 1) * count // kept_back - 1 for i in range(kept_back)}
+    seen = [picture for i, picture in enumerate(pictures) if i not in places]
+    judges = [pictures[i] for i in sorted(places)]
+    return some(seen, PICTURES), some(judges, JUDGES, least)
 
 
 def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:
@@ -113,11 +164,23 @@ def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibrati
     return found
 
 
-def _own(vision: VisionConfig) -> Iterable[GatePicture]:
+def _own(vision: VisionConfig) -> list[GatePicture]:
+    size = vision.image_size
+    if size**2 <= GATE_PIXELS // 2:
+        return [_scene(seed, size) for seed in range(FIRST_SEED, FIRST_SEED + SCENES)]
     photos = [p for p in photographs() if p.name == "flower.jpg"]
-    if vision.image_size**2 > GATE_PIXELS // 2 and photos:
-        return [GatePicture(photos[0].name, photos[0].image, FLOWER_QUESTIONS)]
-    return [_scene(seed, vision.image_size) for seed in range(FIRST_SEED, FIRST_SEED + SCENES)]
+    pictures = [replace(photo, questions=FLOWER_QUESTIONS) for photo in photos]
+    return pictures + [_generated(number, size) for number in range(SAMPLES - len(pictures))]
+
+
+def _generated(number: int, size: int) -> GatePicture:
+    turn, kind = divmod(number, SCENE_EVERY)
+    if not kind:
+        scene = _scene(FIRST_SEED + turn, size)
+        return replace(scene, questions=scene.questions[:SCENE_QUESTIONS])
+    seed = FIRST_SEED + turn * (SCENE_EVERY - 1) + kind - 1
+    document = documents.generate(seed)
+    return GatePicture(f"document {seed}", document.draw(size), document.questions())
 
 
 def _scene(seed: int, size: int) -> GatePicture:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
+from statistics import median, pstdev
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,10 @@ class Row:
         bytes: encoder, llm (the projector's included), total.
         snr_db, cosine: of the encoder's features, over all pictures; cosine the mean over tokens.
         llm_kl_nats, llm_agreement: with the reference's features.
-        kl_nats, agreement: with its own. Agreement is the share of places with the same choice.
+        kl_nats, agreement: with its own, over all places. Agreement is the share of places with
+            the same choice.
+        kl_median_nats, kl_deviation_nats: of the answers, the mean over its places for each: how a
+            mean came about that one answer may carry. None of the reference.
         changed, questions: answers, end to end.
         best: none of the models compared is both smaller and nearer to the reference.
     """
@@ -91,6 +95,8 @@ class Row:
     llm_kl_nats: float = 0.0
     llm_agreement: float = 1.0
     kl_nats: float = 0.0
+    kl_median_nats: float | None = None
+    kl_deviation_nats: float | None = None
     agreement: float = 1.0
     changed: int = 0
     questions: int = 0
@@ -287,6 +293,7 @@ class Bench:
             whole.add(p, r, dialogue, ended)
         row.llm_kl_nats, row.llm_agreement = alone.kl, alone.agreement
         row.kl_nats, row.agreement, row.changed = whole.kl, whole.agreement, whole.changed
+        row.kl_median_nats, row.kl_deviation_nats = median(whole.by_answer), pstdev(whole.by_answer)
         return row
 
 
@@ -342,6 +349,7 @@ class _Tally:
     def __init__(self) -> None:
         self._kl = self._same = self._places = 0.0
         self.changed = 0
+        self.by_answer: list[float] = []
 
     def add(
         self,
@@ -350,11 +358,13 @@ class _Tally:
         dialogue: qwen2.Dialogue,
         ended: Sequence[bool],
     ) -> None:
-        self._kl += float((source.exp() * (source - found)).sum(dtype=torch.float64))
+        lost = (source.exp() * (source - found)).sum(1, dtype=torch.float64)
+        self._kl += float(lost.sum())
         same = source.argmax(1) == found.argmax(1)
         self._same += float(same.sum())
         self._places += len(same)
         for span, whole in zip(dialogue.answers, ended, strict=True):
+            self.by_answer.append(max(0.0, float(lost[span].mean())))
             # What follows an answer that was cut off is not part of it.
             stop = span.stop if whole else span.stop - 1
             self.changed += not bool(same[span.start : stop].all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,6 +89,16 @@ def reference_features(
         state: FastViTHD's state dict, from `Checkpoint.encoder_state`.
         image_size: in pixels, in place of the checkpoint's own.
     """
+    return list(each_reference(state, checkpoint, pictures, image_size))
+
+
+def each_reference(
+    state: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    pictures: Sequence[GatePicture],
+    image_size: int | None = None,
+) -> Iterator[Reference]:
+    """`reference_features` one at a time: the pixels of many pictures are hundreds of megabytes."""
     import torch
 
     from model_export.reference import FastViTHD
@@ -99,13 +109,12 @@ def reference_features(
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     process = ImageProcessor(image_size or config.vision.image_size, config.image_aspect_ratio)
-    references = []
-    with torch.inference_mode():
-        for picture in pictures:
-            pixels = process(picture.image)
+    for picture in pictures:
+        pixels = process(picture.image)
+        with torch.inference_mode():
             images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
-            references.append(Reference(picture, pixels, module(images).contiguous().numpy()))
-    return references
+            features = module(images).contiguous().numpy()
+        yield Reference(picture, pixels, features)
 
 
 def references_of_sizes(

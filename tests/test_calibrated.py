@@ -1,11 +1,15 @@
 """AWQ, GPTQ and DWQ of the demo checkpoint: what is lost, what is written, what is refused."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -57,7 +61,7 @@ def demo(demo_checkpoint):
 def brief(demo, monkeypatch):
     """The same with few scenes and steps: for what does not hang on how well a method does."""
     monkeypatch.setattr(dwq, "STEPS", 8)
-    few = replace(demo.calibration, pictures=demo.calibration.pictures[:8])
+    few = replace(demo.calibration, pictures=demo.calibration.pictures[:10])
     return SimpleNamespace(**vars(demo) | {"calibration": few})
 
 
@@ -154,8 +158,10 @@ def test_where_rounding_loses_less_the_bundle_has_rounding(demo, tmp_path, metho
     made = quantize(demo, chosen, asked, tmp_path)
     assert made.ready == {}
     assert made.facts["method"] == "rtn"
-    assert made.facts["kl_nats"]["rtn"] < made.facts["kl_nats"][method]
-    assert made.notes[0].startswith(f"{method.upper()} loses")
+    losses = made.facts["kl_nats"]
+    assert losses["rtn"]["mean"] < losses[method]["mean"]
+    assert made.notes[0].startswith(f"{method.upper()} loses {losses[method]['mean']:.3g} nats")
+    assert f"(median {losses['rtn']['median']:.3g}, standard deviation" in made.notes[0]
     assert made.notes[0].endswith("the bundle has plain rounding")
 
 
@@ -196,13 +202,13 @@ def test_awq_changes_nothing_before_rounding(demo):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_layers_that_are_not_quantized_are_left_out(brief, tmp_path):
+def test_layers_that_are_not_quantized_are_left_out(demo, tmp_path):
     """Of those that are, one has other bits than the rest."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"model.layers.1.*": 16, "model.layers.2.*": 3}))
     asked = ExportOptions(llm_bits=2, recipe=str(recipe), layout="mlx", method="dwq")
-    chosen = recipes.scheme(brief.checkpoint.llm_specs, brief.checkpoint.config, asked)
-    made = quantize(brief, chosen, asked, tmp_path)
+    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    made = quantize(demo, chosen, asked, tmp_path)
     assert made.facts["method"] == "dwq"
     assert {name.split(".")[3] for name in made.ready} == {"0", "2", "3"}
 
@@ -214,7 +220,9 @@ def test_a_method_that_diverges_is_not_used(brief, tmp_path, monkeypatch):
     made = quantize(brief, chosen, asked, tmp_path)
     assert made.ready == {}
     assert made.facts["method"] == "rtn"
-    assert made.facts["kl_nats"]["dwq"] is None
+    assert made.facts["kl_nats"]["dwq"]["mean"] is None
+    assert made.facts["p_value"] == 1
+    assert "DWQ loses no finite number of nats" in made.notes[0]
     json.dumps(made.facts, allow_nan=False)
 
 
@@ -230,28 +238,91 @@ def test_what_is_judged_is_what_is_written(demo, tmp_path):
     ]
     source = qwen2.SourceWeights(demo.checkpoint)
     candidates = [judge.Candidate(source, chosen, made) for made in ({}, ready)]
-    losses = judge.losses(demo.checkpoint, demo.tokenizer, references, candidates)
-    for method, found in zip(("rtn", "gptq"), losses, strict=True):
+    found = judge.divergences(demo.checkpoint, demo.tokenizer, references, candidates)
+    means = [torch.cat([lost[i] for lost in found]).mean() for i in range(2)]
+    for method, mean in zip(("rtn", "gptq"), means, strict=True):
         files = written(demo, tmp_path / method, method=method, **options)
-        assert found == pytest.approx(divergence(demo, files), rel=0.02), method
+        assert float(mean) == pytest.approx(divergence(demo, files), rel=0.02), method
+    losses = judge.losses(demo.checkpoint, demo.tokenizer, references, candidates)
+    for i, each in enumerate(losses):
+        assert each.by_picture == pytest.approx([float(lost[i].mean()) for lost in found])
 
 
-def test_pictures_are_kept_back_for_the_judge(demo):
-    seen, judges = calibrated.split(demo.calibration, demo.checkpoint.config.vision.image_size)
-    assert len(seen) == len(demo.calibration.pictures) * 3 // 4
-    assert not {p.name for p in seen} & {p.name for p in judges}
-    one = replace(demo.calibration, pictures=demo.calibration.pictures[:1])
-    assert calibrated.split(one, 1024) == (one.pictures, one.pictures)
-    seen, judges = calibrated.split(demo.calibration, 2048)
-    assert (len(seen), len(judges)) == (4, 1)
+SMALL = (1e-6, 3e-6, 2e-6, 5e-6, 4e-6, 8e-6, 7e-6, 6e-6, 9e-6)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "method", "gains", "words"),
+    [
+        # One picture carries 99.99 % of the loss and of the gain; on the others either may win.
+        ((0.5, *SMALL), (0.1, *reversed(SMALL)), False, "no gain that chance would not give"),
+        # It carries them the other way, and the rest gains.
+        ((0.1, *SMALL), (0.5, *(x / 2 for x in SMALL)), False, "and not in the mean"),
+        # The same gain everywhere, with such a tail and without.
+        ((0.5, *SMALL), (0.25, *(x / 2 for x in SMALL)), True, "a gain, p = 0.00098"),
+        ((0.2,) * 5, (0.11, 0.12, 0.13, 0.14, 0.15), True, "a gain, p = 0.031"),
+        # What even five of five could not say.
+        ((0.2,) * 4, (0.11, 0.12, 0.13, 0.14), False, "p = 0.062 of 0.05"),
+        ((0.2,) * 4 + (0.1,), (0.11, 0.12, 0.13, 0.14, 0.16), False, "no gain"),
+        ((*SMALL,), (*SMALL,), False, "p = 1 of"),
+        ((*SMALL,), (float("nan"), *SMALL[1:]), False, "p = 1 of"),
+        ((*SMALL,), (*[float("inf")] * 9,), False, "p = 1 of"),
+    ],
+)
+def test_a_gain_is_told_from_chance(rounding, method, gains, words):
+    verdict = judge.Verdict(judge.Losses(rounding), judge.Losses(method))
+    assert verdict.gains is gains
+    assert words in str(verdict)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=8, unique_by=abs))
+def test_the_p_value_is_the_share_of_all_signs_that_gain_as_much(gains):
+    """Enumerated: each difference keeps its rank and has either sign."""
+    ranks = [sorted(map(abs, gains)).index(abs(gain)) + 1 for gain in gains]
+    won = sum(rank for rank, gain in zip(ranks, gains, strict=True) if gain > 0)
+    every = [
+        sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign)
+        for signs in product((False, True), repeat=len(gains))
+    ]
+    verdict = judge.Verdict(
+        judge.Losses((0.0,) * len(gains)), judge.Losses(tuple(-g for g in gains))
+    )
+    assert verdict.p_value == pytest.approx(sum(as_much >= won for as_much in every) / len(every))
+
+
+def test_losses_are_summed_up():
+    found = judge.Losses((1.0, 2.0, 9.0)).to_dict()
+    assert found.pop("by_picture") == [1.0, 2.0, 9.0]
+    assert found == {
+        "mean": 4.0,
+        "median": 2.0,
+        "standard_deviation": pytest.approx((38 / 3) ** 0.5),
+    }
+    assert str(judge.Losses((1.0, 2.0, 9.0))) == "4 nats (median 2, standard deviation 3.56)"
+
+
+def test_of_too_few_pictures_nothing_is_made_and_it_is_told(demo, tmp_path):
+    asked = ExportOptions(llm_bits=2, method="gptq")
+    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    copies = demo.calibration.pictures[:9] * 2
+    for pictures, words in ((copies[:1], "one picture is"), (copies, "9 pictures are")):
+        few = replace(demo.calibration, pictures=pictures)
+        made = quantize(
+            SimpleNamespace(**vars(demo) | {"calibration": few}), chosen, asked, tmp_path
+        )
+        assert (made.ready, made.facts["method"], made.facts["pictures"]) == ({}, "rtn", 0)
+        assert made.notes[0].startswith(f"{words} too few to calibrate GPTQ")
+        assert "the bundle has plain rounding; give --calibration 10" in made.notes[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(demo_checkpoint, tmp_path):
     """A bundle on the user's own pictures: gates, manifest, what could not be read."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for i, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (300, 200), colour).save(pictures / f"{i}.png")
+    for i in range(10):
+        Image.new("RGB", (300, 200), (25 * i, 200, 0)).save(pictures / f"{i}.png")
     (pictures / "broken.png").write_bytes(b"no picture")
     command = ["export", str(demo_checkpoint), str(tmp_path / "out"), "--llm-bits", "4"]
     command += ["--method", "gptq", "--calibration", str(pictures)]
@@ -259,16 +330,25 @@ def test_the_command(demo_checkpoint, tmp_path):
     assert done.exit_code == 0
     assert "calibration: 1 skipped" in done.stderr
     assert "broken.png" in done.stderr
-    assert "GPTQ" in done.stderr
+    losses = re.findall(
+        r"([0-9.e-]+) nats \(median ([^,]*), standard deviation ([^)]*)\)", done.stderr
+    )
     bundle = Bundle.open(tmp_path / "out")
     bundle.check_files()
     assert recorded_options(bundle).method == "gptq"
     recorded = bundle.manifest["llm"]["calibration"]
     assert bundle.manifest["options"]["method"] == "gptq"
-    losses = recorded["kl_nats"]
-    assert recorded["method"] == min(losses, key=losses.get)
-    assert recorded["pictures"] == 3
-    assert len(recorded["judged_on"]) == 3
+    # Both losses are told as they are recorded.
+    kept = [recorded["kl_nats"][method] for method in ("gptq", "rtn")]
+    values = [(each["mean"], each["median"], each["standard_deviation"]) for each in kept]
+    assert losses == [tuple(f"{value:.3g}" for value in each) for each in values]
+    gains = recorded["p_value"] <= 0.05 and values[0] < values[1]
+    assert recorded["method"] == ("gptq" if gains else "rtn")
+    assert recorded["pictures"] == recorded["calibrated_on"]["count"] == 5
+    assert recorded["judged_on"]["count"] == 5
+    names = [*recorded["calibrated_on"]["names"], *recorded["judged_on"]["names"]]
+    assert sorted(names) == [f"{i}.png" for i in range(10)]
+    assert recorded["calibrated_on"]["sha256"] != recorded["judged_on"]["sha256"]
     assert "broken.png" in recorded["skipped"][0]
     vision = bundle.config.vision
     assert recorded["sha256"] == load_calibration(pictures, vision).digest

@@ -9,19 +9,82 @@ from PIL import Image
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import OptionError
-from model_export import calibration
-from model_export.pictures import gate_pictures
+from model_export import calibration, documents
+from model_export.judge import LEAST_PICTURES
+from model_export.pictures import GatePicture, gate_pictures
 
 SMALL = VisionConfig(image_size=256)
 
 
-def test_without_data_there_are_scenes_or_a_photograph_and_none_of_the_gates():
-    for vision in (SMALL, VisionConfig()):
-        own = calibration.load_calibration(None, vision)
-        assert all(picture.questions for picture in own.pictures)
-        assert not {p.name for p in own.pictures} & {p.name for p in gate_pictures(vision)}
-        assert own.digest == calibration.load_calibration(None, vision).digest
-        assert own.notes() == []
+def pixels(pictures):
+    return {picture.image.tobytes() for picture in pictures}
+
+
+@pytest.mark.parametrize("vision", [SMALL, VisionConfig()], ids=["small", "real"])
+def test_without_data_there_is_enough_of_our_own_and_none_of_the_gates(vision):
+    own = calibration.load_calibration(None, vision)
+    assert len(own.pictures) >= 8
+    assert all(picture.questions for picture in own.pictures)
+    gates = gate_pictures(vision)
+    assert not {p.name for p in own.pictures} & {p.name for p in gates}
+    assert not pixels(own.pictures) & pixels(gates)
+    assert own.digest == calibration.load_calibration(None, vision).digest
+    assert own.notes() == []
+    seen, judges = calibration.split(own, vision.image_size, LEAST_PICTURES)
+    assert len(judges) == len(own.pictures) // 4 >= LEAST_PICTURES
+    assert not pixels(seen) & pixels(judges)
+    assert pixels(seen) | pixels(judges) <= pixels(own.pictures)
+
+
+def test_a_real_encoder_sees_a_photograph_scenes_and_every_kind_of_document():
+    own = calibration.load_calibration(None, VisionConfig())
+    flower, *generated = own.pictures
+    assert flower.name == "flower.jpg"
+    assert {p.image.size for p in generated} == {(1024, 1024)}
+    for some in calibration.split(own, 1024, LEAST_PICTURES):
+        kinds = {
+            type(documents.generate(int(p.name.split()[1]))).__name__
+            for p in some
+            if p.name.startswith("document")
+        }
+        assert kinds == {"Page", "Table", "Bars", "Line"}
+        assert any(p.name.startswith("scene") for p in some)
+    for picture in generated:
+        number = int(picture.name.split()[1])
+        if picture.name.startswith("document"):
+            assert picture.questions == documents.generate(number).questions()
+    small = calibration.load_calibration(None, SMALL)
+    assert all(p.name.startswith("scene") for p in small.pictures)
+
+
+def plain(*colours):
+    pictures = [
+        GatePicture(f"{i}", Image.new("RGB", (8, 8), (colour, 0, 0)), (("?", "!"),))
+        for i, colour in enumerate(colours)
+    ]
+    return calibration.Calibration(tuple(pictures), ())
+
+
+@pytest.mark.parametrize(
+    ("count", "kept_back"), [(1, 0), (2, 1), (3, 1), (9, 4), (10, 5), (12, 5), (24, 6), (32, 8)]
+)
+def test_a_quarter_is_kept_back_and_half_of_a_few(count, kept_back):
+    seen, judges = calibration.split(plain(*range(count)), 256, least=5)
+    assert (len(seen), len(judges)) == (count - kept_back, kept_back)
+    assert not {p.name for p in seen} & {p.name for p in judges}
+
+
+def test_a_copy_of_a_picture_that_is_looked_at_does_not_judge():
+    seen, judges = calibration.split(plain(*range(12), *range(12)), 256, least=5)
+    assert len(seen) + len(judges) == 12
+    assert not pixels(seen) & pixels(judges)
+
+
+def test_large_encoders_look_at_fewer_and_enough_judge():
+    seen, judges = calibration.split(plain(*range(32)), 1024, least=5)
+    assert (len(seen), len(judges)) == (16, 8)
+    seen, judges = calibration.split(plain(*range(32)), 2048, least=5)
+    assert (len(seen), len(judges)) == (4, 5)
 
 
 def test_a_directory(tmp_path):

@@ -107,6 +107,30 @@ def test_the_users_own_questions(demo_checkpoint, demo_bundle, tmp_path):
     assert [row.questions for row in rows] == [1, 1]
 
 
+def test_median_and_deviation_are_of_the_answers(demo_checkpoint, coarse, tmp_path):
+    """Asked one by one, two questions lose what they lose together."""
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "blue").save(tmp_path / "blue.png")
+    asked = [("How many shapes are there?", "One."), ("Describe the image.", "A blue square.")]
+    lines = [json.dumps({"image": "blue.png", "prompt": p, "answer": a}) for p, a in asked]
+
+    def lost(*chosen):
+        file = tmp_path / "mine.jsonl"
+        file.write_text("\n".join(chosen))
+        return compare.compare([demo_checkpoint, coarse], None, file, COUNT, silent)[1]
+
+    single = [lost(line) for line in lines]
+    both = lost(*lines)
+    kl = [row.kl_nats for row in single]
+    assert kl[0] != pytest.approx(kl[1], rel=0.1)
+    for row, nats in zip(single, kl, strict=True):
+        assert row.kl_median_nats == pytest.approx(nats)
+        assert row.kl_deviation_nats == 0
+    assert both.kl_median_nats == pytest.approx(sum(kl) / 2, rel=1e-3)
+    assert both.kl_deviation_nats == pytest.approx(abs(kl[0] - kl[1]) / 2, rel=1e-3)
+
+
 def test_what_is_refused(demo_checkpoint, demo_bundle, tmp_path):
     with pytest.raises(OptionError, match="only one model"):
         compare.compare([demo_bundle, demo_bundle], None, None, COUNT, silent)
@@ -138,6 +162,10 @@ def test_the_picture_and_the_table(rows, tmp_path, capsys):
     cli_compare.print_rows(rows)
     printed = capsys.readouterr().out
     assert all(row.name in printed for row in rows)
+    assert printed.split()[:8] == ["encoder", "LLM", "bpw", "SNR", "LLM", "KL", "KL", "median"]
+    for row in rows[:1] + rows[2:]:
+        shown = [f"{row.kl_nats:.1e}", f"{row.kl_median_nats:.1e}", f"{row.kl_deviation_nats:.1e}"]
+        assert "  ".join(shown) in printed
     assert "…" not in printed
     with pytest.raises(OptionError, match="no known suffix"):
         chart.check(tmp_path / "chart.doc")

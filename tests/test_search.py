@@ -155,7 +155,7 @@ def test_whole_assignments_are_measured_as_the_judge_measures_them(
     found = trial.divergences(checkpoint, tokenizer, references, schemes, "float32")
     source = qwen2.SourceWeights(checkpoint)
     candidates = [judge.Candidate(source, scheme) for scheme in schemes]
-    expected = judge.losses(checkpoint, tokenizer, references, candidates)
+    expected = trial.means(judge.divergences(checkpoint, tokenizer, references, candidates))
     found = trial.means(found)
     assert found == pytest.approx(expected, rel=0.01, abs=1e-7)
     assert expected[1] > 100 * expected[2] > 0 or not tied
