@@ -10,18 +10,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from tokenizers import AddedToken, Tokenizer
 
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.files import read_bytes
 from fastvlm_mlx.prompt import CHAT_TEMPLATE, TURN_END, TURN_START
+from fastvlm_mlx.schema import check
 from fastvlm_mlx.tokenizer import no_panic, read_tokenizer
 from model_export.checkpoint import Checkpoint
 from model_export.tensors import read_json
 
+# Writing a tokenizer takes as long as its largest id, and Qwen2's is 151,645.
+VocabularyId = Annotated[int, Meta(ge=0, le=2**22)]
+ADDED_TOKEN = frozenset(
+    {"__type", "content", "lstrip", "normalized", "rstrip", "single_word", "special"}
+)
 COPY = "copy the files of the model it was trained from"
 REQUIRED = (TURN_START, TURN_END)
 # Rows of an embedding that has to grow, as Qwen2's own vocabularies are padded.
@@ -116,7 +123,7 @@ def _read(path: Path, names: set[str]) -> Tokenizer:
         data = read_bytes(path, file, CheckpointError)
         return read_tokenizer(data, str(file), CheckpointError, remedy=COPY)
     for name in sorted(names - {"merges.txt"}):
-        read_json(path / name)
+        _check_slow(path / name, read_json(path / name))
     with no_panic(f"the tokenizer of {path} can't be read", CheckpointError, COPY):
         from transformers import Qwen2Tokenizer
 
@@ -124,6 +131,25 @@ def _read(path: Path, names: set[str]) -> Tokenizer:
         # Once more by the rules for a tokenizer.json.
         data = read.backend_tokenizer.to_str().encode()
     return read_tokenizer(data, f"the tokenizer of {path}", CheckpointError, remedy=COPY)
+
+
+def _check_slow(file: Path, data: dict[str, Any]) -> None:
+    """Refuse what transformers would take hours over, or print as it is.
+
+    Raises:
+        CheckpointError: ids that no vocabulary reaches, or a token with unknown properties.
+    """
+    if file.name in ("vocab.json", "added_tokens.json"):
+        check(data, dict[str, VocabularyId], str(file), CheckpointError, remedy=COPY)
+        return
+    tokens = data.get("added_tokens_decoder")
+    for token in (*data.values(), *(tokens.values() if isinstance(tokens, dict) else ())):
+        if isinstance(token, dict) and "content" in token and not token.keys() <= ADDED_TOKEN:
+            unknown = min(map(str, token.keys() - ADDED_TOKEN))
+            raise CheckpointError(
+                f"{file} gives a token the property {unknown!r}, expected "
+                f"{', '.join(sorted(ADDED_TOKEN))}: {COPY}"
+            )
 
 
 def _config(source: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

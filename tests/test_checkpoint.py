@@ -230,6 +230,25 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"vocab\.json holds a list"):
             export_tokenizer(Checkpoint(path))
 
+    @pytest.mark.parametrize(
+        ("name", "change", "words"),
+        [
+            ("vocab.json", {"nd": 2**31}, r"vocab\.json: .*expected int <= "),
+            ("vocab.json", {"nd": "3"}, r"vocab\.json: .*expected int"),
+            (
+                "special_tokens_map.json",
+                {"eos_token": {"content": "<|im_end|>", "a\0b": 1}},
+                r"gives a token the property 'a.*, expected __type, content",
+            ),
+        ],
+    )
+    def test_a_tokenizer_that_would_be_read_for_hours(self, edit_checkpoint, name, change, words):
+        path = edit_checkpoint()
+        data = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(data | change))
+        with pytest.raises(CheckpointError, match=words):
+            export_tokenizer(Checkpoint(path))
+
     def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(self, edit_checkpoint):
         def shrink(tensors):
             tensors[EMBEDDING] = tensors[EMBEDDING][: ROWS_IN_USE - 1]
