@@ -7,7 +7,7 @@ import sys
 import warnings
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -131,7 +131,7 @@ def generate(
     """Answer one or several questions about a picture."""
     from fastvlm_mlx import report
     from fastvlm_mlx.bundle import Bundle
-    from fastvlm_mlx.decode import DEFAULT_MAX_PIXELS, check_max_pixels, load_image
+    from fastvlm_mlx.decode import DEFAULT_MAX_PIXELS, Picture, check_max_pixels, load_image
     from fastvlm_mlx.fastvlm import load
     from fastvlm_mlx.sampling import SamplingOptions
 
@@ -147,7 +147,7 @@ def generate(
     )
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
-    source = _stdin_bytes() if image == "-" else image
+    source: Picture = _stdin() if image == "-" else image
     Bundle.open(bundle)
     picture = load_image(source, max_pixels=limit)
     model = load(
@@ -300,9 +300,9 @@ def demo(
     run_demo(directory, seed=seed, llm_bits=llm_bits)
 
 
-def _stdin_bytes() -> bytes:
+def _stdin() -> BinaryIO:
     if sys.stdin is None or sys.stdin.isatty():
         raise ImageError(
             "--image - reads a picture from standard input, which holds none: pipe one in"
         )
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer

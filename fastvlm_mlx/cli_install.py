@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvlm_mlx.cli_common import Out
-from fastvlm_mlx.errors import DestinationError, OptionError
+from fastvlm_mlx.errors import DestinationError, OptionError, printable
 
 if TYPE_CHECKING:
     from model_export.xcode import Project
@@ -58,7 +58,7 @@ def install(
     for name in installation.files:
         print(f"{'would copy' if dry_run else 'copy'} {name}")
     for name in sorted(set(installation.replaces) - set(installation.files)):
-        print(f"{'would remove' if dry_run else 'remove'} {name}")
+        print(f"{'would remove' if dry_run else 'remove'} {printable(name)}")
     if not dry_run:
         run(installation)
     print(
@@ -72,7 +72,7 @@ def install(
         if not dry_run:
             xcode.pin(project)
             verdict = xcode.read_project(installation.model).verdict()
-    print(f"Swift packages: {verdict}\n{NEXT}")
+    print(f"Swift packages: {printable(verdict)}\n{NEXT}")
 
 
 def _show(project: Project, text: str, *, dry_run: bool) -> None:

@@ -24,8 +24,9 @@ from fastvlm_mlx.rgb import DECODER_ERRORS, from_array, to_rgb
 # Where PIL by itself refuses: half a gibibyte of 24-bit pixels.
 DEFAULT_MAX_PIXELS = 178_956_970
 
-Picture = Image.Image | np.ndarray | str | os.PathLike[str] | bytes | bytearray | memoryview
-Picture |= BinaryIO
+Picture = (
+    Image.Image | np.ndarray | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+)
 
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # No format of pictures takes more for a pixel than four channels of doubles; and what surrounds it.

@@ -41,9 +41,9 @@ class FastVLM:
     It may be used from any thread, and by many at once. What it computes it computes on one thread
     of its own, a token or a picture at a time and in the order of asking, so each answer is what it
     would be alone, and a long one holds up others by a token and not by its length. A generation
-    may be handed to another thread, and one that nobody goes on with costs nothing. That thread
-    ends when the model is collected, or the interpreter ends. A process forked after loading has no
-    such thread: there every use, and loading anew, is a FastVLMError.
+    may be handed to another thread, and one that nobody goes on with costs nothing. When the
+    model is collected, the thread serves the next. A process forked after loading has no such
+    thread: there every use, and loading anew, is a FastVLMError.
 
     Attributes:
         num_tokens: N, tokens of a picture.

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -25,19 +26,50 @@ from fastvlm_mlx.errors import FastVLMError
 T = TypeVar("T")
 Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 # Putting is reentrant, so what the garbage collector ends may put while something else does.
-Tasks = SimpleQueue[Task | None]
+Tasks = SimpleQueue[Task]
 
-_END_S = 10.0  # longer than a token or a picture takes
+
+class _Lane:
+    """A thread, and the queue that it takes its tasks from, for as long as the process lives.
+
+    MLX keeps a thread of its own for every stream of every thread that computed something, whether
+    or not that has ended. So a thread never ends, and serves one worker after the other.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: Tasks = SimpleQueue()
+        self.running = threading.Lock()
+        self.open: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
+        # A daemon, or Python would wait for it to end before `_end_all` is called.
+        arguments = (self.tasks, self.running)
+        self.thread = threading.Thread(target=_work, args=arguments, name="fastvlm", daemon=True)
+        self.thread.start()
+
+    def end(self) -> None:
+        """Wait for the task that is running, and let no other begin."""
+        with suppress(Empty):
+            while True:
+                self.tasks.get_nowait()[0].cancel()
+        for steps in list(self.open):
+            self.tasks.put((Future(), steps.close, ()))
+        last: Future[int] = Future()
+        self.tasks.put((last, int, ()))
+        last.result()
+        self.running.acquire()
+        # From the end of its last task to its next wait the thread needs a moment more.
+        time.sleep(0.005)
+
 
 # The process that the first worker began in. MLX has threads of its own, which a fork leaves behind
 # likewise: a model can't be loaded anew there either.
 _loader: int | None = None
-_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-_threads: set[threading.Thread] = set()
+_lanes: list[_Lane] = []
+_idle: deque[_Lane] = deque()
+_over = False  # whether the interpreter is about to end
 
 
 class Worker:
-    """Runs tasks on a thread of its own, which starts with the first and ends with the worker.
+    """Runs tasks on one thread, which is its alone from the first task until it is collected.
 
     `concurrent.futures` would refuse work as soon as the main thread has ended, while others are
     still waiting for their answers, and has no way to leave work behind that takes no lock.
@@ -45,15 +77,12 @@ class Worker:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._tasks: Tasks = SimpleQueue()
         self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
         self._device = mx.default_device()
-        self._running = threading.Lock()
-        self._open: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
+        # Of one lane at most. The collector hands it on.
+        self._lane: list[_Lane] = []
         self._ended = False
-        weakref.finalize(self, self._tasks.put, None).atexit = False
-        _workers.add(self)
+        weakref.finalize(self, _idle.extend, self._lane).atexit = False
 
     def check(self) -> None:
         """Raises FastVLMError: this process was forked from one that had loaded a model."""
@@ -65,7 +94,7 @@ class Worker:
 
     def run(self, task: Callable[..., T], *arguments: Any) -> T:
         """What `task` returns or raises; where this already is the worker's thread, at once."""
-        if threading.current_thread() is self._thread:
+        if self._lane and threading.current_thread() is self._lane[0].thread:
             return task(*arguments)
         future = self.submit(task, *arguments)
         try:
@@ -77,65 +106,54 @@ class Worker:
     def submit(self, task: Callable[..., T], *arguments: Any) -> Future[T]:
         """Raises FastVLMError: as `check`, or the interpreter is about to end."""
         self.check()
-        if self._ended:
+        if self._ended or _over:
             raise FastVLMError(
                 "Python is about to end, and nothing is computed any more: let the main thread "
                 "wait for the others"
             )
-        if self._thread is None:
-            global _loader
-            _loader = os.getpid()
-            with self._starting:
-                if self._thread is None:
-                    # A daemon, or Python would wait for it to end before `_end_all` is called.
-                    self._thread = threading.Thread(
-                        target=_work,
-                        args=(self._tasks, self._running, self._device),
-                        name="fastvlm",
-                        daemon=True,
-                    )
-                    _threads.add(self._thread)
-                    self._thread.start()
+        if not self._lane:
+            self._begin()
         future: Future[T] = Future()
-        self._tasks.put((future, task, arguments))
+        self._lane[0].tasks.put((future, task, arguments))
         return future
+
+    def _begin(self) -> None:
+        global _loader
+        _loader = os.getpid()
+        with self._starting:
+            if self._lane:
+                return
+            try:
+                lane = _idle.popleft()
+            except IndexError:
+                lane = _Lane()
+                _lanes.append(lane)
+            lane.tasks.put((Future(), mx.set_default_device, (self._device,)))
+            self._lane.append(lane)
 
     def post(self, task: Callable[[], None]) -> None:
         """Leave a task behind that nobody waits for. Takes no lock: the garbage collector calls."""
-        if os.getpid() == self._pid and not self._ended:
-            self._tasks.put((Future(), task, ()))
+        if os.getpid() == self._pid and self._lane and not _over:
+            self._lane[0].tasks.put((Future(), task, ()))
 
     def opened(self, steps: Generator[Any]) -> None:
         """Have a generator closed on the thread, should the interpreter end before it is."""
-        self._open.add(steps)
-
-    @property
-    def thread(self) -> threading.Thread | None:
-        return self._thread
+        if self._lane:
+            self._lane[0].open.add(steps)
 
     def end(self) -> None:
         """Wait for the task that is running, and let no other begin."""
-        if os.getpid() != self._pid or self._thread is None:
-            return
         self._ended = True
-        with suppress(Empty):
-            while (waiting := self._tasks.get_nowait()) is not None:
-                waiting[0].cancel()
-        for steps in list(self._open):
-            self._tasks.put((Future(), steps.close, ()))
-        last: Future[int] = Future()
-        self._tasks.put((last, int, ()))
-        last.result()
-        self._running.acquire()
-        # From the end of its last task to its next wait the thread needs a moment more.
-        time.sleep(0.005)
+        if os.getpid() == self._pid and self._lane:
+            lane = self._lane.pop()
+            _lanes.remove(lane)
+            lane.end()
 
 
-def _work(tasks: Tasks, running: threading.Lock, device: mx.Device) -> None:
+def _work(tasks: Tasks, running: threading.Lock) -> None:
     """Refers to no worker, so that one that nobody has any more is collected."""
-    mx.set_default_device(device)
-    while (waiting := tasks.get()) is not None:
-        future, task, arguments = waiting
+    while True:
+        future, task, arguments = tasks.get()
         with running:
             if future.set_running_or_notify_cancel():
                 try:
@@ -144,9 +162,7 @@ def _work(tasks: Tasks, running: threading.Lock, device: mx.Device) -> None:
                 except BaseException as error:  # noqa: BLE001
                     future.set_exception(error)
             # Or they would live until the next task comes.
-            del waiting, future, task, arguments
-    mx.clear_streams()
-    _threads.discard(threading.current_thread())
+            del future, task, arguments
 
 
 @atexit.register
@@ -154,15 +170,10 @@ def _end_all() -> None:
     """While the interpreter takes itself apart, a thread must neither be inside MLX nor end.
 
     Either would ask for the interpreter once more, and abort the process when it is refused. So
-    each is left where it waits, which needs nothing; but for those whose worker nobody has any
-    more, which are about to end.
+    each is left where it waits, which needs nothing.
     """
-    workers = list(_workers)
-    for worker in workers:
-        worker.end()
-    ending = _threads - {worker.thread for worker in workers}
-    for thread in ending:
-        thread.join(_END_S)
-    if ending:
-        # What MLX keeps for a thread goes after Python's part of it.
-        time.sleep(0.005)
+    global _over
+    _over = True
+    if _loader == os.getpid():
+        for lane in _lanes:
+            lane.end()

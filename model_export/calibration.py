@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import ImageError, OptionError
-from fastvlm_mlx.files import MB, left_behind, read_bytes
+from fastvlm_mlx.files import MB, inside, left_behind, read_bytes
 from fastvlm_mlx.image import load_image
 from model_export import documents
 from model_export.demo import scenes
@@ -228,7 +228,7 @@ def _read(
     pictures, skipped = [], []
     for name in _spread(list(asked), MAX_PICTURES):
         try:
-            image = load_image(directory / name)
+            image = load_image(inside(None, directory / name, ImageError))
         except ImageError as error:
             skipped.append(str(error))
             continue

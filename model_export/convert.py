@@ -26,7 +26,7 @@ from fastvlm_mlx.quantization import Format
 from model_export import equality, llm, recipes, weights
 from model_export.checkpoint import Checkpoint
 from model_export.destination import check_replaceable, resolve
-from model_export.interruption import Progress, interruptible
+from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
 from model_export.job import Job, Written
 from model_export.options import ENCODER_SNR_DB, ExportOptions
 from model_export.pipeline import ExportResult, build, check_overlap, counted
@@ -63,7 +63,7 @@ def convert(
         GateError: what was written is not the same model.
     """
     ExportOptions(layout=layout)  # type: ignore[arg-type]
-    with interruptible(progress) as stage:
+    with ONE_AT_A_TIME, interruptible(progress) as stage:
         stage("bundle", None)
         place = check_replaceable(resolve(destination), overwrite=overwrite)
         bundle = Bundle.open(bundle_path)

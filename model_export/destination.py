@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,10 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.files import is_litter
 from fastvlm_mlx.manifest import MANIFEST
+from fastvlm_mlx.schema import read_json
 from model_export import leftovers
 from model_export.content import Content, content_of
-from model_export.workplace import BUNDLE, DIRECTORY, NAME, Workplace, workplace
+from model_export.workplace import (
+    BUNDLE,
+    DIRECTORY,
+    NAME,
+    Workplace,
+    check_not_mounted,
+    workplace,
+)
+
+# Of a bundle without a manifest, as Apple publishes them: whatever else lies there is somebody's.
+_PART_OF_A_BUNDLE = re.compile(
+    r"[^/]+\.mlpackage/.+|[^/]+\.(safetensors|json|jinja)|merges\.txt|LICENSE[^/]*"
+)
 
 
 @dataclass(frozen=True)
@@ -79,16 +94,42 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> Destination:
         return seen
     if not seen.found.is_directory:
         raise DestinationError(f"{destination} is a file: expected a bundle to overwrite")
-    content = seen.found.top
-    a_bundle = MANIFEST in content or (
-        "config.json" in content and any(name.endswith(".mlpackage") for name in content)
-    )
-    if content and not a_bundle:
+    foreign = _foreign(destination, seen.found)
+    if foreign is not None:
         raise DestinationError(
-            f"{destination} holds what is no bundle ({content[0]}), which --overwrite would "
+            f"{destination} holds what is no bundle ({foreign}), which --overwrite would "
             "delete: choose another destination, or remove it yourself"
         )
     return seen
+
+
+def _foreign(destination: Path, found: Content) -> str | None:
+    """The first file there that is no part of a bundle; None if there is none."""
+    files = [name for name in found.files if not any(map(is_litter, name.split("/")))]
+    if MANIFEST not in files:
+        known = [name for name in files if _PART_OF_A_BUNDLE.fullmatch(name)]
+        if len(known) == len(files) and (not files or "config.json" in files):
+            return None
+        return next((name for name in files if name not in known), files[0])
+    try:
+        manifest = read_json(destination, destination / MANIFEST, DestinationError, remedy="")
+    except DestinationError:
+        return MANIFEST
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or "schema_version" not in manifest:
+        return MANIFEST
+    return next((name for name in files if name not in listed and name != MANIFEST), None)
+
+
+def _check_not_mounted(destination: Path) -> None:
+    try:
+        with _directory(destination.parent) as parent:
+            check_not_mounted(destination.name, parent)
+    except OSError as error:
+        raise DestinationError(
+            f"{destination} can't be replaced, {error.strerror} ({error.filename}): choose another "
+            "destination, or unmount it"
+        ) from error
 
 
 def look_at(destination: Path) -> Destination:
@@ -114,6 +155,8 @@ def look_at(destination: Path) -> Destination:
             f"{destination} is where a disk is mounted, which can't be replaced: choose a "
             "directory on it"
         )
+    if found.is_directory:
+        _check_not_mounted(destination)
     if found.is_directory and not os.access(destination, os.W_OK):
         raise DestinationError(
             f"{destination} is write-protected: choose another destination, or allow writing to it"

@@ -12,6 +12,7 @@ Settings. What config.json and the preprocessor's say of the model is what the c
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from fastvlm_mlx.bundle import Bundle
 from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.image import ImageProcessor
+from fastvlm_mlx.prompt import TURN_END
 from fastvlm_mlx.quantization import Format
 from model_export import affine, qwen2, recipes, weights
 from model_export.checkpoint import Checkpoint
@@ -40,6 +42,7 @@ from model_export.tensors import (
     safe_tensors,
     to_torch,
 )
+from model_export.tokenizer import export_tokenizer
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Of the manifest's section on the language model.
@@ -62,11 +65,16 @@ class Made:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def recorded(cls, manifest: Mapping[str, Any]) -> Made:
-        """As the manifest says it."""
+    def recorded(cls, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Made:
+        """As the manifest says it: hashes of what a method made, and else of merged tensors alone,
+        since all others can be had from the checkpoint."""
         llm = manifest["llm"]
         formats = {path: form and Format(**form) for path, form in llm["formats"].items()}
-        return cls(formats, getattr(torch, llm["dtype"]), llm.get(TENSORS, {}))
+        hashes = llm.get(TENSORS, {})
+        if (llm.get("calibration") or {}).get("method", "rtn") == "rtn":
+            merged = {*_merged_names(checkpoint, manifest["layout"])}
+            hashes = {name: value for name, value in hashes.items() if name in merged}
+        return cls(formats, getattr(torch, llm["dtype"]), hashes)
 
     @classmethod
     def shown(cls, bundle: Bundle) -> Made:
@@ -90,12 +98,16 @@ def hash_tensors(ready: Mapping[str, Path]) -> dict[str, str]:
 def merged_hashes(checkpoint: Checkpoint, bundle: Bundle) -> dict[str, str]:
     """SHA-256 of the stored tensors whose source is an adapter merged into its base."""
     held = _held(bundle)
-    specs = weights.bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=bundle.layout)
+    names = _merged_names(checkpoint, bundle.layout)
+    return {name: _hash(held[name]) for name in names if name in held}
+
+
+def _merged_names(checkpoint: Checkpoint, layout: str) -> list[str]:
+    specs = weights.bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
     merged = [s for s in specs if _is_merged(checkpoint.tensors.get(s.source))]
     stems = [spec.name.removesuffix("weight") for spec in merged]
     names = [spec.name for spec in merged]
-    names += [stem + part for stem in stems for part in ("scales", "biases")]
-    return {name: _hash(held[name]) for name in names if name in held}
+    return names + [stem + part for stem in stems for part in ("scales", "biases")]
 
 
 def tensor_gate(checkpoint: Checkpoint, bundle: Bundle, made: Made) -> Gate:
@@ -133,7 +145,25 @@ def settings_gate(checkpoint: Checkpoint, bundle: Bundle) -> Gate:
         for part in fields(source)
         if getattr(source, part.name) != getattr(ours, part.name)
     ]
+    if bundle.manifest is not None:
+        changed += _reading_changed(checkpoint, bundle)
     return Gate("settings changed", len(changed), "", 0, False, _some(changed))
+
+
+def _reading_changed(checkpoint: Checkpoint, bundle: Bundle) -> list[str]:
+    """What of the tokenizer, and of what ends an answer, is not as an export writes it."""
+    tokenizer = export_tokenizer(checkpoint).tokenizer
+    source = json.loads(tokenizer.to_str())
+    found = bundle.read_json(bundle.tokenizer_file.name)
+    names = sorted(source.keys() | found.keys())
+    changed = [f"tokenizer.json {n}" for n in names if source.get(n) != found.get(n)]
+    ends = {tokenizer.token_to_id(TURN_END)}
+    for stated in (checkpoint.generation_config, checkpoint.raw_config):
+        ids = stated.get("eos_token_id")
+        ends.update(ids if isinstance(ids, list) else [ids])
+    if foreign := sorted(bundle.eos_token_ids - ends):
+        changed.append(f"eos_token_id {foreign[0]}")
+    return changed
 
 
 def as_stored(weight: Tensor, form: Format | None, dtype: torch.dtype) -> list[mx.array]:

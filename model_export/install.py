@@ -15,7 +15,7 @@ from fastvlm_mlx.errors import BundleError, DestinationError
 from fastvlm_mlx.files import is_litter
 from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export import layouts
-from model_export.destination import Destination, appearing, look_at
+from model_export.destination import Destination, appearing, look_at, resolve
 
 # From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
 # which of them a directory is.
@@ -99,7 +99,7 @@ def model_directory(app: Path) -> Path:
         )
     for place in PLACES:
         if (app / place / LANDMARK).is_file():
-            return (app / place / "model").resolve()
+            return resolve((app / place).resolve() / "model")
     raise DestinationError(
         f"{app} is not the demo app, it holds no FastVLM/{LANDMARK}: give the app/ directory of a "
         "clone of apple/ml-fastvlm"

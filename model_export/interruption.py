@@ -11,6 +11,9 @@ from types import FrameType
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]
 
+# torch.export and coremltools keep what they are at in one place for the whole process.
+ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def interruptible(progress: Progress) -> Iterator[Progress]:

@@ -22,6 +22,7 @@ from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError
 from fastvlm_mlx.files import read_bytes
 from fastvlm_mlx.manifest import MANIFEST
+from fastvlm_mlx.schema import read_json
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export import (
     calibrated,
@@ -42,7 +43,7 @@ from model_export.checkpoint import Checkpoint
 from model_export.destination import Destination, appearing, check_replaceable, look_at, resolve
 from model_export.encoder_sensitivity import calibration_pixels
 from model_export.gates import Gate
-from model_export.interruption import Progress, interruptible
+from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
 from model_export.job import Job, Written
 from model_export.manifest import make_manifest
 from model_export.mixed import mixed
@@ -93,7 +94,7 @@ def export(
         DestinationError: `destination` exists or can't be written.
         GateError: a figure fell short, and `allow_failed_gates` is off.
     """
-    with interruptible(progress) as stage:
+    with ONE_AT_A_TIME, interruptible(progress) as stage:
         stage("checkpoint", None)
         # Before a hub's gigabytes are fetched for nothing.
         place = check_replaceable(resolve(destination), overwrite=options.overwrite)
@@ -219,10 +220,11 @@ def _keep(directory: Path, destination: Path) -> Path:
 
 def _failed_before(path: Path) -> bool:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["gates_passed"] is False
-    except (OSError, ValueError, KeyError, TypeError):
+        check_replaceable(path, overwrite=True)
+        manifest = read_json(path, path / MANIFEST, DestinationError, remedy="")
+    except DestinationError:
         return False
+    return manifest.get("gates_passed") is False
 
 
 def _refused(failed: list[Gate], gates: list[Gate], kept: Path, job: Job) -> GateError:

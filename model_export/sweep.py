@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from fastvlm_mlx.files import is_empty
 from fastvlm_mlx.manifest import MANIFEST
-from fastvlm_mlx.schema import read_json
+from fastvlm_mlx.schema import check, read_json
 from model_export import compare
 from model_export.checkpoint import Checkpoint
 from model_export.compare import Bench, Row, open_model, pictures_of
@@ -157,8 +160,23 @@ def _export_once(
 ) -> None:
     if state.exported(out, options):
         return
+    state.begin(out, options)
     export(checkpoint_path, out, options, progress)
     state.save_export(out, options)
+
+
+class _Choice(Struct):
+    options: dict[str, Any]
+    manifest: str
+    row: Row | None = None
+
+
+class _Results(Struct):
+    """`sweep.json`, as far as it is read again."""
+
+    made_from: str
+    choices: dict[str, _Choice]
+    reference: Row | None = None
 
 
 class _State:
@@ -177,12 +195,9 @@ class _State:
                     f"{out} is there and is no sweep's: choose a directory of its own"
                 )
             return cls(file, {"made_from": digest, "choices": {}})
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            found = data["made_from"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DestinationError(f"{file} can't be read ({error}): remove it") from error
-        if found != digest:
+        data = read_json(out, file, DestinationError, remedy="remove it")
+        check(data, _Results, str(file), DestinationError, remedy="remove it")
+        if data["made_from"] != digest:
             raise DestinationError(
                 f"{out} holds a sweep of another checkpoint, or by other questions: choose another "
                 "directory"
@@ -197,6 +212,21 @@ class _State:
             and manifest.is_file()
             and entry.get("manifest") == _sha256(manifest)
         )
+
+    def begin(self, bundle: Path, options: ExportOptions) -> None:
+        """Note that what will lie there is the sweep's own.
+
+        Raises:
+            DestinationError: something lies there that is not.
+        """
+        if bundle.name not in self._data["choices"]:
+            if os.path.lexists(bundle):
+                raise DestinationError(
+                    f"{bundle} is there and not of this sweep: rename the choice, or move it away"
+                )
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+            self._data["choices"][bundle.name] = {"options": _json(options), "manifest": ""}
+            self._save()
 
     def save_export(self, bundle: Path, options: ExportOptions) -> None:
         self._data["choices"][bundle.name] = {
@@ -222,9 +252,10 @@ class _State:
         self._save()
 
     def _save(self) -> None:
-        partial = self._file.with_name(f".{self._file.name}")
-        partial.write_text(json.dumps(self._data, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self._file)
+        # Under a name that nobody can have put a link at.
+        with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as partial:
+            partial.write(json.dumps(self._data, indent=2) + "\n")
+        os.replace(partial.name, self._file)
 
 
 def _json(options: ExportOptions) -> dict[str, Any]:

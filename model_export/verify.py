@@ -364,7 +364,7 @@ def verify(
     else:
         mlx_layout.check_mlx(bundle)
     options = replace(
-        recorded_options(bundle), **{k: v for k, v in limits.items() if v is not None}
+        _own_limits(recorded_options(bundle)), **{k: v for k, v in limits.items() if v is not None}
     )
     other_sizes = _other_sizes(bundle, options)
     if checkpoint_path is None:
@@ -386,7 +386,7 @@ def verify(
         why = "no manifest says how the tensors were made"
         exact_gates.append(Gate("tensors changed", 0, "", 0, False, left_out=why))
     else:
-        made = equality.Made.recorded(bundle.manifest)
+        made = equality.Made.recorded(bundle.manifest, checkpoint)
         exact_gates.append(equality.tensor_gate(checkpoint, bundle, made))
     progress("reference encoder", None)
     state = checkpoint.encoder_state()
@@ -460,6 +460,13 @@ def _hashes(source: Mapping[str, Any]) -> list[str]:
     """SHA-256 of every file of a source and of its bases, whatever they are called."""
     own = sorted(entry["sha256"] for entry in source["files"].values())
     return own + (_hashes(source["base"]) if "base" in source else [])
+
+
+def _own_limits(recorded: ExportOptions) -> ExportOptions:
+    """By our limits, whatever a bundle says of itself; but for a stricter one of the encoder's."""
+    ours = replace(recorded, min_snr_db=None, max_kl_nats=None, min_agreement=None)
+    strict = max(recorded.snr_floor_db, ours.snr_floor_db)
+    return replace(ours, min_snr_db=strict)
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:

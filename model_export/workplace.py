@@ -28,10 +28,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
+from pathlib import Path
 
 from fastvlm_mlx.errors import DestinationError
 from model_export import renames
 from model_export.content import Content, content_of
+
+# How the list of mounts writes a space, a tab, a line's end and a backslash.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 
 NAME = re.compile(r"\.fastvlm-[0-9a-f]{16}")
 NAME_OF_ENTRY = re.compile(r"(?!\.{1,2}$)[^/\0]+", re.DOTALL)
@@ -337,6 +341,7 @@ def _remove_tree(name: str, directory: int) -> None:
 
 
 def _remove_directory(name: str, directory: int) -> None:
+    check_not_mounted(name, directory)
     # shutil's closes descriptors twice if a Ctrl-C comes at the wrong moment.
     for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=directory, onerror=_raise):
         for file in files:
@@ -348,6 +353,27 @@ def _remove_directory(name: str, directory: int) -> None:
                 # A link to one.
                 os.unlink(folder, dir_fd=fd)
     os.rmdir(name, dir_fd=directory)
+
+
+def check_not_mounted(name: str, directory: int) -> None:
+    """Before a directory is replaced or removed, that no other disk or directory is seen in it.
+
+    Args:
+        directory: a descriptor of the one that holds `name`.
+
+    Raises:
+        OSError: EBUSY, naming where something is mounted.
+    """
+    for path, _, _, fd in os.fwalk(name, dir_fd=directory, onerror=_raise):
+        if os.fstat(fd).st_dev != os.fstat(directory).st_dev:
+            raise OSError(errno.EBUSY, "another disk is mounted there", path)
+    # The same disk can be seen at a second place, which only the system's list of mounts tells.
+    with suppress(FileNotFoundError):
+        top = os.path.realpath(f"/proc/self/fd/{directory}")
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            place = _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), line.split()[4])
+            if Path(place).is_relative_to(Path(top, name)):
+                raise OSError(errno.EBUSY, "something is mounted there", place)
 
 
 def _raise(error: OSError) -> None:

@@ -212,10 +212,20 @@ def pin(project: Project) -> None:
     Raises:
         DestinationError: it can't be written.
     """
-    text = pinned(project)
+    text, kept = pinned(project), project.file.with_name(KEPT)
     if text != project.text:
+        if os.path.lexists(kept):
+            raise DestinationError(
+                f"{kept} is there already, from an earlier --pin-packages or of your own: undo it "
+                "with --unpin-packages first, or move the file away"
+            )
+        if _project(project.file).text != project.text:
+            raise DestinationError(
+                f"{project.file} was saved by another program just now: close Xcode, and run the "
+                "same command again"
+            )
         with _written(project.file):
-            _write(project.file.with_name(KEPT), project.text, like=project.file)
+            _write(kept, project.text, like=project.file)
             _write(project.file, text, like=project.file)
 
 
@@ -299,7 +309,8 @@ def _resolved(file: Path) -> dict[str, str]:
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:
-    found = _VERSION.fullmatch(version or "")
+    # No part of a version has ten digits.
+    found = _VERSION.fullmatch((version or "")[:30])
     return tuple(map(int, found.groups())) if found else ()
 
 

@@ -183,7 +183,7 @@ class TestRaces:
         def read():
             while not stop.is_set():
                 try:
-                    seen.add((out / "manifest.json").read_text())
+                    seen.add((out / "config.json").read_text())
                 except OSError as error:
                     gaps.append(error)
 
@@ -533,3 +533,55 @@ class TestParents:
         with suppress(StoppedError), appearing(Destination(tmp_path / "a" / "out")):
             raise StoppedError
         assert os.listdir(tmp_path) == ["a"]
+
+
+class TestForeign:
+    """What --overwrite would delete is a bundle's, all of it, or nothing is."""
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"manifest.json": '{"manifest_version": 3}', "src/main.js": "mine"},
+            {"manifest.json": "[" * 100_000},
+            {"manifest.json": '{"schema_version": 1, "files": {}}', ".git/objects/ab": "commit"},
+            {"config.json": "{}", "fastvithd.mlpackage/a": "x", "photos/cat.png": "mine"},
+            {"config.json": "{}", "main.py": "mine"},
+        ],
+        ids=range(5),
+    )
+    def test_a_directory_with_something_else(self, out, files):
+        for name, text in files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text)
+        with pytest.raises(DestinationError, match="holds what is no bundle"):
+            check_replaceable(out, overwrite=True)
+        assert {name: (out / name).read_text() for name in files} == files
+
+    @pytest.mark.linux
+    def test_what_is_mounted_below_is_not_reached(self, tmp_path, out):
+        """In a namespace of its own, where the system lets us have one."""
+        real = tmp_path / "real"
+        real.mkdir()
+        (real / "thesis.txt").write_text("precious")
+        write(out, "old")
+        (out / "fastvithd.mlpackage" / "pictures").mkdir()
+        script = (
+            "import pathlib, subprocess, sys\n"
+            "from model_export.destination import check_replaceable\n"
+            "from fastvlm_mlx.errors import DestinationError\n"
+            "subprocess.run(['mount', '--bind', sys.argv[2], sys.argv[3]], check=True)\n"
+            "try:\n"
+            "    check_replaceable(pathlib.Path(sys.argv[1]), overwrite=True)\n"
+            "except DestinationError as error:\n"
+            "    print(error)\n"
+        )
+        done = subprocess.run(
+            ["unshare", "-m", sys.executable, "-c", script]
+            + [str(p) for p in (out, real, out / "fastvithd.mlpackage" / "pictures")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            assert "something is mounted there" in done.stdout
+        assert (real / "thesis.txt").read_text() == "precious"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -124,3 +125,14 @@ def test_a_dry_run_lists_and_changes_nothing(demo_bundle, app, any_size, monkeyp
     assert "would remove old.safetensors" in out
     assert "Xcode" in out
     assert listing(app / "FastVLM" / "model") == ["old.safetensors"]
+
+
+def test_a_model_that_is_a_link_is_not_followed(demo_bundle, app, any_size, tmp_path):
+    thesis = tmp_path / "documents" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("precious")
+    shutil.rmtree(app / "FastVLM" / "model")
+    (app / "FastVLM" / "model").symlink_to(thesis.parent)
+    with pytest.raises(DestinationError, match="is a symbolic link"):
+        installer.plan(demo_bundle, app)
+    assert thesis.read_text() == "precious"

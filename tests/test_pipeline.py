@@ -147,11 +147,15 @@ class TestDestination:
             export(demo_checkpoint, out, ExportOptions())
         with monkeypatch.context() as broken:
             broken.setattr(llm, "write", raiser(OSError(errno.EIO, "Input/output error")))
+            (out / "mine.txt").unlink()
             with pytest.raises(DestinationError, match="can't be read or written"):
                 export(demo_checkpoint, out, ExportOptions(overwrite=True))
+            (out / "mine.txt").write_text("precious")
+        with pytest.raises(DestinationError, match=r"what is no bundle \(mine\.txt\)"):
+            export(demo_checkpoint, out, ExportOptions(overwrite=True))
         assert (out / "mine.txt").read_text() == "precious"
+        (out / "mine.txt").unlink()
         export(demo_checkpoint, out, ExportOptions(overwrite=True))
-        assert not (out / "mine.txt").exists()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
     def test_one_inside_the_checkpoint_is_refused(self, edit_checkpoint):

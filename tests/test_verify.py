@@ -276,7 +276,9 @@ DAMAGES = {
 
 def tensors_of(path, checkpoint_path):
     bundle, checkpoint = Bundle.open(path), Checkpoint(checkpoint_path)
-    return equality.tensor_gate(checkpoint, bundle, equality.Made.recorded(bundle.manifest))
+    return equality.tensor_gate(
+        checkpoint, bundle, equality.Made.recorded(bundle.manifest, checkpoint)
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -513,3 +515,54 @@ def test_without_a_checkpoint_overflow_is_still_looked_for(demo_bundle):
     _, gates = verify.verify(demo_bundle, None, {}, lambda stage, done: None)
     assert [gate.name for gate in gates] == ["encoder largest magnitude"]
     assert gates[0].passed
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (
+            "tokenizer.json",
+            lambda data: data.update(
+                decoder={
+                    "type": "Sequence",
+                    "decoders": [
+                        data["decoder"],
+                        {"type": "Replace", "pattern": {"String": "Blue"}, "content": "Red"},
+                    ],
+                }
+            ),
+            "tokenizer.json decoder",
+        ),
+        (
+            "tokenizer.json",
+            lambda data: data["added_tokens"][0].update(special=False),
+            "tokenizer.json added_tokens",
+        ),
+        ("generation_config.json", lambda data: data.update(eos_token_id=[17]), "eos_token_id 17"),
+    ],
+)
+def test_an_answer_is_read_and_ended_as_the_source_s(
+    demo_checkpoint, bundle_copy, name, change, words
+):
+    checkpoint = Checkpoint(demo_checkpoint)
+    assert equality.settings_gate(checkpoint, Bundle.open(bundle_copy)).passed
+    edit_json(bundle_copy, name, change)
+    gate = equality.settings_gate(checkpoint, Bundle.open(bundle_copy))
+    assert not gate.passed
+    assert words in gate.sentence()
+
+
+def test_a_manifest_decides_neither_its_limits_nor_what_is_exempt(demo_checkpoint, bundle_copy):
+    edit_weights(bundle_copy, nudge_a_scale)
+    name = "language_model.model.layers.2.self_attn.v_proj.scales"
+    held = equality._held(Bundle.open(bundle_copy))
+
+    def exempt(manifest):
+        manifest["llm"]["tensors"] = {name: equality._hash(held[name])}
+        manifest["options"] |= {"max_kl_nats": 1e9, "min_agreement": 0, "min_snr_db": 0}
+
+    edit_json(bundle_copy, "manifest.json", exempt)
+    assert not tensors_of(bundle_copy, demo_checkpoint).passed
+    options = verify._own_limits(verify.recorded_options(Bundle.open(bundle_copy)))
+    assert (options.max_kl_nats, options.min_agreement) == (None, None)
+    assert options.snr_floor_db == 35

@@ -107,8 +107,9 @@ class MLProgram:
                 )
             _check_elements(package, op)
         try:
-            function = _load_function(spec, package, self.info.function)
-            self._steps, self.constants = _compile(function)
+            with quiet_coremltools():
+                function = _load_function(spec, package, self.info.function)
+                self._steps, self.constants = _compile(function)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -330,10 +331,9 @@ def _load_function(spec: Any, package: Path, name: str) -> Any:
     """One of the functions; the others go from `spec`, since the loader reads weights for each."""
     for other in set(spec.mlProgram.functions) - {name}:
         del spec.mlProgram.functions[other]
-    with quiet_coremltools():
-        from coremltools.converters.mil.frontend.milproto.load import load
+    from coremltools.converters.mil.frontend.milproto.load import load
 
-        program = load(spec, spec.specificationVersion, str(weights_dir(package)))
+    program = load(spec, spec.specificationVersion, str(weights_dir(package)))
     return program.functions[name]
 
 

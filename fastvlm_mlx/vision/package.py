@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError, OptionError
@@ -48,6 +49,7 @@ _ARRAY_TYPES = {
 # FeatureTypes.proto, ImageFeatureType.ColorSpace.
 _RGB = 20
 _UNCOMPRESSED = ("fp16", "fp32")
+_one_at_a_time = RLock()
 COMPLETE = "expected a complete .mlpackage, export it again"
 
 
@@ -97,23 +99,27 @@ class PackageInfo:
 def quiet_coremltools() -> Iterator[None]:
     """Import or use coremltools without its warnings and progress bars.
 
+    One thread at a time: what is put back is the whole process's, and so is what coremltools notes
+    of a program that it reads or builds.
+
     On Linux it warns at import that Core ML's native libraries are missing, and about versions of
     packages that it has not been tested with. Everything is put back on leaving.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     logger = logging.getLogger("coremltools")
-    level = logger.level
-    start_bar = tqdm.__init__
-    logger.setLevel(logging.CRITICAL)
-    tqdm.__init__ = functools.partialmethod(start_bar, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        tqdm.__init__ = start_bar
-        logger.setLevel(level)
+    with _one_at_a_time:
+        level = logger.level
+        start_bar = tqdm.__init__
+        logger.setLevel(logging.CRITICAL)
+        tqdm.__init__ = functools.partialmethod(start_bar, disable=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            tqdm.__init__ = start_bar
+            logger.setLevel(level)
 
 
 def one_line(error: Exception) -> str:

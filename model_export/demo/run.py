@@ -6,16 +6,37 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from fastvlm_mlx import report
-from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.errors import DestinationError, FastVLMError
 from fastvlm_mlx.fastvlm import load
-from fastvlm_mlx.files import is_empty
+from fastvlm_mlx.files import is_empty, is_litter
 from fastvlm_mlx.generate import SamplingOptions
-from fastvlm_mlx.manifest import MANIFEST
 from model_export.demo import scenes
 from model_export.destination import clear_leftovers
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.verify import verify
+
+# What the checkpoint that ships calls itself.
+SOURCE = "fastvlm-demo"
+
+
+def _ours(directory: Path, names: set[str]) -> bool:
+    """Whether there is nothing yet, or what an earlier demo made and nothing else."""
+    if not directory.exists():
+        return True
+    if not directory.is_dir():
+        return False
+    if not {path.name for path in directory.iterdir() if not is_litter(path.name)} <= names:
+        return False
+    bundle = directory / "bundle"
+    if not bundle.exists():
+        return is_empty(directory)
+    try:
+        manifest = Bundle.open(bundle).manifest or {}
+    except FastVLMError:
+        return False
+    return manifest.get("source", {}).get("name") == SOURCE
 
 
 def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
@@ -26,10 +47,7 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
     """
     bundle, picture = directory / "bundle", directory / "scene.png"
     clear_leftovers(directory)
-    ours = not directory.exists() or (
-        directory.is_dir() and (is_empty(directory) or (bundle / MANIFEST).is_file())
-    )
-    if not ours:
+    if not _ours(directory, {bundle.name, picture.name}):
         raise DestinationError(
             f"{directory} exists and is not an earlier demo's: name another directory"
         )
@@ -40,6 +58,8 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
         _, gates = verify(bundle, checkpoint, {}, progress)
     report.print_gates([gate.to_dict() for gate in gates])
     scene = scenes.generate(seed, held_out=True)
+    # What was there is the demo's own, unless it is a link that somebody put there.
+    picture.unlink(missing_ok=True)
     scene.draw(512).save(picture)
     model = load(bundle)
     # One of each kind.

@@ -264,7 +264,7 @@ def _unsynced(fd: int) -> None:
 
 def write(directory: Path, text: str) -> None:
     """A bundle of a few files, every one of which says which it is."""
-    for name in ("config.json", "manifest.json", "fastvithd.mlpackage/Data/weight.bin"):
+    for name in ("config.json", "processor_config.json", "fastvithd.mlpackage/Data/weight.bin"):
         file = directory / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
