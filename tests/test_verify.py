@@ -355,6 +355,7 @@ def test_what_a_method_made_is_what_it_recorded(demo_checkpoint, bundle_copy, tm
     hashes = equality.hash_tensors({names[0]: file})
     assert hashes.keys() == set(names)
     edit_llm = json.loads((bundle_copy / "manifest.json").read_text())["llm"]
+    edit_llm["calibration"] = {"method": "gptq", "pictures": 1}
     edit_json(bundle_copy, "manifest.json", llm=edit_llm | {"tensors": hashes})
     assert tensors_of(bundle_copy, demo_checkpoint).passed
     edit_weights(bundle_copy, nudge_a_scale)
