@@ -323,3 +323,19 @@ def test_a_second_export_from_another_thread(demo_checkpoint, demo_bundle, tmp_p
     run_in_threads(lambda: export(demo_checkpoint, tmp_path / "second", options))
     name = "model.safetensors"
     assert (tmp_path / "second" / name).read_bytes() == (demo_bundle / name).read_bytes()
+
+
+def test_exports_at_once_and_a_model_beside_them(demo_checkpoint, demo_bundle, tmp_path, picture):
+    """torch.export and coremltools keep where they are for the whole process."""
+    options = ExportOptions(llm_bits=4)
+    expected = fastvlm_mlx.load(demo_bundle).generate(picture, "What is this?", max_tokens=4).tokens
+    with ThreadPoolExecutor(3) as pool:
+        places = [tmp_path / "one", tmp_path / "two"]
+        exports = [pool.submit(export, demo_checkpoint, place, options) for place in places]
+        found = set()
+        while not all(done.done() for done in exports):
+            model = fastvlm_mlx.load(demo_bundle)
+            found.add(model.generate(picture, "What is this?", max_tokens=4).tokens)
+        for done in exports:
+            assert done.result().manifest["gates_passed"]
+    assert found == {expected}
