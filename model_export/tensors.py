@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastvlm_mlx import schema
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.files import inside, is_file, left_behind
+from fastvlm_mlx.files import MAX_FILES, inside, is_file, left_behind
 
 if TYPE_CHECKING:
     import torch
@@ -299,13 +299,20 @@ def _index_names(index: Path) -> set[str]:
         raise CheckpointError(
             f"{index} has no weight_map: expected each tensor's file, download it again"
         )
-    for name in weight_map.values():
+    # Some hundred thousand tensors are in a few files.
+    texts = {name for name in weight_map.values() if isinstance(name, str)}
+    others = [name for name in weight_map.values() if not isinstance(name, str)]
+    for name in [*others[:1], *sorted(texts)]:
         if not isinstance(name, str) or Path(name).name != name or not name.strip("."):
             raise CheckpointError(
                 f"{index} points to {name!r}: expected files of its own directory, download "
                 "the checkpoint again"
             )
-    return set(weight_map.values())
+        if len(texts) > MAX_FILES:
+            raise CheckpointError(
+                f"{index} points to {len(texts):,} files: expected {MAX_FILES:,} at most"
+            )
+    return texts
 
 
 def safe_tensors(file: Path) -> dict[str, SafeTensor]:
