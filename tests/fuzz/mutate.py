@@ -183,7 +183,8 @@ def _dump(data: Any) -> str:
 
 
 def edit_json(rng: random.Random, file: Path, keys: tuple[str, ...] = ()) -> str:
-    source = file.read_text(encoding="utf-8")
+    # It may have been damaged before.
+    source = file.read_bytes().decode("utf-8", "replace")
     changed, note = edited_json(rng, source, keys)
     file.write_bytes(changed.encode("utf-8", "surrogatepass"))
     return note
