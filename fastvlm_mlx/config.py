@@ -97,11 +97,11 @@ class VisionConfig:
                     "stage: expected a "
                     f"multiple of the head width {self.head_dim}"
                 )
-        if self.image_size <= 0 or self.image_size % self.patch_size:
+        if not 0 < self.image_size <= MAX_IMAGE_SIZE or self.image_size % self.patch_size:
             raise ConfigError(
                 f"the image size {self.image_size} is not a positive multiple of "
-                f"{self.patch_size}, "
-                "the encoder's stride: choose one that is"
+                f"{self.patch_size}, the encoder's stride, up to {MAX_IMAGE_SIZE:,}: choose one "
+                "that is"
             )
 
     @property

@@ -401,3 +401,11 @@ class TestPackage:
         (package / "Manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(FastVLMError, match="leads out of"):
             describe(package)
+
+    def test_one_that_is_a_link_as_a_whole(self, bundle_copy, demo_bundle):
+        package = bundle_copy / "fastvithd.mlpackage"
+        shutil.rmtree(package)
+        package.symlink_to(demo_bundle / package.name)
+        for look in (lambda: describe(package), lambda: Bundle.open(bundle_copy)):
+            with pytest.raises(FastVLMError, match="is a link"):
+                look()

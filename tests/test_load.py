@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import fastvlm_mlx
-from fastvlm_mlx.errors import BundleError, EncoderError
+from fastvlm_mlx.errors import BundleError, EncoderError, FastVLMError
 from fastvlm_mlx.imports import part
 from fastvlm_mlx.vision.package import model_path, read_spec
 
@@ -201,3 +201,9 @@ class TestPart:
     def test_what_is_not_installed(self):
         with pytest.raises(ModuleNotFoundError, match="bulkier"):
             part("bulkier.light")
+
+
+@pytest.mark.parametrize("size", [10**9, 2112, -64, 0])
+def test_an_image_size_that_no_machine_has_memory_for(mlx_bundle, size):
+    with pytest.raises(FastVLMError, match="is not a positive multiple of 64"):
+        fastvlm_mlx.load(mlx_bundle, image_size=size)

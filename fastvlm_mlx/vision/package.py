@@ -137,6 +137,11 @@ def model_path(package: Path) -> Path:
         raise EncoderError(
             f"no encoder package at {package}: expected an .mlpackage directory, export it again"
         )
+    if package.is_symlink():
+        raise EncoderError(
+            f"{package} is a link to {package.resolve()}, which is not followed: expected the "
+            ".mlpackage itself"
+        )
     manifest = package / "Manifest.json"
     if not manifest.is_file():
         raise EncoderError(
