@@ -54,10 +54,10 @@ class Measurements:
                 with open(descriptor, "w", encoding="utf-8") as stream:
                     json.dump(known, stream)
                 os.replace(name, self._file(form))
-            except BaseException:
-                with suppress(OSError):
+            finally:
+                # Of a write that failed; a whole one has the file's own name by now.
+                with suppress(FileNotFoundError):
                     os.unlink(name)
-                raise
 
     def _file(self, form: Format) -> Path:
         return self.directory / f"{form.mode}-{form.bits}-{form.group_size}.json"

@@ -189,7 +189,7 @@ def search(
         fitting = [fitting[i] for i in order[:finalists]]
     larger = a_little_above(space, losses, target)
     lost = measured(deciding, [*fitting, *larger], "best assignments")
-    tried = list(zip(fitting, lost, strict=False))
+    tried = list(zip(fitting, lost[: len(fitting)], strict=True))
     tried.sort(key=lambda pair: (pair[1], pair[0].bytes))
     return Found(
         scheme=tried[0][0].scheme,

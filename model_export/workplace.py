@@ -263,6 +263,7 @@ def workplace(parent: int) -> Iterator[Workplace]:
         os.close(fd)
         with opened(parent, name, lock, *map(stat.S_IMODE, modes)) as place:
             yield place
+    # Whatever ends it, a Ctrl-C too, leaves nothing behind.
     except BaseException:
         # What went wrong first is told; what can't be removed now is removed by the next run.
         with suppress(OSError):
