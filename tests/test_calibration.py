@@ -1,6 +1,7 @@
 """Calibration data: what is read, what is skipped and said, what is refused."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -159,3 +160,17 @@ def test_any_text_is_read_or_refused(tmp_path_factory, text):
     file.write_text(text, encoding="utf-8", errors="replace")
     with pytest.raises(OptionError):
         calibration.load_calibration(file, SMALL)
+
+
+def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    lines = [
+        {"image": name, "prompt": "What is it?", "answer": "Red."}
+        for name in ("pipe.png", "red.png")
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    found = calibration.load_calibration(file, VisionConfig(image_size=256))
+    assert [picture.name for picture in found.pictures] == ["red.png"]
+    assert "a device, a pipe or a socket" in found.skipped[0]

@@ -9,6 +9,7 @@ import pytest
 from edits import edit_json
 
 from fastvlm_mlx import cli, report
+from fastvlm_mlx.errors import DestinationError
 from model_export.demo import scenes
 
 
@@ -291,3 +292,40 @@ def test_a_reader_that_leaves_is_no_error(demo_bundle):
 def test_an_answer_gives_the_terminal_no_commands():
     said = "two\nlines\tand \x1b[31mred\x9b2J \u200d \N{FAMILY}\x00"
     assert report.answer(said) == "two\nlines\tand \\x1b[31mred\\x9b2J \u200d \N{FAMILY}\\x00"
+
+
+def test_standard_input_that_never_ends(demo_bundle):
+    """It is read as far as the largest picture could be."""
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as endless:
+        command = ["generate", demo_bundle, "--image", "-", "--prompt", "What?"]
+        done = subprocess.run(
+            [sys.executable, "-m", "fastvlm_mlx", *map(str, command), "--max-pixels", "1000"],
+            stdin=endless.stdout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        endless.kill()
+    assert done.returncode == 2
+    assert "bytes: expected one picture" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"bundle/manifest.json": "{}", "bundle/src/main.js": "mine"},
+        {"scene.png": "mine"},
+        {"bundle/manifest.json": "[" * 100_000, "bundle/config.json": "{}"},
+        {"thesis.txt": "mine"},
+    ],
+    ids=range(4),
+)
+def test_a_demo_over_what_is_not_a_demo_s(tmp_path, files):
+    from model_export.demo.run import run_demo
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DestinationError, match="is not an earlier demo's"):
+        run_demo(tmp_path, seed=1, llm_bits=4)
+    assert {name: (tmp_path / name).read_text() for name in files} == files

@@ -263,3 +263,44 @@ def test_a_directory_that_is_something_else(demo_checkpoint, tmp_path):
     (tmp_path / sweep.RESULTS).write_text("{")
     with pytest.raises(DestinationError, match="can't be read"):
         sweep.sweep(demo_checkpoint, tmp_path, CHOICES, "app", None, COUNT, silent)
+
+
+class TestSweepsOfOtherPeople:
+    """A directory from elsewhere that says it is a sweep's."""
+
+    def state(self, out, **changes):
+        out.mkdir()
+        (out / sweep.RESULTS).write_text(
+            json.dumps({"made_from": "digest", "choices": {}} | changes)
+        )
+        return sweep._State.open(out, "digest")
+
+    def test_a_link_in_the_place_of_a_temporary_file(self, tmp_path):
+        mine = tmp_path / "mine.txt"
+        mine.write_text("precious")
+        state = self.state(tmp_path / "out")
+        (tmp_path / "out" / f".{sweep.RESULTS}").symlink_to(mine)
+        state.begin(tmp_path / "out" / "one", ExportOptions())
+        assert mine.read_text() == "precious"
+        assert "one" in json.loads((tmp_path / "out" / sweep.RESULTS).read_text())["choices"]
+
+    def test_a_bundle_that_is_not_its_own(self, tmp_path):
+        state = self.state(tmp_path / "out")
+        (tmp_path / "out" / "one").mkdir()
+        with pytest.raises(DestinationError, match="one is there and not of this sweep"):
+            state.begin(tmp_path / "out" / "one", ExportOptions())
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"choices": []},
+            {"choices": {"one": []}},
+            {"choices": {"one": {"options": {}, "manifest": "", "row": {"x": 1}}}},
+            {"reference": 5},
+            {"made_from": None},
+        ],
+        ids=str,
+    )
+    def test_results_of_other_types(self, tmp_path, changes):
+        with pytest.raises(DestinationError, match=r"sweep\.json.*: remove it"):
+            self.state(tmp_path / "out", **changes)

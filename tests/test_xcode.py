@@ -374,3 +374,28 @@ def test_any_text_is_a_list_or_told(text):
         return
     start, stop = node.span
     assert plist.parse(text[start:stop]).entries.keys() == node.entries.keys()
+
+
+class TestNothingIsLost:
+    def test_a_second_pinning_keeps_what_the_first_kept(self, app):
+        before = read(app)
+        xcode.pin(project(app))
+        loosened = read(app).replace(b"version = 0.21.3;", b"version = 0.21.2;").decode()
+        write(app, loosened)
+        with pytest.raises(DestinationError, match="is there already, from an earlier"):
+            xcode.pin(project(app))
+        assert project(app).file.with_name(xcode.KEPT).read_bytes() == before
+
+    def test_a_file_of_the_user_s_in_the_place_of_the_kept_one(self, app):
+        kept = project(app).file.with_name(xcode.KEPT)
+        kept.write_text("precious")
+        with pytest.raises(DestinationError, match="or of your own"):
+            xcode.pin(project(app))
+        assert kept.read_text() == "precious"
+
+    def test_what_xcode_saves_meanwhile(self, app):
+        found = project(app)
+        write(app, (read(app) + b"// saved\n").decode())
+        with pytest.raises(DestinationError, match="was saved by another program just now"):
+            xcode.pin(found)
+        assert read(app).endswith(b"// saved\n")
