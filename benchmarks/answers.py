@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 import fastvlm_mlx
-from model_export.demo import scenes
 from model_export.demo.model import DemoModel, to_pixels
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.presets import preset
+from model_export.samples import scenes
 
 CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
 PLAIN = (

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.encoder import machine, peak_rss_bytes
-from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.image import ImageProcessor
+from fastvlm_mlx.bundle.config import VisionConfig
+from fastvlm_mlx.image.preprocess import ImageProcessor
 
 CHOICES = ("fp16", "int8", "palette6", "palette4", "mixed")
 
@@ -42,7 +42,7 @@ def _state(config: VisionConfig) -> dict[str, Any]:
 
 
 def _photograph(config: VisionConfig, name: str) -> np.ndarray:
-    from model_export.pictures import photographs
+    from model_export.samples.images import photographs
 
     (picture,) = (p for p in photographs() if p.name == name)
     return ImageProcessor(config.image_size, "pad")(picture.image)
@@ -52,7 +52,7 @@ def reference(config: VisionConfig) -> np.ndarray:
     """What the unfolded module makes of the gate's photograph."""
     import torch
 
-    from model_export.reference import FastViTHD
+    from model_export.encoder.reference import FastViTHD
 
     with torch.device("meta"):
         module = FastViTHD(config)
@@ -65,11 +65,12 @@ def reference(config: VisionConfig) -> np.ndarray:
 
 def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     """Compress and export: seconds of the compression alone, peak memory of both."""
-    from model_export import compress, coreml, fastvithd
-    from model_export.calibration import load_calibration
-    from model_export.encoder_sensitivity import calibration_pixels
-    from model_export.mixed import mixed
+    from model_export.encoder import compression as compress
+    from model_export.encoder import coreml, fastvithd
     from model_export.options import ExportOptions
+    from model_export.quantization.encoder_sensitivity import calibration_pixels
+    from model_export.quantization.mixed import mixed
+    from model_export.samples.calibration import load_calibration
 
     precision, _, bpw = choice.partition(":")
     options = ExportOptions(
@@ -109,7 +110,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
 
 def judge(config: VisionConfig, package: Path, expected: np.ndarray) -> dict[str, Any]:
     from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
-    from model_export.verify import mean_cosine, snr_db
+    from model_export.gates.verify import mean_cosine, snr_db
 
     pixels = _photograph(config, "china.jpg")
     found = MLProgramEncoder(package).evaluate(pixels, round_fp16=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.bundle.config import VisionConfig
 
 PLAIN, FOLDED, PACKAGE = "torch", "torch folded", "mlpackage"
 # What it must reach: evaluating the package against the plain torch module.
@@ -81,8 +81,8 @@ def export(config: VisionConfig, package: Path, precision: str) -> dict[str, Any
 
     from benchmarks.synthetic import encoder_state_dict
     from fastvlm_mlx.vision.package import quiet_coremltools
-    from model_export.coreml import EncoderMetadata, Form, export_encoder
-    from model_export.fastvithd import fold
+    from model_export.encoder.coreml import EncoderMetadata, Form, export_encoder
+    from model_export.encoder.fastvithd import fold
 
     with quiet_coremltools():
         import_s, _ = timed(import_module, "coremltools")
@@ -142,7 +142,7 @@ def side_by_side(config: VisionConfig, package: Path, runs: int) -> dict[str, An
 
     from benchmarks.synthetic import encoder_state_dict
     from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
-    from model_export.fastvithd import fold
+    from model_export.encoder.fastvithd import fold
 
     size = config.image_size
     images = np.random.default_rng(0).random((1, 3, size, size), np.float32)
@@ -187,7 +187,7 @@ def _reference(config: VisionConfig) -> Any:
     import torch
 
     from benchmarks.synthetic import encoder_state_dict
-    from model_export.reference import FastViTHD
+    from model_export.encoder.reference import FastViTHD
 
     with torch.device("meta"):
         module = FastViTHD(config)

@@ -10,7 +10,8 @@ on a slow disk measures the disk: `--checkpoint` takes one that lies in memory.
 
 With `--peer`, an interpreter whose environment has mlx-vlm, its own conversion takes turns with
 ours. That makes no Core ML encoder and checks nothing, so what it is compared with is the same part
-of ours as a process of its own: `model_export.llm` writing an `mlx` bundle's tensors, all of them.
+of ours as a process of its own: `model_export.language.llm` writing an `mlx` bundle's tensors, all
+of them.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import make
-from model_export import llm
-from model_export.checkpoint import Checkpoint
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.language import llm
+from model_export.language.recipes import scheme
 from model_export.options import ExportOptions
-from model_export.recipes import scheme
 
 
 def measure(command: list[str]) -> dict[str, Any]:

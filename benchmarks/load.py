@@ -28,7 +28,7 @@ from benchmarks.synthetic import make
 PARTS = {
     "python": "pass",
     "import": "import fastvlm_mlx.fastvlm",
-    "hashes": "from fastvlm_mlx.bundle import Bundle; Bundle.open(sys.argv[1]).check_files()",
+    "hashes": "from fastvlm_mlx.bundle.bundle import Bundle;Bundle.open(sys.argv[1]).check_files()",
     "tokenizer": "from tokenizers import Tokenizer;"
     "kept = Tokenizer.from_file(sys.argv[1] + '/tokenizer.json')",
     "load": "import fastvlm_mlx; kept = fastvlm_mlx.load(sys.argv[1])",

@@ -2,10 +2,10 @@
 
     python -m benchmarks.plan [--json FILE]
 
-The factors of `model_export/roofline.py` are fitted here, by least squares of the logarithms. A
-figure that they come from is predicted with factors fitted without any figure of its chip (without
-that figure alone, where its chip has all there are); the others with all of them. The table is the
-README's.
+The factors of `model_export/planning/roofline.py` are fitted here, by least squares of the
+logarithms. A figure that they come from is predicted with factors fitted without any figure of its
+chip (without that figure alone, where its chip has all there are); the others with all of them. The
+table is the README's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from benchmarks.published import ENCODERS, MODELS, PUBLISHED, Measured
-from fastvlm_mlx.config import VisionConfig
-from model_export.devices import CHIPS
-from model_export.plan import lm_buffers
-from model_export.roofline import (
+from fastvlm_mlx.bundle.config import VisionConfig
+from model_export.planning.devices import CHIPS
+from model_export.planning.plan import lm_buffers
+from model_export.planning.roofline import (
     FITTED,
     Efficiency,
     decode_seconds,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model_export.roofline import Decoder
+from model_export.planning.roofline import Decoder
 
 MODELS: dict[str, Decoder] = {
     "Llama 2 7B": Decoder(4096, 32, 32, 32, 128, 11_008, 32_000, False),

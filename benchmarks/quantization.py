@@ -21,9 +21,9 @@ from typing import Any
 
 from benchmarks.export import measure
 from benchmarks.synthetic import SIZES, make
-from model_export.compare import QUESTIONS, compare
-from model_export.demo import scenes
+from model_export.comparison.compare import QUESTIONS, compare
 from model_export.options import METHODS
+from model_export.samples import scenes
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
 

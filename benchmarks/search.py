@@ -30,16 +30,16 @@ from typing import Any
 import torch
 
 from benchmarks.synthetic import SIZES, make
-from fastvlm_mlx.config import VisionConfig
-from model_export import search, trial
-from model_export.calibration import load_calibration
-from model_export.candidates import Candidate, Space, alternatives
-from model_export.checkpoint import Checkpoint
-from model_export.demo import scenes
+from fastvlm_mlx.bundle.config import VisionConfig
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.language.recipes import Scheme
 from model_export.options import LAYOUTS, ExportOptions
-from model_export.pictures import GatePicture, gate_pictures, reference_features
-from model_export.recipes import Scheme
-from model_export.tokenizer import export_tokenizer
+from model_export.quantization import search, trial
+from model_export.quantization.candidates import Candidate, Space, alternatives
+from model_export.samples import scenes
+from model_export.samples.calibration import load_calibration
+from model_export.samples.images import GatePicture, gate_pictures, reference_features
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvlm_mlx.config import MODEL_TYPE, VisionConfig
-from model_export.reference import FastViTHD
+from fastvlm_mlx.bundle.config import MODEL_TYPE, VisionConfig
+from model_export.encoder.reference import FastViTHD
 
 _TOWER = "model.vision_tower.vision_tower.model."
 _VOCABULARY = 151_643  # Qwen2's byte-level entries; the special tokens follow

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvlm_mlx.fastvlm import FastVLM, ImageFeatures, load
-    from fastvlm_mlx.generate import Generation, GenerationResult, SamplingOptions, Timings
+    from fastvlm_mlx.language.generate import Generation, GenerationResult, SamplingOptions, Timings
 
 __version__ = "0.1.0"
 
@@ -19,10 +19,10 @@ _HOME = {
     "FastVLM": "fastvlm",
     "ImageFeatures": "fastvlm",
     "load": "fastvlm",
-    "Generation": "generate",
-    "GenerationResult": "generate",
-    "SamplingOptions": "generate",
-    "Timings": "generate",
+    "Generation": "language.generate",
+    "GenerationResult": "language.generate",
+    "SamplingOptions": "language.generate",
+    "Timings": "language.generate",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; a Ctrl-C while it is still being imported is no traceback."""
     try:
-        from fastvlm_mlx.cli import main as run
+        from fastvlm_mlx.cli.main import main as run
 
         run()
     except KeyboardInterrupt:

@@ -16,20 +16,26 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from fastvlm_mlx.bundle import Bundle
-from fastvlm_mlx.config import IMAGE_TOKEN, FastVLMConfig
-from fastvlm_mlx.decode import DEFAULT_MAX_PIXELS, Picture, check_max_pixels, load_image
+from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.bundle.config import IMAGE_TOKEN, FastVLMConfig
 from fastvlm_mlx.errors import BundleError, OptionError, PromptError
-from fastvlm_mlx.features import ImageFeatures, check_encoded, check_features, fingerprint
-from fastvlm_mlx.generate import Generation, GenerationResult, Timings, check_room, generate
-from fastvlm_mlx.image import ImageProcessor
-from fastvlm_mlx.model import Model, load_model
-from fastvlm_mlx.prompt import encode_prompt
-from fastvlm_mlx.sampling import SamplingOptions, chosen
+from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, Picture, check_max_pixels, load_image
+from fastvlm_mlx.image.preprocess import ImageProcessor
+from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
+from fastvlm_mlx.language.generate import (
+    Generation,
+    GenerationResult,
+    Timings,
+    check_room,
+    generate,
+)
+from fastvlm_mlx.language.model import Model, load_model
+from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.language.sampling import SamplingOptions, chosen
+from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
 from fastvlm_mlx.vision.mlprogram import encoder_shape
 from fastvlm_mlx.vision.package import describe
-from fastvlm_mlx.worker import Worker
 
 Seen = Picture | ImageFeatures
 
@@ -96,7 +102,7 @@ class FastVLM:
         """Look at a picture once; ask about the result as often as wanted.
 
         Args:
-            image: whatever `fastvlm_mlx.image.load_image` reads.
+            image: whatever `fastvlm_mlx.image.preprocess.load_image` reads.
 
         Raises:
             ImageError: not a picture, or one that is too large.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastvlm_mlx.quantization import Format
+from fastvlm_mlx.bundle.quantization import Format
 
 AFFINE_GROUPS = (32, 64, 128)
 

@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.config import fits_mlx_vlm
-from fastvlm_mlx.manifest import SCHEMA_VERSION, hash_tree
+from fastvlm_mlx.bundle.config import fits_mlx_vlm
+from fastvlm_mlx.bundle.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
-from model_export import recipes
-from model_export.checkpoint import Checkpoint
-from model_export.gates import Gate
-from model_export.job import Job, Written
+from model_export.bundle_plan import Job, Written
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.gates.gate import Gate
+from model_export.language import recipes
 
 TOOLS = (
     "fastvlm-mlx",

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
 
+from fastvlm_mlx.bundle.quantization import MODES, Format
+from fastvlm_mlx.bundle.schema import check_fields
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.quantization import MODES, Format
-from fastvlm_mlx.schema import check_fields
 from model_export.loaders import LOADERS
 
 # Every layout's; what a layout's own loaders lack is refused where the layout is known.

@@ -17,39 +17,37 @@ from typing import Any
 
 import torch
 
-from fastvlm_mlx.bundle import PACKAGE, Bundle
-from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.bundle.bundle import PACKAGE, Bundle
+from fastvlm_mlx.bundle.config import VisionConfig
+from fastvlm_mlx.bundle.files import read_bytes
+from fastvlm_mlx.bundle.manifest import MANIFEST
+from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError
-from fastvlm_mlx.files import read_bytes
-from fastvlm_mlx.manifest import MANIFEST
-from fastvlm_mlx.schema import read_json
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export import (
-    calibrated,
-    compress,
-    coreml,
-    equality,
-    fastvithd,
-    functions,
-    layouts,
-    llm,
-    mlx_layout,
-    recipes,
-    search,
-    verify,
+from model_export.bundle_plan import Job, Written
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.tokenizer import export_tokenizer, extended
+from model_export.destination.destination import (
+    Destination,
+    appearing,
+    check_replaceable,
+    look_at,
+    resolve,
 )
-from model_export.calibration import load_calibration
-from model_export.checkpoint import Checkpoint
-from model_export.destination import Destination, appearing, check_replaceable, look_at, resolve
-from model_export.encoder_sensitivity import calibration_pixels
-from model_export.gates import Gate
+from model_export.encoder import compression as compress
+from model_export.encoder import coreml, fastvithd, multifunction
+from model_export.gates import equality, verify
+from model_export.gates.gate import Gate
 from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
-from model_export.job import Job, Written
+from model_export.language import llm, recipes
+from model_export.layouts import app, mlx
 from model_export.manifest import make_manifest
-from model_export.mixed import mixed
 from model_export.options import ExportOptions
-from model_export.pictures import Reference, references_of_sizes
-from model_export.tokenizer import export_tokenizer, extended
+from model_export.quantization import layerwise, search
+from model_export.quantization.encoder_sensitivity import calibration_pixels
+from model_export.quantization.mixed import mixed
+from model_export.samples.calibration import load_calibration
+from model_export.samples.images import Reference, references_of_sizes
 
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
@@ -120,7 +118,7 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
         found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
     )
     if options.method != "rtn":
-        calibrated.check(chosen, options.method)
+        layerwise.check(chosen, options.method)
     total = llm.total_bytes(checkpoint, chosen, options)
     facts: dict[str, Any] = {"search": found.to_dict()} if found else {}
     notes = tuple(calibration.notes()) if calibration else ()
@@ -132,7 +130,7 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
             return Written(write(counted(progress, total)), facts, notes)
         # What the method makes waits there; it is gone before the bundle is complete.
         with tempfile.TemporaryDirectory(dir=directory) as waiting:
-            made = calibrated.quantize(
+            made = layerwise.quantize(
                 checkpoint, tokenizer, calibration, chosen, options, Path(waiting), progress
             )
             hashes = equality.hash_tensors(made.ready)
@@ -239,11 +237,11 @@ def _refused(failed: list[Gate], gates: list[Gate], kept: Path, job: Job) -> Gat
 def _write_small_files(job: Job, directory: Path) -> None:
     checkpoint, options, tokenizer = job.checkpoint, job.options, job.tokenizer
     tokenizer.save(directory)
-    config = layouts.app_config(checkpoint, job.chosen, options, tokenizer.image_token_id)
+    config = app.app_config(checkpoint, job.chosen, options, tokenizer.image_token_id)
     if options.layout == "app":
-        layouts.write_app_configs(checkpoint, tokenizer, config, directory)
+        app.write_app_configs(checkpoint, tokenizer, config, directory)
     else:
-        mlx_layout.write_mlx_configs(checkpoint, options, tokenizer, config, directory)
+        mlx.write_mlx_configs(checkpoint, options, tokenizer, config, directory)
     # The base's first, so that a fine-tune's own stands where both have one.
     for source in reversed(checkpoint.directories):
         for file in sorted(source.glob("LICENSE*")):
@@ -281,7 +279,7 @@ def _export_encoder(job: Job, package: Path, progress: Progress) -> _ExportedEnc
         target=options.target,
         image_input=options.image_input,
     )
-    info = functions.export_sizes(
+    info = multifunction.export_sizes(
         module,
         [replace(vision, image_size=size) for size in references],
         package,
@@ -315,9 +313,9 @@ def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> c
 
 def _check_layout(bundle: Bundle, encoder: _ExportedEncoder) -> None:
     if encoder.package is None:
-        mlx_layout.check_mlx(bundle)
+        mlx.check_mlx(bundle)
     else:
-        layouts.check_app(bundle, encoder.package)
+        app.check_app(bundle, encoder.package)
 
 
 def counted(progress: Progress, total: int) -> Callable[[int], None]:

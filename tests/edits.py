@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from fastvlm_mlx.manifest import MANIFEST, hash_tree
+from fastvlm_mlx.bundle.manifest import MANIFEST, hash_tree
 
 
 def sign(bundle: Path) -> None:

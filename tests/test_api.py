@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import fastvlm_mlx
 from fastvlm_mlx.errors import ImageError, OptionError, PromptError
-from fastvlm_mlx.features import ImageFeatures
-from fastvlm_mlx.generate import Timings
-from fastvlm_mlx.sampling import Sampler, SamplingOptions, processors
-from fastvlm_mlx.text import Text
-from model_export.demo import scenes
+from fastvlm_mlx.language.detokenizer import Text
+from fastvlm_mlx.language.features import ImageFeatures
+from fastvlm_mlx.language.generate import Timings
+from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
+from model_export.samples import scenes
 
 LONG = "Describe the image."
 ANYTHING = st.one_of(

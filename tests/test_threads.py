@@ -16,12 +16,12 @@ import pytest
 
 import fastvlm_mlx
 import fastvlm_mlx.fastvlm
-import fastvlm_mlx.text
+import fastvlm_mlx.language.detokenizer
 from fastvlm_mlx.errors import FastVLMError
-from fastvlm_mlx.worker import Worker
-from model_export.demo import scenes
+from fastvlm_mlx.language.worker import Worker
 from model_export.options import ExportOptions
 from model_export.pipeline import export
+from model_export.samples import scenes
 
 QUESTIONS = ("Describe the image.", "How many shapes are there?", "Hello", "Is there a star?")
 LONG = "Describe the image."
@@ -167,7 +167,7 @@ def test_a_closed_stream_has_no_result(model, picture):
 def test_a_stream_that_fails_says_so_each_time(model, picture, monkeypatch):
     generation = model.stream(picture, LONG, max_tokens=64)
     next(generation)
-    monkeypatch.setattr(fastvlm_mlx.text.Text, "add", lambda *_: 1 / 0)
+    monkeypatch.setattr(fastvlm_mlx.language.detokenizer.Text, "add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(generation)
     for _ in range(2):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastvlm_mlx.bundle.files import inside, is_file
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.files import inside, is_file
 
 # MILBlob's header of one blob: sentinel, data type, bytes, offset of the data.
 _BLOB_HEADER = struct.Struct("<IIQQ")

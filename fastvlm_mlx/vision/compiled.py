@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fastvlm_mlx.bundle.files import inside, listing, sha256
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.files import inside, listing, sha256
 from fastvlm_mlx.machine import chip, tell
 from fastvlm_mlx.vision.package import quiet_coremltools
 

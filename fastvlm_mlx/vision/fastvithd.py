@@ -15,9 +15,9 @@ from math import sqrt
 import mlx.core as mx
 import numpy as np
 
-from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.bundle.config import VisionConfig
+from fastvlm_mlx.bundle.quantization import Quantization
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.quantization import Quantization
 
 # Both of the source's norms (mci.py: LayerNormChannel, nn.BatchNorm2d).
 EPS = 1e-5

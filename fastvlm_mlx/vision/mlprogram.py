@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlm_mlx.config import MAX_IMAGE_SIZE
+from fastvlm_mlx.bundle.config import MAX_IMAGE_SIZE
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
 from fastvlm_mlx.vision.package import (

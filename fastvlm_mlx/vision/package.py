@@ -17,10 +17,10 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from fastvlm_mlx.bundle.files import inside, listing, read_bytes
+from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import EncoderError, OptionError
-from fastvlm_mlx.files import inside, listing, read_bytes
 from fastvlm_mlx.imports import part
-from fastvlm_mlx.schema import read_json
 from fastvlm_mlx.vision.blobs import check_weights
 
 INPUT_NAME = "images"

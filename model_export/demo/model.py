@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
-from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.bundle.config import VisionConfig
 from model_export.demo import tokenizer as demo_tokenizer
 from model_export.demo.tokenizer import AFTER_IMAGE, BEFORE_IMAGE
-from model_export.reference import FastViTHD
+from model_export.encoder.reference import FastViTHD
 
 # Apple's names: what stands before the names of each part in the checkpoint.
 PREFIXES = {

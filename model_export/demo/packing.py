@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_export.demo.model import DemoModel
-from model_export.demo.scenes import GRID, Question
 from model_export.demo.tokenizer import AFTER_IMAGE, BEFORE_IMAGE
+from model_export.samples.scenes import GRID, Question
 
 # Segments of a training sequence: text before the picture, the picture, then one per question.
 PADDING, BEFORE, IMAGE = 99, 0, 1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model_export.affine import round_weight
+from model_export.language.affine import round_weight
 
 
 @contextmanager

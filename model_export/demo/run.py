@@ -5,17 +5,17 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from fastvlm_mlx import report
-from fastvlm_mlx.bundle import Bundle
+from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.bundle.files import is_empty, is_litter
+from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import DestinationError, FastVLMError
 from fastvlm_mlx.fastvlm import load
-from fastvlm_mlx.files import is_empty, is_litter
-from fastvlm_mlx.generate import SamplingOptions
-from model_export.demo import scenes
-from model_export.destination import clear_leftovers
+from fastvlm_mlx.language.generate import SamplingOptions
+from model_export.destination.destination import clear_leftovers
+from model_export.gates.verify import verify
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.verify import verify
+from model_export.samples import scenes
 
 # What the checkpoint that ships calls itself.
 SOURCE = "fastvlm-demo"
@@ -53,10 +53,10 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
         )
     options = ExportOptions(llm_bits=llm_bits, overwrite=True)
     shipped = files("model_export.demo") / "checkpoint"
-    with as_file(shipped) as checkpoint, report.stages() as progress:
+    with as_file(shipped) as checkpoint, show.stages() as progress:
         export(checkpoint, bundle, options, progress)
         _, gates = verify(bundle, checkpoint, {}, progress)
-    report.print_gates([gate.to_dict() for gate in gates])
+    show.print_gates([gate.to_dict() for gate in gates])
     scene = scenes.generate(seed, held_out=True)
     # What was there is the demo's own, unless it is a link that somebody put there.
     picture.unlink(missing_ok=True)
@@ -72,5 +72,5 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
         right += correct
         print(f"\nQ: {question.prompt}\nA: {answer.text}", end="")
         print("" if correct else f"   (expected: {question.answer})")
-        report.note(report.timing_line(answer))
+        show.note(show.timing_line(answer))
     print(f"\n{right} of {len(questions)} answers right. Bundle, scene and gates: {directory}/")

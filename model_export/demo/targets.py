@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model_export.demo import scenes
 from model_export.demo.model import DemoModel
-from model_export.demo.scenes import GRID, Scene
+from model_export.samples import scenes
+from model_export.samples.scenes import GRID, Scene
 
 # What the encoder's heads tell apart in each cell. Class 0 of the last three is "none".
 HEADS = {

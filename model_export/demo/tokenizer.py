@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from model_export.demo.scenes import generate
+from model_export.samples.scenes import generate
 
 # transformers/models/qwen2/tokenization_qwen2.py
 PRE_TOKENIZER = (

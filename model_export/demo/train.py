@@ -25,9 +25,9 @@ from model_export.demo import tokenizer as demo_tokenizer
 from model_export.demo.model import DemoModel, make_config, to_pixels
 from model_export.demo.packing import answer_loss, collate
 from model_export.demo.rounding import rounded
-from model_export.demo.scenes import Question, Scene, Score, generate, held_out, score
 from model_export.demo.targets import HEADS, cell_targets, word_targets
-from model_export.reference import FastViTHD, Reparam
+from model_export.encoder.reference import FastViTHD, Reparam
+from model_export.samples.scenes import Question, Scene, Score, generate, held_out, score
 
 # Peak learning rates: of the matrices (Muon) and of everything else (AdamW).
 PEAK_MATRICES, PEAK_REST = 2e-3, 3e-3

@@ -227,8 +227,8 @@ def _features(case: Case, rng: random.Random, model: Any) -> None:
 def _path(case: Case, rng: random.Random, model: Any) -> None:
     """What is asked to be loaded, and how."""
     import fastvlm_mlx
-    from fastvlm_mlx.report import inspect
-    from model_export.checkpoint import Checkpoint
+    from fastvlm_mlx.cli.show import inspect
+    from model_export.checkpoint.checkpoint import Checkpoint
 
     path: Any = rng.choice(
         (

@@ -96,7 +96,7 @@ def run(case: Case) -> None:
 
 def _install(path: Path, app: Path) -> None:
     """Into a directory that looks like the demo app's; the demo's sizes are not the app's."""
-    from model_export import install
+    from model_export.layouts import install
 
     (app / "FastVLM").mkdir(parents=True)
     (app / "FastVLM" / "FastVLM.swift").touch()
@@ -105,7 +105,7 @@ def _install(path: Path, app: Path) -> None:
 
 
 def _card(path: Path) -> str:
-    from model_export import push
+    from model_export.publish import push
 
     return push.plan(path, "me/bundle").card
 
@@ -118,13 +118,13 @@ def _answer(path: Path) -> tuple[int, ...]:
 
 
 def _inspect(path: Path) -> None:
-    from fastvlm_mlx import report
+    from fastvlm_mlx.cli import show
 
-    report.print_bundle(report.inspect(path))
+    show.print_bundle(show.inspect(path))
 
 
 def _verify(path: Path) -> None:
-    from model_export.verify import verify
+    from model_export.gates.verify import verify
 
     verify(path, None, {}, lambda stage, done: None)
 

@@ -95,12 +95,12 @@ def run(case: Case) -> None:
 
 
 def _describe(path: Path, step: Any) -> None:
-    from fastvlm_mlx import report
-    from model_export.checkpoint import Checkpoint
-    from model_export.tokenizer import export_tokenizer
+    from fastvlm_mlx.cli import show
+    from model_export.checkpoint.checkpoint import Checkpoint
+    from model_export.checkpoint.tokenizer import export_tokenizer
 
     checkpoint = step("open", lambda: Checkpoint(path))
-    step("inspect", lambda: report.print_bundle(report.inspect(path)))
+    step("inspect", lambda: show.print_bundle(show.inspect(path)))
     if checkpoint is None:
         return
     step("tokenizer", lambda: export_tokenizer(checkpoint))

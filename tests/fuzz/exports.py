@@ -51,7 +51,7 @@ def run(case: Case) -> None:
 
 
 def _check(out: Path) -> None:
-    from fastvlm_mlx.bundle import Bundle
+    from fastvlm_mlx.bundle.bundle import Bundle
 
     bundle = Bundle.open(out)
     if bundle.manifest is None:

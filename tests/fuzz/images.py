@@ -74,7 +74,7 @@ _TEXTS = (
 
 
 def warm(stock: Stock) -> None:
-    import fastvlm_mlx.image  # noqa: F401
+    import fastvlm_mlx.image.preprocess  # noqa: F401
 
     Image.init()
 
@@ -97,7 +97,7 @@ def prepare(case: Case) -> None:
 
 
 def run(case: Case) -> None:
-    from fastvlm_mlx.image import ImageProcessor, load_image
+    from fastvlm_mlx.image.preprocess import ImageProcessor, load_image
 
     path = case.source / case.facts["name"]
     rng = case.rng

@@ -34,8 +34,8 @@ from typing import Any
 from unittest.mock import patch
 
 from fastvlm_mlx.errors import DestinationError
-from model_export import renames
-from model_export.destination import appearing, check_replaceable, look_at
+from model_export.destination import renames
+from model_export.destination.destination import appearing, check_replaceable, look_at
 
 ROOT = Path(__file__).parents[2]
 HOOKED = (

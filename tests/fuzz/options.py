@@ -70,7 +70,7 @@ def _lines(case: Case, rng: random.Random) -> str:
 
 
 def _sampling(case: Case, rng: random.Random) -> None:
-    from fastvlm_mlx.generate import SamplingOptions
+    from fastvlm_mlx.language.generate import SamplingOptions
 
     given = api.options(rng)
     case.step(f"SamplingOptions(**{given})"[:300], lambda: SamplingOptions(**given))
@@ -96,13 +96,13 @@ def _export(case: Case, rng: random.Random) -> None:
 
 
 def _checkpoint(case: Case) -> Any:
-    from model_export.checkpoint import Checkpoint
+    from model_export.checkpoint.checkpoint import Checkpoint
 
     return Checkpoint(case.stock / "apple")
 
 
 def _recipe(case: Case, rng: random.Random) -> None:
-    from model_export import recipes
+    from model_export.language import recipes
     from model_export.options import ExportOptions
 
     checkpoint = _checkpoint(case)
@@ -114,7 +114,7 @@ def _recipe(case: Case, rng: random.Random) -> None:
 
 
 def _choices(case: Case, rng: random.Random) -> None:
-    from model_export import sweep
+    from model_export.comparison import sweep
 
     def read() -> None:
         found = sweep.read_choices(case.source / "choices.json", "app")
@@ -125,7 +125,7 @@ def _choices(case: Case, rng: random.Random) -> None:
 
 
 def _jsonl(case: Case, rng: random.Random) -> None:
-    from model_export.calibration import load_calibration
+    from model_export.samples.calibration import load_calibration
 
     vision = _checkpoint(case).config.vision
     case.step("calibration", lambda: load_calibration(case.source / "data.jsonl", vision))
@@ -191,7 +191,7 @@ def _line(case: Case, rng: random.Random) -> None:
 
 
 def _command(arguments: list[str]) -> int:
-    from fastvlm_mlx.cli import main
+    from fastvlm_mlx.cli.main import main
 
     kept = sys.argv
     sys.argv = ["fastvlm", *arguments]

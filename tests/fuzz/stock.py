@@ -185,7 +185,7 @@ def _projector(base: Path, out: Path) -> None:
 
 def picture() -> Any:
     """A scene that the demo's bundles have something to say about."""
-    from model_export.demo import scenes
+    from model_export.samples import scenes
 
     return scenes.generate(18, held_out=True).draw(256)
 

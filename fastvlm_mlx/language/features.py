@@ -1,0 +1,92 @@
+"""What is left of a picture once it was looked at, and whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.language.generate import Timings
+from fastvlm_mlx.language.model import Model
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """A picture as the language model reads it, reusable for any number of prompts.
+
+    Made by `FastVLM.encode` and `FastVLM.project`; any model takes it whose projector has the same
+    weights and whose pictures the same size, as that of the same bundle loaded again.
+
+    Attributes:
+        features: the encoder's output, float32 [1, N, C].
+        projected: the projector's, [N, D] in the model's dtype.
+        timings: what preprocessing, encoding and projecting took.
+        model: the fingerprint of the model that made it.
+    """
+
+    features: np.ndarray
+    projected: mx.array
+    timings: Timings
+    model: str = ""
+
+
+def fingerprint(model: Model, num_tokens: int, image_size: int) -> str:
+    """Of what decides which features suit a model: its projector, and the size of its pictures."""
+    digest = hashlib.blake2b(f"{image_size} {num_tokens}".encode(), digest_size=16)
+    arrays = dict(tree_flatten(model.multi_modal_projector.parameters()))
+    for name, array in sorted(arrays.items()):
+        digest.update(f" {name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.asarray(array.view(mx.uint8)).data)
+    return digest.hexdigest()
+
+
+def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
+    """Raises OptionError: not made by a model with this fingerprint, or changed since."""
+    if not isinstance(features, ImageFeatures) or not features.model:
+        raise OptionError(
+            "the picture's features were put together by hand: expected what `encode` or `project` "
+            "of this model returns"
+        )
+    if features.model != model:
+        raise OptionError(
+            "the picture's features are another model's, or of another image size: encode the "
+            "picture with the model that is asked"
+        )
+    projected = features.projected
+    try:
+        mx.eval(projected)
+    except (RuntimeError, ValueError, TypeError) as error:
+        # Computed lazily, in another thread.
+        raise OptionError(
+            f"the picture's features can't be evaluated here ({error}): evaluate them in the "
+            "thread "
+            "that computes them"
+        ) from error
+    if not isinstance(projected, mx.array) or projected.shape != shape:
+        raise OptionError(
+            f"the picture's features were changed: expected an MLX array of shape {list(shape)}"
+        )
+
+
+def check_encoded(features: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """An encoder's output as float32.
+
+    Raises:
+        OptionError: an array of another type or shape, or values that are no numbers.
+    """
+    if not isinstance(features, np.ndarray) or features.dtype.kind != "f":
+        kind = getattr(features, "dtype", type(features).__name__)
+        raise OptionError(f"the encoder's output is of type {kind}: expected an array of float32")
+    if features.shape != shape:
+        raise OptionError(
+            f"the encoder's output has shape {list(features.shape)}: expected {list(shape)}"
+        )
+    single = features.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise OptionError("the encoder's output holds NaN or infinity: expected finite float32")
+    return single

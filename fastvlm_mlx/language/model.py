@@ -1,0 +1,148 @@
+"""The MLX side of FastVLM: the projector, and mlx-lm's Qwen2 unchanged."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from math import sqrt
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.bundle.config import FastVLMConfig
+from fastvlm_mlx.errors import BundleError
+from fastvlm_mlx.imports import part
+
+qwen2 = part("mlx_lm.models.qwen2")
+
+_LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
+
+
+class MultiModalProjector(nn.Module):
+    """Encoder features [1, N, C] → language model's embeddings [1, N, D]."""
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__()
+        hidden = config.text.hidden_size
+        self.linear_0 = nn.Linear(config.vision.hidden_size, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def __call__(self, features: mx.array) -> mx.array:
+        x = self.linear_0(features)
+        # nn.gelu halves last, which overflows from half of float16's range on.
+        return self.linear_2(0.5 * x * (1 + mx.erf(x * sqrt(0.5))))
+
+
+class Model(nn.Module):
+    """Parameters under an `app` bundle's names: `language_model.*`, `multi_modal_projector.*`."""
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__()
+        self.config = config
+        text = config.text
+        self.language_model = qwen2.Model(
+            qwen2.ModelArgs(
+                model_type="qwen2",
+                hidden_size=text.hidden_size,
+                num_hidden_layers=text.num_hidden_layers,
+                intermediate_size=text.intermediate_size,
+                num_attention_heads=text.num_attention_heads,
+                num_key_value_heads=text.num_key_value_heads,
+                rms_norm_eps=text.rms_norm_eps,
+                vocab_size=text.vocab_size,
+                max_position_embeddings=text.max_position_embeddings,
+                rope_theta=text.rope_theta,
+                tie_word_embeddings=text.tie_word_embeddings,
+            )
+        )
+        self.multi_modal_projector = MultiModalProjector(config)
+
+    def project(self, features: mx.array) -> mx.array:
+        """float32 [1, N, C] → [N, D] in the model's dtype."""
+        # The bias's: a quantized weight is of integers.
+        dtype = self.multi_modal_projector.linear_0.bias.dtype
+        return self.multi_modal_projector(features.astype(dtype))[0]
+
+    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
+        """Embed ids [L] and put the rows of `projected` [N, D] where the placeholders stand.
+
+        The placeholders are one run of N, so the rows are spliced and not gathered.
+        """
+        # Some quantized modes dequantize to bfloat16, whatever the model computes in.
+        dtype = self.multi_modal_projector.linear_0.bias.dtype
+        embeddings = self.language_model.model.embed_tokens(ids).astype(dtype)
+        if projected is None:
+            return embeddings
+        start = int(np.argmax(np.asarray(ids) == self.config.image_token_index))
+        return mx.concatenate(
+            [
+                embeddings[:start],
+                projected.astype(embeddings.dtype),
+                embeddings[start + projected.shape[0] :],
+            ]
+        )
+
+
+def load_model(bundle: Bundle) -> Model:
+    """The bundle's projector and language model, quantized where its weights are.
+
+    Weights are read when first used. On a CPU they compute in float32: MLX's half-precision
+    kernels there are an order of magnitude slower and no more exact. MLX's kernel fusion is
+    turned off there, for the whole process.
+
+    Raises:
+        BundleError: a weight is missing, unknown or of the wrong shape.
+    """
+    weights = bundle.model_tensors()
+    _check_layers(bundle, weights)
+    model = Model(bundle.config)
+    if bundle.config.quantization is not None:
+
+        def quantized(path: str, _: nn.Module) -> bool | dict[str, Any]:
+            stored = bundle.format_of(path) if f"{path}.scales" in weights else None
+            return False if stored is None else asdict(stored)
+
+        nn.quantize(model, class_predicate=quantized)
+    _check_names(bundle, dict(tree_flatten(model.parameters())), weights)
+    model.load_weights(list(weights.items()))
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+        # Fused kernels are C++ that MLX hands to the system's compiler at their first use: half a
+        # second each, and no answer on a machine that has none.
+        mx.disable_compile()
+    model.eval()
+    return model
+
+
+def _check_layers(bundle: Bundle, weights: dict[str, mx.array]) -> None:
+    """Before a model is built, that it has as many layers as the weights, and not a million."""
+    found = {match.group(1) for name in weights if (match := _LAYER.match(name))}
+    expected = bundle.config.text.num_hidden_layers
+    if len(found) != expected:
+        raise BundleError(
+            f"{bundle.path} holds {len(found)} layers where config.json says num_hidden_layers "
+            f"{expected}: export the checkpoint again"
+        )
+
+
+def _check_names(bundle: Bundle, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise BundleError(
+                f"{bundle.path} lacks {name}: expected it for the model that config.json "
+                "describes, export the checkpoint again"
+            )
+        if name not in expected:
+            raise BundleError(
+                f"{bundle.path} holds {name}, which is no weight of the model that config.json "
+                "describes: remove the file it came with, or export the checkpoint again"
+            )
+        if expected[name].shape != found[name].shape:
+            raise BundleError(
+                f"{name} has shape {list(found[name].shape)} where config.json implies "
+                f"{list(expected[name].shape)}: export the checkpoint again"
+            )

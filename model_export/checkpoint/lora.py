@@ -1,0 +1,366 @@
+"""Fine-tunes that are stored as a difference to a base: LoRA adapters, and projectors alone.
+
+PEFT writes `adapter_config.json` and `adapter_model.*`; LLaVA's training adds what it trained
+without LoRA as `non_lora_trainables.bin`. A merged weight is computed when it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf, prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from fastvlm_mlx.errors import CheckpointError
+from model_export.checkpoint.names import EMBEDDING, HEAD
+from model_export.checkpoint.tensors import (
+    ALL,
+    SourceTensor,
+    from_torch,
+    read_json,
+    read_tensors,
+    row_blocks,
+    to_torch,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.bin"
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+# Settings of PEFT's LoraConfig under which a weight is not W + scale * B @ A.
+REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "LoRA with biases",
+    "layer_replication": "layer replication",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "LoRA of bare parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+# Initializations that leave the base as it is; PiSSA, OLoRA, CorDA and others change it.
+INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Of PEFT's patterns, those that Python's engine compares in a time that is no surprise.
+SIMPLE_PATTERN = re.compile(r"[^(){}]{1,200}")
+REPEATS = re.compile(r"[*+?]")
+LORA_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+
+# A tensor's name in an adapter, its prefixes removed → Apple's; None for one that is not FastVLM's.
+Rename = Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """float32 W + scale * B @ A; of an embedding, W + scale * (B @ A).T.
+
+    `a` is [r, ...] and `b` [out, r], a convolution's kernel being part of `a`.
+    """
+
+    base: SourceTensor
+    a: SourceTensor
+    b: SourceTensor
+    scale: float
+    embedding: bool
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((*self.base.files, *self.a.files, *self.b.files)))
+
+    def read(self, rows: slice = ALL) -> mx.array:
+        import torch
+
+        read = (self.a.read(), self.b.read(ALL if self.embedding else rows))
+        a, b = (to_torch(array).float().flatten(1) for array in read)
+        left, right = (a.T[rows], b.T) if self.embedding else (b, a)
+        # A copy, so that the sum can be taken in place: no third matrix of this size.
+        weight = to_torch(self.base.read(rows)).to(torch.float32, copy=True)
+        weight.flatten(1).addmm_(left, right, alpha=self.scale)
+        return from_torch(weight)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What of `adapter_config.json` decides a merged weight."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    base: str | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> LoraConfig:
+        """`fan_in_fan_out` is not asked: FastVLM's layers are all Linear, for which PEFT itself
+        turns it off.
+
+        Raises:
+            CheckpointError: not LoRA, a variant of it that is not supported, or damaged.
+        """
+        data = read_json(file)
+        kind = data.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(
+                f"{file} describes a {kind} adapter: expected LORA, merge it into its base with "
+                "PEFT and export the result"
+            )
+        variants = [name for key, name in REFUSED.items() if data.get(key)]
+        start = data.get("init_lora_weights", True)
+        if start not in INITIALIZATIONS:
+            variants.append(f"LoRA begun by {start!r}, which changes the base")
+        if variants:
+            raise CheckpointError(
+                f"{file} describes {variants[0]}, which is not supported: expected plain LoRA, "
+                "merge it into its base with PEFT (merge_and_unload) and export the result"
+            )
+        ranks = _numbers(file, data, "rank_pattern", int)
+        alphas = _numbers(file, data, "alpha_pattern", int, float)
+        base = data.get("base_model_name_or_path")
+        saved = data.get("modules_to_save") or []
+        return cls(
+            rank=_number(file, "r", data.get("r"), int),
+            alpha=_number(file, "lora_alpha", data.get("lora_alpha"), int, float),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            use_rslora=bool(data.get("use_rslora")),
+            modules_to_save=tuple(map(str, saved)) if isinstance(saved, list) else (),
+            ensure_weight_tying=bool(data.get("ensure_weight_tying")),
+            base=base if isinstance(base, str) and base else None,
+        )
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """Of the module of this name, by the first pattern that its end matches, as in PEFT."""
+        rank = self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
+        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
+        return rank, alpha / (sqrt(rank) if self.use_rslora else rank)
+
+
+def merge_adapter(
+    directory: Path, config: LoraConfig, base: Mapping[str, SourceTensor], rename: Rename
+) -> dict[str, SourceTensor]:
+    """`base` with the adapter's weights merged and its other tensors in place of the base's.
+
+    Raises:
+        CheckpointError: no adapter weights, a tensor that the base does not have, or one for a
+            base of another shape.
+    """
+    files = [directory / name for name in ADAPTER_FILES if (directory / name).is_file()]
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds {ADAPTER_CONFIG} and no weights: expected "
+            f"{' or '.join(ADAPTER_FILES)}, copy it there"
+        )
+    low_rank: dict[str, dict[str, SourceTensor]] = {}
+    replaced: dict[str, SourceTensor] = {}
+    for key, tensor in read_tensors(files[:1]).items():
+        if "lora_magnitude_vector" in key:
+            raise CheckpointError(f"{files[0]} holds {key}: DoRA, which is not supported")
+        if match := LORA_KEY.fullmatch(key):
+            module, embedding, side = match.groups()
+            low_rank.setdefault(_strip(module), {})[side] = tensor
+            low_rank[_strip(module)]["embedding" if embedding else "linear"] = tensor
+        else:
+            replaced[key] = tensor
+    merged = _tied_apart(base, config, low_rank, replaced, rename)
+    merged |= _renamed(replaced, base, rename)
+    if (directory / NON_LORA).is_file():
+        merged = replace_tensors(directory / NON_LORA, merged, rename)
+    for module, sides in low_rank.items():
+        name = _known(f"{module}.weight", next(iter(sides.values())), merged, rename)
+        merged[name] = _merged(name, module, sides, merged[name], config)
+    return merged
+
+
+def replace_tensors(
+    file: Path, base: Mapping[str, SourceTensor], rename: Rename
+) -> dict[str, SourceTensor]:
+    """`base` with the tensors of `file` in place of its own.
+
+    A head that is the embedding stays the embedding when only that is replaced.
+
+    Raises:
+        CheckpointError: a tensor that the base does not have.
+    """
+    tensors = _renamed(read_tensors([file]), base, rename)
+    merged = dict(base)
+    if EMBEDDING[0] in tensors and HEAD[0] not in tensors and is_tied(base):
+        merged.pop(HEAD[0], None)
+    return merged | tensors
+
+
+def replace_projector(file: Path, base: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """`base` with the projector that LLaVA's training saves by itself, under whatever prefix.
+
+    Raises:
+        CheckpointError: `file` holds something else.
+    """
+
+    def rename(name: str) -> str | None:
+        _, found, rest = name.rpartition("mm_projector.")
+        return f"model.mm_projector.{rest}" if found else None
+
+    return replace_tensors(file, base, rename)
+
+
+def is_tied(tensors: Mapping[str, SourceTensor]) -> bool:
+    """Whether the head is the embedding; from the values, config.json is often wrong."""
+    if HEAD[0] not in tensors:
+        return True
+    head, embedding = tensors[HEAD[0]], tensors[EMBEDDING[0]]
+    if head.shape != embedding.shape:
+        return False
+    return all(
+        mx.array_equal(head.read(rows), embedding.read(rows)).item()
+        for rows in row_blocks(head.shape)
+    )
+
+
+def _tied_apart(
+    base: Mapping[str, SourceTensor],
+    config: LoraConfig,
+    low_rank: Mapping[str, Any],
+    replaced: Mapping[str, SourceTensor],
+    rename: Rename,
+) -> dict[str, SourceTensor]:
+    """The base, with a head of its own where PEFT trained one of two tied matrices without the
+    other: in PEFT the other one keeps the base's values."""
+    names = {rename(f"{module}.weight") for module in low_rank}
+    saved = {rename(_strip(key)): tensor for key, tensor in replaced.items()}
+    touched = {EMBEDDING[0], HEAD[0]} & (names | set(saved))
+    if not touched or not is_tied(base):
+        return dict(base)
+    embedding = base[EMBEDDING[0]]
+    tensors = {**base, HEAD[0]: embedding}
+    wrapped = {module.rpartition(".")[2] for module in config.modules_to_save}
+    alone = EMBEDDING[0] in names or "embed_tokens" in wrapped
+    resized = EMBEDDING[0] in saved and saved[EMBEDDING[0]].shape != embedding.shape
+    # Saved without having been trained apart, as PEFT does with a resized vocabulary.
+    if HEAD[0] not in touched and (not alone or resized or config.ensure_weight_tying):
+        del tensors[HEAD[0]]
+    return tensors
+
+
+def _merged(
+    name: str,
+    module: str,
+    sides: Mapping[str, SourceTensor],
+    base: SourceTensor,
+    config: LoraConfig,
+) -> MergedTensor:
+    if missing := {"A", "B"} - set(sides):
+        raise CheckpointError(
+            f"the adapter has no lora_{min(missing)} for {module}: it is not whole, save it again"
+        )
+    a, b, embedding = sides["A"], sides["B"], "embedding" in sides
+    rank, scale = config.rank_and_scale(module)
+    if a.shape[0] != rank or b.shape[1:2] != (rank,) or prod(b.shape) != b.shape[0] * rank:
+        raise CheckpointError(
+            f"the adapter's {module} is of shapes {list(a.shape)} and {list(b.shape)} where "
+            f"{ADAPTER_CONFIG} says rank {rank}: they belong to different adapters"
+        )
+    made = (a.shape[1], b.shape[0]) if embedding else (b.shape[0], *a.shape[1:])
+    if made != base.shape:
+        raise CheckpointError(
+            f"the adapter changes {name} as a tensor of shape {list(made)} where the base's is "
+            f"{list(base.shape)}: it belongs to another base, give that with --base"
+        )
+    return MergedTensor(base, a, b, scale, embedding)
+
+
+def _renamed(
+    tensors: Mapping[str, SourceTensor], base: Mapping[str, SourceTensor], rename: Rename
+) -> dict[str, SourceTensor]:
+    """Under Apple's names; every one known to the base and, vocabulary aside, of its shape."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        name = _known(_strip(key), tensor, base, rename)
+        if (
+            name in base
+            and name not in (EMBEDDING[0], HEAD[0])
+            and base[name].shape != tensor.shape
+        ):
+            raise CheckpointError(
+                f"{tensor.files[0].name} holds {name} of shape {list(tensor.shape)} where the "
+                f"base's is {list(base[name].shape)}: it belongs to another base, give that with "
+                "--base"
+            )
+        renamed[name] = tensor
+    return renamed
+
+
+def _known(
+    name: str, tensor: SourceTensor, base: Mapping[str, SourceTensor], rename: Rename
+) -> str:
+    apple = rename(name)
+    if apple is None or (apple not in base and apple != HEAD[0]):
+        raise CheckpointError(
+            f"{tensor.files[-1]} holds {name}, which the base does not have: expected tensors of "
+            "FastVLM, give the base that it was trained on with --base"
+        )
+    return apple
+
+
+def _strip(key: str) -> str:
+    """A name without what PEFT and its wrappers put around it."""
+    key = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.|$)", "", key)
+    key = key.removeprefix("module.").removeprefix("base_model.")
+    return re.sub(r"^model\.(?=(model|lm_head)(\.|$))", "", key)
+
+
+def _matching(patterns: Mapping[str, Any], module: str) -> str:
+    for pattern in patterns:
+        if re.match(_ending(pattern), module):
+            return pattern
+    return module
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _numbers(file: Path, data: dict[str, Any], key: str, *kinds: type) -> dict[str, Any]:
+    patterns = data.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{file}: {key} is {patterns!r}, expected a JSON object")
+    for pattern, value in patterns.items():
+        if not SIMPLE_PATTERN.fullmatch(pattern) or len(REPEATS.findall(pattern)) > 2:
+            raise CheckpointError(
+                f"{file}: {key} holds {pattern!r}, which could take forever to compare: expected a "
+                "module's name, or a regular expression without groups and with two repetitions at "
+                "most, merge the adapter into its base with PEFT and export the result"
+            )
+        try:
+            re.compile(_ending(pattern))
+        except re.error as error:
+            raise CheckpointError(
+                f"{file}: {key} holds {pattern!r}, which is no regular expression ({error})"
+            ) from error
+        _number(file, f"{key}[{pattern!r}]", value, *kinds)
+    return patterns
+
+
+def _number(file: Path, key: str, value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds or not 0 < value < inf:
+        raise CheckpointError(
+            f"{file}: {key} is {value!r}, expected a number above zero: the adapter is damaged, "
+            "save it again"
+        )
+    return value

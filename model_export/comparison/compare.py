@@ -1,0 +1,397 @@
+"""Bundles and checkpoints side by side: what each takes, and what it loses against one of them.
+
+Every model is asked the same questions about the same pictures, and given the answers that the
+reference itself chooses, token by token, so that all are asked for the next token at the same
+places. An answer has changed where a model chooses another token anywhere in it: its own greedy
+answer, and the reference's, part there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from statistics import median, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.bundle.config import FastVLMConfig
+from fastvlm_mlx.bundle.kind import is_bundle
+from fastvlm_mlx.cli import show
+from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.fastvlm import image_processor, placeholder_id
+from fastvlm_mlx.language.prompt import TURN_END
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.gates.mlx_encoder import RoundedEncoder
+from model_export.gates.verify import mean_cosine, snr_db
+from model_export.interruption import Progress
+from model_export.language import qwen2
+from model_export.samples import scenes
+from model_export.samples.calibration import load_calibration
+from model_export.samples.images import GatePicture, gate_pictures, reference_features
+
+# Of the scenes' questions; 1 % of them is two.
+QUESTIONS = 200
+# Longest answer that is followed.
+MAX_TOKENS = 48
+# From the gates' on, all kept from the demo's training.
+FIRST_SEED = 100
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle or a checkpoint, opened: sizes, and how its two halves are evaluated.
+
+    Attributes:
+        encode: pictures → features [1, N, C] of each, as its own precision makes them.
+    """
+
+    name: str
+    kind: str
+    config: FastVLMConfig
+    tokenizer: Tokenizer
+    placeholder: int
+    sizes: dict[str, float]
+    weights: qwen2.Weights
+    encode: Callable[[Sequence[GatePicture]], list[np.ndarray]]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What two models must share to be compared."""
+        vision, text = self.config.vision, self.config.text
+        own = asdict(replace(text, vocab_size=0, tie_word_embeddings=True))
+        return (vision.image_size, vision.num_tokens, vision.hidden_size, *own.values())
+
+
+@dataclass
+class Row:
+    """What one model takes, and what it loses against the reference.
+
+    Attributes:
+        bytes: encoder, llm (the projector's included), total.
+        snr_db, cosine: of the encoder's features, over all pictures; cosine the mean over tokens.
+        llm_kl_nats, llm_agreement: with the reference's features.
+        kl_nats, agreement: with its own, over all places. Agreement is the share of places with
+            the same choice.
+        kl_median_nats, kl_deviation_nats: of the answers, the mean over its places for each: how a
+            mean came about that one answer may carry. None of the reference.
+        changed, questions: answers, end to end.
+        best: none of the models compared is both smaller and nearer to the reference.
+    """
+
+    name: str
+    kind: str
+    bytes: dict[str, int]
+    bits_per_weight: float
+    snr_db: float | None = None
+    cosine: float | None = None
+    llm_kl_nats: float = 0.0
+    llm_agreement: float = 1.0
+    kl_nats: float = 0.0
+    kl_median_nats: float | None = None
+    kl_deviation_nats: float | None = None
+    agreement: float = 1.0
+    changed: int = 0
+    questions: int = 0
+    reference: bool = False
+    best: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        # JSON has no infinity.
+        snr = None if self.snr_db is None or not isfinite(self.snr_db) else self.snr_db
+        return {**asdict(self), "snr_db": snr}
+
+
+def compare(
+    paths: Sequence[str | Path],
+    reference: str | Path | None,
+    questions: str | Path | None,
+    count: int,
+    progress: Progress,
+) -> list[Row]:
+    """Hold every model to the reference.
+
+    Args:
+        reference: a checkpoint or a bundle; without one the first checkpoint among `paths`, or
+            else the largest bundle.
+        questions: pictures or JSON lines as for calibration; else scenes, or a photograph.
+        count: how many of the scenes' questions are asked at least.
+
+    Raises:
+        OptionError: fewer than two models, or models of different shapes.
+        BundleError, CheckpointError: one of them can't be read.
+    """
+    models = [open_model(path) for path in dict.fromkeys(map(str, paths))]
+    chosen = open_model(reference) if reference is not None else _reference(models)
+    if not any(model.name == chosen.name for model in models):
+        models = [chosen, *models]
+    if len(models) < 2:
+        raise OptionError("only one model is given: name two or more bundles or checkpoints")
+    for model in models:
+        if model.shape != chosen.shape:
+            raise OptionError(
+                f"{model.name} and {chosen.name} are of different shapes: compare models of one "
+                "architecture, at one input size"
+            )
+    bench = Bench.of(chosen, pictures_of(chosen, questions, count), progress)
+    rows = []
+    for number, model in enumerate(models):
+        progress(f"compare {model.name}", number / len(models))
+        rows.append(bench.row(model))
+    return mark_best(rows)
+
+
+def open_model(path: str | Path) -> Model:
+    """Raises BundleError or CheckpointError if it is neither a bundle nor a checkpoint."""
+    directory = Path(path).expanduser()
+    if directory.is_dir() and is_bundle(directory):
+        return _bundle(directory)
+    return _checkpoint(path)
+
+
+def _bundle(path: Path) -> Model:
+    bundle = Bundle.open(path)
+    tokenizer = bundle.tokenizer()
+    facts = show.inspect_bundle(path)
+    size = bundle.config.vision.image_size
+    process = image_processor(bundle, size, bundle.config.image_aspect_ratio)
+
+    def encode(pictures: Sequence[GatePicture]) -> list[np.ndarray]:
+        if bundle.layout == "mlx":
+            rounded = RoundedEncoder(bundle, bundle.config.dtype)
+            return [rounded(process(picture.image)) for picture in pictures]
+        encoder = MLProgramEncoder(bundle.package)
+        return [encoder.evaluate(process(p.image), round_fp16=True) for p in pictures]
+
+    return Model(
+        name=str(path),
+        kind="bundle",
+        config=bundle.config,
+        tokenizer=tokenizer,
+        placeholder=placeholder_id(tokenizer, bundle),
+        sizes=_sizes(facts["encoder"]["bytes"], facts["llm"]["bytes"], facts["llm"]["parameters"]),
+        weights=qwen2.BundleWeights(bundle),
+        encode=encode,
+    )
+
+
+def _checkpoint(path: str | Path) -> Model:
+    checkpoint = Checkpoint(path)
+    exported = export_tokenizer(checkpoint)
+    stored = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+    sizes = {
+        name: stored[tensor.dtype] * int(np.prod(tensor.shape))
+        for name, tensor in checkpoint.tensors.items()
+    }
+    # config.json's word for it is often wrong.
+    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    in_llm = {spec.source for spec in checkpoint.llm_specs}
+    llm = sum(size for name, size in sizes.items() if name in in_llm)
+
+    def encode(pictures: Sequence[GatePicture]) -> list[np.ndarray]:
+        state = checkpoint.encoder_state()
+        return [r.features for r in reference_features(state, checkpoint, pictures)]
+
+    return Model(
+        name=str(path),
+        kind="checkpoint",
+        config=replace(checkpoint.config, text=text),
+        tokenizer=exported.tokenizer,
+        placeholder=exported.image_token_id,
+        sizes=_sizes(sum(sizes.values()) - llm, llm, checkpoint.llm_parameters),
+        weights=qwen2.SourceWeights(checkpoint),
+        encode=encode,
+    )
+
+
+def _sizes(encoder: int, llm: int, parameters: int) -> dict[str, float]:
+    return {"encoder": encoder, "llm": llm, "bits_per_weight": round(8 * llm / parameters, 3)}
+
+
+def _reference(models: Sequence[Model]) -> Model:
+    checkpoints = [model for model in models if model.kind == "checkpoint"]
+    return (checkpoints or sorted(models, key=lambda m: -m.sizes["llm"] - m.sizes["encoder"]))[0]
+
+
+def pictures_of(model: Model, path: str | Path | None, count: int) -> list[GatePicture]:
+    """The user's, or held-out scenes with `count` questions; for a large encoder the gates'."""
+    vision = model.config.vision
+    if path is not None:
+        return list(load_calibration(path, vision).pictures)
+    gates = gate_pictures(vision)
+    if not gates[0].name.startswith("scene"):
+        return gates
+    pictures: list[GatePicture] = []
+    seed = FIRST_SEED
+    while sum(len(picture.questions) for picture in pictures) < count:
+        scene = scenes.generate(seed, held_out=True)
+        asked = tuple((q.prompt, q.answer) for q in scene.questions(seed))
+        pictures.append(GatePicture(f"scene {seed}", scene.draw(vision.image_size), asked))
+        seed += 1
+    return pictures
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The reference, what it sees in every picture, and its answers.
+
+    Attributes:
+        complete: of each picture's answers, whether it ended or was cut off.
+    """
+
+    reference: Model
+    pictures: Sequence[GatePicture]
+    features: Sequence[np.ndarray]
+    dialogues: Sequence[qwen2.Dialogue]
+    complete: Sequence[tuple[bool, ...]]
+
+    @classmethod
+    def of(cls, reference: Model, pictures: Sequence[GatePicture], progress: Progress) -> Bench:
+        """Let the reference look and answer."""
+        pictures = [picture for picture in pictures if picture.questions]
+        progress("reference encoder", None)
+        features = reference.encode(pictures)
+        dialogues, complete = [], []
+        for number, (picture, seen) in enumerate(zip(pictures, features, strict=True)):
+            progress("reference answers", number / len(pictures))
+            dialogue, ended = answers(reference, picture, seen)
+            dialogues.append(dialogue)
+            complete.append(ended)
+        return cls(reference, pictures, features, dialogues, complete)
+
+    def row(self, model: Model) -> Row:
+        """What `model` takes and loses."""
+        encoder, llm = int(model.sizes["encoder"]), int(model.sizes["llm"])
+        size = {"encoder": encoder, "llm": llm, "total": encoder + llm}
+        row = Row(model.name, model.kind, size, model.sizes["bits_per_weight"])
+        row.questions = sum(len(picture.questions) for picture in self.pictures)
+        if model.name == self.reference.name:
+            row.reference = True
+            return row
+        own = model.encode(self.pictures)
+        source, found = np.concatenate(self.features), np.concatenate(own)
+        row.snr_db, row.cosine = snr_db(source, found), mean_cosine(source, found)
+        alone, whole = _Tally(), _Tally()
+        for dialogue, ended, theirs, ours in zip(
+            self.dialogues, self.complete, self.features, own, strict=True
+        ):
+            sides = [
+                qwen2.Side(self.reference.weights, torch.from_numpy(theirs)),
+                qwen2.Side(model.weights, torch.from_numpy(theirs)),
+                qwen2.Side(model.weights, torch.from_numpy(ours)),
+            ]
+            outcomes = qwen2.run(self.reference.config.text, dialogue, sides)
+            p, q, r = _common([outcome.log_probabilities for outcome in outcomes])
+            alone.add(p, q, dialogue, ended)
+            whole.add(p, r, dialogue, ended)
+        row.llm_kl_nats, row.llm_agreement = alone.kl, alone.agreement
+        row.kl_nats, row.agreement, row.changed = whole.kl, whole.agreement, whole.changed
+        row.kl_median_nats, row.kl_deviation_nats = median(whole.by_answer), pstdev(whole.by_answer)
+        return row
+
+
+def answers(
+    model: Model, picture: GatePicture, features: np.ndarray
+) -> tuple[qwen2.Dialogue, tuple[bool, ...]]:
+    """The picture's questions with the greedy answers of `model`, and which of them have ended.
+
+    The answers that the picture comes with are guesses: a whole one is checked in one pass, and
+    each pass corrects at least one token.
+    """
+    tokenizer, end_id = model.tokenizer, model.tokenizer.token_to_id(TURN_END)
+    guesses = [qwen2.encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in picture.questions]
+    ended: list[bool | None] = [None] * len(guesses)
+    prompts = [prompt for prompt, _ in picture.questions]
+    side = qwen2.Side(model.weights, torch.from_numpy(features))
+    while True:
+        pairs = list(zip(prompts, guesses, strict=True))
+        dialogue = qwen2.Dialogue.of_ids(
+            tokenizer, pairs, model.placeholder, model.config.vision.num_tokens
+        )
+        if all(end is not None for end in ended):
+            return dialogue, tuple(bool(end) for end in ended)
+        (outcome,) = qwen2.run(model.config.text, dialogue, [side])
+        chosen = outcome.log_probabilities.argmax(1)
+        for i, (span, guess) in enumerate(zip(dialogue.answers, guesses, strict=True)):
+            if ended[i] is None:
+                guesses[i], ended[i] = _corrected(guess, chosen[span].tolist(), end_id)
+
+
+def _corrected(
+    guess: list[int], chosen: list[int], end_id: int | None
+) -> tuple[list[int], bool | None]:
+    """A guess up to where the model chooses otherwise, its choice there, and the guess's rest.
+
+    Returns:
+        The new guess, and whether it has ended (True), was cut off (False) or goes on (None).
+    """
+    # The last choice is of what follows the guess.
+    pairs = enumerate(zip(guess, chosen[:-1], strict=True))
+    wrong = next((i for i, (a, b) in pairs if a != b), None)
+    place = len(guess) if wrong is None else wrong
+    if chosen[place] == end_id:
+        return guess[:place], True
+    if place >= MAX_TOKENS:
+        return guess, False
+    return [*guess[:place], chosen[place], *guess[place + 1 :]][:MAX_TOKENS], None
+
+
+class _Tally:
+    """Divergence, agreement and changed answers, summed over pictures."""
+
+    def __init__(self) -> None:
+        self._kl = self._same = self._places = 0.0
+        self.changed = 0
+        self.by_answer: list[float] = []
+
+    def add(
+        self,
+        source: torch.Tensor,
+        found: torch.Tensor,
+        dialogue: qwen2.Dialogue,
+        ended: Sequence[bool],
+    ) -> None:
+        lost = (source.exp() * (source - found)).sum(1, dtype=torch.float64)
+        self._kl += float(lost.sum())
+        same = source.argmax(1) == found.argmax(1)
+        self._same += float(same.sum())
+        self._places += len(same)
+        for span, whole in zip(dialogue.answers, ended, strict=True):
+            self.by_answer.append(max(0.0, float(lost[span].mean())))
+            # What follows an answer that was cut off is not part of it.
+            stop = span.stop if whole else span.stop - 1
+            self.changed += not bool(same[span.start : stop].all())
+
+    @property
+    def kl(self) -> float:
+        return max(0.0, self._kl / self._places)
+
+    @property
+    def agreement(self) -> float:
+        return self._same / self._places
+
+
+def _common(outcomes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Log-probabilities over the ids that all have: an export may add rows for <image>."""
+    rows = min(found.shape[1] for found in outcomes)
+    return [found[:, :rows].log_softmax(1) for found in outcomes]
+
+
+def mark_best(rows: list[Row]) -> list[Row]:
+    """The Pareto front of size and divergence; the reference, which can't lose, is left out."""
+    others = [row for row in rows if not row.reference]
+    for row in others:
+        row.best = not any(
+            (o.bytes["total"], o.kl_nats) != (row.bytes["total"], row.kl_nats)
+            and o.bytes["total"] <= row.bytes["total"]
+            and o.kl_nats <= row.kl_nats
+            for o in others
+        )
+    return rows

@@ -1,0 +1,334 @@
+"""A directory that appears whole or not at all: made beside its place, synced, put there at once.
+
+What is at the destination when the work begins is remembered, and only that is ever replaced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvlm_mlx.bundle.files import is_litter
+from fastvlm_mlx.bundle.manifest import MANIFEST
+from fastvlm_mlx.bundle.schema import read_json
+from fastvlm_mlx.errors import DestinationError
+from model_export.destination import leftovers
+from model_export.destination.content import Content, content_of
+from model_export.destination.staging import (
+    BUNDLE,
+    DIRECTORY,
+    NAME,
+    Workplace,
+    check_not_mounted,
+    workplace,
+)
+
+# Of a bundle without a manifest, as Apple publishes them: whatever else lies there is somebody's.
+_PART_OF_A_BUNDLE = re.compile(
+    r"[^/]+\.mlpackage/.+|[^/]+\.(safetensors|json|jinja)|merges\.txt|LICENSE[^/]*"
+)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A place for a directory.
+
+    Attributes:
+        found: what is there, to be replaced; None if it must be new.
+    """
+
+    path: Path
+    found: Content | None = None
+
+
+def resolve(path: str | Path) -> Path:
+    """An absolute destination, `..` and `~` taken out of it.
+
+    Raises:
+        DestinationError: no path, a symbolic link, or a directory that no bundle may take the place
+            of.
+    """
+    try:
+        destination = Path(os.path.abspath(Path(path).expanduser()))
+        here, home = Path.cwd(), Path.home()
+        os.fsencode(destination)
+        if "\0" in str(destination):
+            raise ValueError("it holds a NUL")
+    # An unknown user, NUL and what no file's name can hold, a directory that was removed.
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DestinationError(
+            f"{os.fspath(path)!r} can't be a destination ({error}): give the path of a directory"
+        ) from error
+    if os.path.islink(destination):
+        raise DestinationError(
+            f"{destination} is a symbolic link: give the directory that is meant itself"
+        )
+    if destination in (here, home, *here.parents, *home.parents):
+        raise DestinationError(
+            f"{destination} can't become a bundle, you work or live in it: choose a directory of "
+            "its own"
+        )
+    return destination
+
+
+def check_replaceable(destination: Path, *, overwrite: bool) -> Destination:
+    """Only a bundle, or nothing, is ever replaced. As `look_at`, it clears first.
+
+    Raises:
+        DestinationError: `destination` exists and `overwrite` is off, or it is something else, or
+            it can't be read.
+    """
+    clear_leftovers(destination.parent)
+    if not overwrite and os.path.lexists(destination):
+        raise DestinationError(
+            f"{destination} exists: choose another destination, or replace it with --overwrite"
+        )
+    seen = look_at(destination)
+    if seen.found is None:
+        return seen
+    if not seen.found.is_directory:
+        raise DestinationError(f"{destination} is a file: expected a bundle to overwrite")
+    foreign = _foreign(destination, seen.found)
+    if foreign is not None:
+        raise DestinationError(
+            f"{destination} holds what is no bundle ({foreign}), which --overwrite would "
+            "delete: choose another destination, or remove it yourself"
+        )
+    return seen
+
+
+def _foreign(destination: Path, found: Content) -> str | None:
+    """The first file there that is no part of a bundle; None if there is none."""
+    files = [name for name in found.files if not any(map(is_litter, name.split("/")))]
+    if MANIFEST not in files:
+        known = [name for name in files if _PART_OF_A_BUNDLE.fullmatch(name)]
+        if len(known) == len(files) and (not files or "config.json" in files):
+            return None
+        return next((name for name in files if name not in known), files[0])
+    try:
+        manifest = read_json(destination, destination / MANIFEST, DestinationError, remedy="")
+    except DestinationError:
+        return MANIFEST
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or "schema_version" not in manifest:
+        return MANIFEST
+    return next((name for name in files if name not in listed and name != MANIFEST), None)
+
+
+def _check_not_mounted(destination: Path) -> None:
+    try:
+        with _directory(destination.parent) as parent:
+            check_not_mounted(destination.name, parent)
+    except OSError as error:
+        raise DestinationError(
+            f"{destination} can't be replaced, {error.strerror} ({error.filename}): choose another "
+            "destination, or unmount it"
+        ) from error
+
+
+def look_at(destination: Path) -> Destination:
+    """A destination where whatever is there now, and nothing else, is to be replaced.
+
+    What killed runs left beside it is finished or undone first, and removed.
+
+    Raises:
+        DestinationError: it can't be read, or can't be moved.
+    """
+    try:
+        with _directory(destination.parent) as parent:
+            leftovers.clear(parent)
+            found = content_of(destination.name, parent)
+    except FileNotFoundError:
+        return Destination(destination)
+    except OSError as error:
+        raise _destination_error(destination, error) from error
+    if found is None:
+        return Destination(destination)
+    if os.path.ismount(destination):
+        raise DestinationError(
+            f"{destination} is where a disk is mounted, which can't be replaced: choose a "
+            "directory on it"
+        )
+    if found.is_directory:
+        _check_not_mounted(destination)
+    if found.is_directory and not os.access(destination, os.W_OK):
+        raise DestinationError(
+            f"{destination} is write-protected: choose another destination, or allow writing to it"
+        )
+    return Destination(destination, found)
+
+
+@contextmanager
+def appearing(destination: Destination) -> Iterator[Path]:
+    """A directory that takes its place on success, and is gone otherwise.
+
+    What was at the destination stays until the new directory is complete and on disk, and then the
+    one takes the other's place in one step: who looks sees either, whole. If something came to be
+    there meanwhile, or what was there changed, that stays and the new one is dropped.
+
+    All files get one mode and all directories another, those that the umask gives.
+
+    Raises:
+        DestinationError: it can't be written, the disk is full, or somebody was faster.
+    """
+    path = destination.path
+    made: list[tuple[Path, int]] = []
+    placed = False
+    try:
+        _make_parents(path.parent, made)
+        with _directory(path.parent) as parent, workplace(parent) as place:
+            yield path.parent.resolve() / place.name / BUNDLE
+            _finish(place)
+            _check_same(path.parent, parent)
+            _publish(place, destination)
+            placed = True
+            # Before what was replaced is removed.
+            _sync(parent)
+        for directory, _ in made:
+            _sync_path(directory.parent)
+    except OSError as error:
+        raise _destination_error(path, error, placed=placed) from error
+    finally:
+        if not placed:
+            _remove_empty(made)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what killed runs left in a directory, if it is one."""
+    with suppress(OSError), _directory(directory) as opened:
+        leftovers.clear(opened)
+
+
+def _publish(place: Workplace, destination: Destination) -> None:
+    path = destination.path
+    if destination.found is None:
+        try:
+            place.put(path.name)
+        except FileExistsError as error:
+            raise DestinationError(
+                f"{path} came to exist while this was under way, and stays as it is; what was made "
+                "for it is dropped: choose another destination and start again"
+            ) from error
+        return
+    try:
+        changed = place.replace(path.name, destination.found)
+    except FileExistsError:
+        changed = "it was removed, and is another one"
+    if changed is not None:
+        raise DestinationError(
+            f"{path} changed while this was under way ({changed}), and stays as it is; what was "
+            "made for it is dropped: look at it, then start again"
+        )
+
+
+def _finish(place: Workplace) -> None:
+    """Modes, and everything on disk, the inner before what holds it; links are left alone."""
+    for _, _, files, directory in os.fwalk(BUNDLE, dir_fd=place.fd, topdown=False, onerror=_raise):
+        for name in files:
+            if stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                try:
+                    _set_mode(file, place.file_mode)
+                    os.fsync(file)
+                finally:
+                    os.close(file)
+        _set_mode(directory, place.directory_mode)
+        _sync(directory)
+    _sync(place.fd)
+
+
+def _set_mode(fd: int, mode: int) -> None:
+    # Not for nothing: filesystems without modes refuse it.
+    if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        os.fchmod(fd, mode)
+
+
+def _sync(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        # Some network filesystems sync files only.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+
+
+def _sync_path(directory: Path) -> None:
+    with _directory(directory) as fd:
+        _sync(fd)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    """A descriptor of an existing directory, links in its path followed."""
+    fd = os.open(path, DIRECTORY & ~os.O_NOFOLLOW)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_same(path: Path, opened: int) -> None:
+    """Raises DestinationError: the path leads elsewhere than when it was opened."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(path), os.fstat(opened)):
+            return
+    raise DestinationError(
+        f"{path} was moved, removed or replaced while this was under way, and what was made for it "
+        "is dropped: start again"
+    )
+
+
+def _make_parents(directory: Path, made: list[tuple[Path, int]]) -> None:
+    """Add to `made` what was not there, innermost first, each with its inode."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    for path in reversed(missing):
+        with suppress(FileExistsError):
+            path.mkdir()
+            made.insert(0, (path, path.stat().st_ino))
+
+
+def _remove_empty(directories: list[tuple[Path, int]]) -> None:
+    """Parents that were made for a destination that did not appear, innermost first."""
+    for directory, inode in directories:
+        with suppress(OSError):
+            if directory.lstat().st_ino == inode:
+                directory.rmdir()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _destination_error(
+    destination: Path, error: OSError, *, placed: bool = False
+) -> DestinationError:
+    where = Path(error.filename) if isinstance(error.filename, str) else destination
+    # Nobody knows the hidden directory, nor what is named from within it.
+    if not where.is_absolute() or any(NAME.fullmatch(part) for part in where.parts):
+        where = destination
+    if placed:
+        return DestinationError(
+            f"{destination} is complete and in its place, but not all could be cleared or synced "
+            f"({where}: {error.strerror or error}): remove what is hidden beside it"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DestinationError(
+            f"the disk of {where.parent} is full, nothing was left at {destination}: make room, "
+            "or choose another disk"
+        )
+    if error.errno in (errno.EXDEV, errno.EBUSY) and where == destination:
+        # Of a container's image, for one.
+        return DestinationError(
+            f"{destination} can't be moved ({error.strerror}) and is as it was: remove it, "
+            "or choose another destination"
+        )
+    return DestinationError(
+        f"{where} can't be read or written ({error.strerror or error}), nothing was left at "
+        f"{destination}: check the path and its permissions"
+    )

@@ -1,0 +1,106 @@
+"""Put an `app` bundle where the Xcode project of Apple's demo app expects its model.
+
+The project of apple/ml-fastvlm takes whatever lies in `app/FastVLM/model` into the app, compiles
+the `.mlpackage` into the class `fastvithd`, and reads the rest from the app's resources.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.bundle.files import is_litter
+from fastvlm_mlx.errors import BundleError, DestinationError
+from fastvlm_mlx.vision.package import app_misfit, describe
+from model_export.destination.destination import Destination, appearing, look_at, resolve
+from model_export.layouts import app as layouts
+
+# From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
+# which of them a directory is.
+LANDMARK = "FastVLM.swift"
+PLACES = ("app/FastVLM", "FastVLM", ".")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What goes where: `files` are relative to the bundle, and `place` holds what is there now."""
+
+    bundle: Path
+    place: Destination
+    files: tuple[str, ...]
+    bytes: int
+
+    @property
+    def model(self) -> Path:
+        return self.place.path
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Files that are there now, relative to `model`."""
+        found = self.place.found.files if self.place.found else ()
+        return tuple(name for name in found if not any(map(is_litter, name.split("/"))))
+
+
+def plan(bundle_path: Path, app: Path) -> Installation:
+    """Find the app's model directory and check that the unmodified app will load the bundle.
+
+    Raises:
+        BundleError: the bundle is broken, or the unmodified app would crash on it.
+        DestinationError: `app` is not the demo app, or its model can't be replaced.
+    """
+    bundle = Bundle.open(bundle_path)
+    bundle.check_files()
+    info = describe(bundle.package)
+    layouts.check_app(bundle, info)
+    misfit = app_misfit(info)
+    if misfit is not None:
+        raise BundleError(
+            f"{bundle_path} does not fit the unmodified app, {misfit}: export a checkpoint of the "
+            "released encoder at 1024×1024, without --image-input"
+        )
+    place = look_at(model_directory(app))
+    if place.found is not None and not place.found.is_directory:
+        raise DestinationError(
+            f"{place.path} is a file: expected the app's model directory, or nothing; remove it"
+        )
+    return Installation(
+        bundle.path,
+        place,
+        tuple(bundle.files),
+        sum((bundle.path / name).stat().st_size for name in bundle.files),
+    )
+
+
+def install(installation: Installation) -> None:
+    """Copy the bundle beside the app's model directory, then put it in its place.
+
+    What was there stays until then, whatever it was; and if it is not what the plan listed, it
+    stays for good.
+
+    Raises:
+        DestinationError: the directory can't be written, the disk is full, or what is there is not
+            what the plan listed.
+    """
+    with appearing(installation.place) as directory:
+        for name in installation.files:
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(installation.bundle / name, target)
+
+
+def model_directory(app: Path) -> Path:
+    """Where the app's model is, or will be. Raises DestinationError: `app` is not the demo app."""
+    app = app.expanduser()
+    if not app.is_dir():
+        raise DestinationError(
+            f"{app} is not a directory: give the app/ directory of a clone of apple/ml-fastvlm"
+        )
+    for place in PLACES:
+        if (app / place / LANDMARK).is_file():
+            return resolve((app / place).resolve() / "model")
+    raise DestinationError(
+        f"{app} is not the demo app, it holds no FastVLM/{LANDMARK}: give the app/ directory of a "
+        "clone of apple/ml-fastvlm"
+    )

@@ -1,0 +1,166 @@
+"""AWQ (Lin et al., arXiv 2306.00978): channels that see large inputs are scaled up before rounding.
+
+A matrix's input channels are multiplied by factors that the norm or the matrix before it divides
+by, so that the layer computes the same and rounding loses less where it matters. The factors are
+each channel's mean magnitude to a power that is searched for; then each group's range is clipped
+where that lowers the error of its output. Searches, grids and losses are mlx_lm.quant.awq's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm_mlx.bundle.quantization import Format
+from model_export.language.affine import round_weight
+
+POWERS = tuple(i / 20 for i in range(20))
+# Of a group's largest magnitude.
+CLIPS = tuple(1 - i / 20 for i in range(10))
+# Rows of a matrix that are clipped at a time.
+ROWS = 2_048
+UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+
+# By a matrix's name in its layer; None where it is not rounded.
+Formats = Mapping[str, Format | None]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Matrices that read one input, what makes that input, and the block whose output counts."""
+
+    before: str
+    matrices: tuple[str, ...]
+    block: str
+
+
+SCALINGS = (
+    Scaling(
+        "input_layernorm",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn",
+    ),
+    Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
+    Scaling("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
+)
+# Which matrix's input is looked at, for every matrix.
+READS = {name: s.matrices[0] for s in SCALINGS for name in s.matrices} | {
+    "self_attn.o_proj": "self_attn.o_proj"
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the matrices of `READS` read: for each dialogue a tensor [L, C].
+
+    Attributes:
+        around: the attention's other arguments, for each dialogue.
+    """
+
+    inputs: Mapping[str, Sequence[Tensor]]
+    around: Sequence[Mapping[str, Any]]
+
+
+def transformed(layer: nn.Module, seen: Seen, formats: Formats) -> State:
+    """A layer's weights, scaled and clipped so that rounding them loses less.
+
+    Args:
+        layer: its weights are as they were, afterwards.
+    """
+    scales = search_scales(layer, seen, formats)
+    state = scaled(layer.state_dict(), scales)
+    for name, form in formats.items():
+        if form is not None and name not in UNCLIPPED:
+            inputs = torch.cat(list(seen.inputs[READS[name]])) / scales.get(READS[name], 1.0)
+            state[name + ".weight"] = clipped(state[name + ".weight"], inputs, form)
+    return state
+
+
+def search_scales(layer: nn.Module, seen: Seen, formats: Formats) -> dict[str, Tensor]:
+    """The factors of each input's channels, by its name in `seen`, where anything is rounded."""
+    return {
+        s.matrices[0]: _search_scale(layer, s, seen, formats)
+        for s in SCALINGS
+        if any(formats[name] for name in s.matrices)
+    }
+
+
+def scaled(state: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> State:
+    """The same layer with its channels scaled."""
+    result = dict(state)
+    for scaling in SCALINGS:
+        factors = scales.get(scaling.matrices[0])
+        if factors is None:
+            continue
+        before = result[scaling.before + ".weight"]
+        divisor = factors if before.ndim == 1 else factors[:, None]
+        result[scaling.before + ".weight"] = before / divisor
+        for name in scaling.matrices:
+            result[name + ".weight"] = result[name + ".weight"] * factors
+    return result
+
+
+def _search_scale(layer: nn.Module, scaling: Scaling, seen: Seen, formats: Formats) -> Tensor:
+    inputs = seen.inputs[scaling.matrices[0]]
+    block = layer.get_submodule(scaling.block)
+    rounded = {name: form for name in scaling.matrices if (form := formats[name]) is not None}
+    modules = {name: layer.get_submodule(name) for name in rounded}
+    weights = {name: layer.get_parameter(f"{name}.weight") for name in rounded}
+
+    def outputs() -> Tensor:
+        if scaling.block != "self_attn":
+            return block(together)
+        found = [
+            block(hidden_states=x[None], **around)[0][0]
+            for x, around in zip(inputs, seen.around, strict=True)
+        ]
+        return torch.cat(found)
+
+    together = torch.cat(list(inputs))
+    expected = outputs()
+    magnitude = together.abs().mean(0)
+    best, least = torch.ones_like(magnitude), float("inf")
+    for power in POWERS:
+        factors = magnitude.pow(power).clamp_min(1e-4)
+        factors /= (factors.max() * factors.min()).sqrt()
+        for name, form in rounded.items():
+            weight = round_weight(weights[name] * factors, form.bits, form.group_size)
+            modules[name].weight = nn.Parameter(weight.div_(factors), requires_grad=False)
+        loss = float((outputs() - expected).square().mean())
+        if loss < least:
+            best, least = factors, loss
+    for name, module in modules.items():
+        module.weight = weights[name]
+    return best
+
+
+def clipped(weight: Tensor, inputs: Tensor, form: Format) -> Tensor:
+    """A weight [R, C] with each group's range cut where its output on `inputs` [T, C] gains.
+
+    A group's share of the output has the error ‖ΔX‖², which is Δ(XXᵀ)Δᵀ: no output is computed.
+    """
+    grouped = inputs.unflatten(1, (-1, form.group_size)).transpose(0, 1)
+    hessian = grouped.mT @ grouped
+    return torch.cat([_clip_rows(rows, hessian, form) for rows in weight.split(ROWS)])
+
+
+def _clip_rows(weight: Tensor, hessian: Tensor, form: Format) -> Tensor:
+    """`hessian`: for each group [G, g, g]."""
+    groups = weight.unflatten(1, (-1, form.group_size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    best, least = largest, torch.full(largest.shape[:2], float("inf"))
+    for share in CLIPS:
+        limit = largest * share
+        cut = groups.clamp(-limit, limit).flatten(1)
+        lost = round_weight(cut, form.bits, form.group_size).sub_(weight).view(groups.shape)
+        lost = lost.transpose(0, 1)
+        error = (lost @ hessian).mul_(lost).sum(-1).T
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better[..., None], limit, best)
+    return groups.clamp(-best, best).flatten(1)

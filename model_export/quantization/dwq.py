@@ -1,0 +1,172 @@
+"""DWQ: scales and biases are trained until the model's next token has the source's distribution.
+
+The codes of plain rounding stay. As in mlx_lm.quant.dwq what is minimized is the KL divergence from
+the source, by Adam; there the whole model is resident, here one layer: the way forward keeps what
+each layer reads, and the way back computes each once more for its gradients. Scales and biases and
+Adam's two moments of them stay in memory, in groups of 64 weights 0.4 bytes for each; the codes lie
+in files that are mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+
+from fastvlm_mlx.bundle.config import TextConfig
+from fastvlm_mlx.bundle.quantization import Format
+from model_export.checkpoint.names import EMBEDDING, HEAD, NORM
+from model_export.language.affine import Coded, encode, grid
+from model_export.language.qwen2 import Matrix, Weights
+
+# Of a matrix's mean scale, what a step changes at first; it falls to zero at the end.
+RATE = 0.001
+STEPS = 64
+
+
+class Groups(nn.Module):
+    """A matrix whose scales and biases are trained: float32 [R, C / group_size]."""
+
+    def __init__(self, weight: Tensor, form: Format, file: Path):
+        """The grid of plain rounding for `weight` [R, C]; its codes go into `file`."""
+        super().__init__()
+        groups = weight.unflatten(1, (-1, form.group_size))
+        scales, biases = grid(groups, form.bits)
+        mapped = torch.from_file(str(file), shared=True, size=weight.numel(), dtype=torch.uint8)
+        self.codes = mapped.view(weight.shape)
+        self.codes.copy_(encode(groups, scales, biases, form.bits).view(weight.shape))
+        self.scales, self.biases = nn.Parameter(scales[..., 0]), nn.Parameter(biases[..., 0])
+        self.form = form
+
+    def forward(self) -> Tensor:
+        """The weight [R, C]."""
+        grouped = self.codes.float().view(*self.scales.shape, -1)
+        return (grouped * self.scales[..., None] + self.biases[..., None]).view(self.codes.shape)
+
+    def coded(self, dtype: torch.dtype) -> Coded:
+        scales, biases = (part.detach().to(dtype) for part in (self.scales, self.biases))
+        return Coded(self.codes, scales, biases, self.form)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the model that is trained.
+
+    Attributes:
+        groups: the matrices that are, by their parameters' names.
+        rest: reads the other parameters.
+    """
+
+    groups: Mapping[str, Groups]
+    rest: Callable[[], dict[str, Tensor]]
+
+    def state(self) -> dict[str, Tensor]:
+        return self.rest() | {name: part() for name, part in self.groups.items()}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A picture and its questions.
+
+    Attributes:
+        hidden: [1, L, D], what the first layer reads.
+        around: a layer's other arguments.
+        scored: the places whose next token is compared.
+        target: [P, D], what the source's last layer makes of them.
+    """
+
+    hidden: Tensor
+    around: Mapping[str, Any]
+    scored: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the last layer to logits: the source's, and as the bundle will have it."""
+
+    config: TextConfig
+    source: Weights
+    rounded: Weights
+
+    def gradient(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Of the KL divergence from the target's distribution, the mean of the places: [P, D]."""
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = self._normed(hidden)
+        name = (EMBEDDING if self.config.tie_word_embeddings else HEAD)[1]
+        matrix = self.rounded.matrix(name)
+        p = _logits(self._normed(target), self.source.matrix(name)).softmax(1)
+        q = _logits(normed.detach(), matrix).softmax(1)
+        wrong = q.sub_(p).div_(len(hidden))
+        gradient, start = torch.zeros_like(hidden), 0
+        for rows in matrix.blocks():
+            gradient += wrong[:, start : start + len(rows)] @ rows
+            start += len(rows)
+        (found,) = torch.autograd.grad(normed, hidden, gradient)
+        return found
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        norm = self.source.matrix(NORM[1]).float()
+        return F.rms_norm(hidden, (hidden.shape[1],), norm, self.config.rms_norm_eps)
+
+
+def _logits(normed: Tensor, matrix: Matrix) -> Tensor:
+    return torch.cat([normed @ rows.T for rows in matrix.blocks()], 1)
+
+
+@torch.no_grad()
+def train(
+    layer: nn.Module,
+    layers: Sequence[Layer],
+    head: Head,
+    lessons: Sequence[Lesson],
+    progress: Callable[[float], None],
+) -> None:
+    """Train the groups of all layers.
+
+    Args:
+        layer: a decoder layer, whose parameters are given with each call.
+    """
+    groups = [part for each in layers for part in each.groups.values()]
+    optimizer = torch.optim.Adam(
+        {"params": part.parameters(), "lr": RATE * float(part.scales.detach().abs().mean())}
+        for part in groups
+    )
+    schedule = LinearLR(optimizer, 1, 0, STEPS)
+    for step in range(STEPS):
+        for _ in backward(layer, layers, head, lessons[step % len(lessons)]):
+            # Of this layer: no other has gradients now.
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+        progress((step + 1) / STEPS)
+
+
+def backward(
+    layer: nn.Module, layers: Sequence[Layer], head: Head, lesson: Lesson
+) -> Iterator[int]:
+    """Indices of the layers, last first, each when its parameters have their gradients."""
+    read = [lesson.hidden]
+    for each in layers:
+        read.append(_call(layer, each, read[-1], lesson))
+    last = read.pop()
+    gradient = torch.zeros_like(last)
+    gradient[0, lesson.scored] = head.gradient(last[0, lesson.scored], lesson.target)
+    for index in reversed(range(len(layers))):
+        hidden = read.pop().detach().requires_grad_()
+        with torch.enable_grad():
+            _call(layer, layers[index], hidden, lesson).backward(gradient)
+        yield index
+        if hidden.grad is not None:
+            gradient = hidden.grad
+
+
+def _call(layer: nn.Module, each: Layer, hidden: Tensor, lesson: Lesson) -> Tensor:
+    return torch.func.functional_call(layer, each.state(), (hidden,), dict(lesson.around))

@@ -1,0 +1,169 @@
+"""What a language model will lose by its formats and a method's weights, before it is written.
+
+And whether a method loses less than plain rounding. Losses have a heavy tail: one question may
+carry nearly all of a mean, and which of two roundings gets that one wrong is chance. So the two are
+compared picture by picture, by Wilcoxon's signed-rank test, in which a picture counts by the rank
+of its difference and not by its size; a picture and not a question, as what is asked about one
+picture is answered from the same features. Plain rounding is left for what gains at this level and
+in the mean too: a small gain on most pictures does not pay for a large loss on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, isfinite, log2
+from statistics import fmean, median, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvlm_mlx.bundle.quantization import Format
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.tensors import ALL, safe_tensors
+from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.language import llm, qwen2
+from model_export.language.recipes import Scheme
+from model_export.samples.images import Reference
+
+# Of taking a method for better that is not.
+LEVEL = 0.05
+# With fewer pictures chance alone gives every one of them a gain more often than that.
+LEAST_PICTURES = ceil(-log2(LEVEL))
+
+
+@dataclass(frozen=True)
+class RoundedMatrix(qwen2.Matrix):
+    """A source's weight as plain rounding keeps it."""
+
+    rounding: Format | None = None
+
+    def float(self, rows: slice = ALL) -> Tensor:
+        weight = super().float(rows)
+        return weight if self.rounding is None else qwen2.rounded(weight, self.rounding)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The weights of a bundle that is not written yet: `ready` where it has them, else rounded."""
+
+    source: qwen2.SourceWeights
+    chosen: Scheme
+    ready: llm.Ready = field(default_factory=dict)
+
+    def matrix(self, name: str) -> qwen2.Matrix:
+        form = self.chosen.get(name.removesuffix(".weight"))
+        if name not in self.ready:
+            return RoundedMatrix(self.source.matrix(name).weight, rounding=form)
+        tensors, stem = safe_tensors(self.ready[name]), name.removesuffix("weight")
+        if form is None:
+            return qwen2.Matrix(tensors[name])
+        scales, biases = tensors[stem + "scales"], tensors[stem + "biases"]
+        return qwen2.Matrix(tensors[name], scales, biases, form)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats that a candidate loses, the mean over a picture's answers for each picture."""
+
+    by_picture: tuple[float, ...]
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """Mean, median and standard deviation; None where a training diverged: JSON has no NaN."""
+        nats = self.by_picture
+        if not all(map(isfinite, nats)):
+            return dict.fromkeys(("mean", "median", "standard_deviation"))
+        return {"mean": fmean(nats), "median": median(nats), "standard_deviation": pstdev(nats)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        each = [nats if isfinite(nats) else None for nats in self.by_picture]
+        return {**self.summary, "by_picture": each}
+
+    def __str__(self) -> str:
+        mean, middle, deviation = self.summary.values()
+        if mean is None:
+            return "no finite number of nats"
+        return f"{mean:.3g} nats (median {middle:.3g}, standard deviation {deviation:.3g})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Plain rounding and a method on the same pictures."""
+
+    rounding: Losses
+    method: Losses
+
+    @property
+    def p_value(self) -> float:
+        """How often chance alone would favour the method as much, one-sided, exact."""
+        from scipy.stats import wilcoxon
+
+        pairs = zip(self.rounding.by_picture, self.method.by_picture, strict=True)
+        gains = [plain - found for plain, found in pairs]
+        # A training that diverges ends in NaN. What is equal speaks for neither.
+        if not all(map(isfinite, gains)) or not any(gains):
+            return 1.0
+        return float(
+            wilcoxon([gain for gain in gains if gain], alternative="greater", method="exact").pvalue
+        )
+
+    @property
+    def less(self) -> bool:
+        """In the mean."""
+        return fmean(self.method.by_picture) < fmean(self.rounding.by_picture)
+
+    @property
+    def gains(self) -> bool:
+        return self.less and self.p_value <= LEVEL
+
+    def __str__(self) -> str:
+        if self.gains:
+            return f"a gain, p = {self.p_value:.2g}"
+        if self.p_value > LEVEL:
+            return f"no gain that chance would not give, p = {self.p_value:.2g} of {LEVEL:g}"
+        return f"less on most (p = {self.p_value:.2g}) and not in the mean"
+
+
+@torch.inference_mode()
+def divergences(
+    checkpoint: Checkpoint,
+    tokenizer: ExportedTokenizer,
+    references: Sequence[Reference],
+    candidates: Sequence[Candidate],
+) -> list[Tensor]:
+    """Nats that each candidate loses against the source at each place of the answers, for each of
+    `references`: float64 [candidates, places].
+
+    Args:
+        references: pictures with questions, and what the source's encoder makes of them.
+    """
+    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    weights: list[qwen2.Weights] = [qwen2.SourceWeights(checkpoint), *candidates]
+    lost = []
+    for reference in references:
+        dialogue = qwen2.Dialogue.build(
+            tokenizer.tokenizer,
+            reference.picture.questions,
+            tokenizer.image_token_id,
+            checkpoint.config.vision.num_tokens,
+        )
+        features = torch.from_numpy(reference.features)
+        sides = [qwen2.Side(side, features) for side in weights]
+        expected, *found = qwen2.run(text, dialogue, sides)
+        lost.append(torch.stack([outcome.divergence(expected).double() for outcome in found]))
+    return lost
+
+
+def losses(
+    checkpoint: Checkpoint,
+    tokenizer: ExportedTokenizer,
+    references: Sequence[Reference],
+    candidates: Sequence[Candidate],
+) -> list[Losses]:
+    """Of each candidate; as `divergences`."""
+    found = divergences(checkpoint, tokenizer, references, candidates)
+    by_picture = torch.stack([lost.mean(1) for lost in found], 1)
+    return [Losses(tuple(row)) for row in by_picture.tolist()]

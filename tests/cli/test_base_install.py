@@ -1,0 +1,188 @@
+"""What a Mac has after a plain `pip install`: no torch, and nothing of the `export` extra."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from PIL import Image
+
+from fastvlm_mlx.cli.common import EXTRA
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def base_distributions():
+    """The names of all that the base dependencies bring, but torch, which Linux alone has there."""
+    wanted = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name != "torch"]
+    found = {}
+    while wanted:
+        requirement = wanted.pop()
+        # Of a marker that names an extra, "" is the one that nobody asked for.
+        extras = ("", *requirement.extras)
+        needed = requirement.marker
+        if needed is not None and not any(needed.evaluate({"extra": e}) for e in extras):
+            continue
+        name = requirement.name.lower().replace("_", "-")
+        if extras[1:] or name not in found:
+            try:
+                found[name] = distribution(name)
+            except PackageNotFoundError:
+                continue
+            for text in found[name].requires or ():
+                inner = Requirement(text)
+                marker = inner.marker
+                if marker is None or any(marker.evaluate({"extra": e}) for e in extras):
+                    inner.marker = None
+                    wanted.append(inner)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Run `fastvlm` where only those distributions are: a directory of links to them."""
+    packages = tmp_path_factory.mktemp("base")
+    for found in base_distributions().values():
+        for top in {file.parts[0] for file in found.files or () if file.parts[0] != ".."}:
+            source = Path(str(found.locate_file(top)))
+            if not (packages / top).exists() and source.exists() and top != "__pycache__":
+                (packages / top).symlink_to(source)
+    environment = os.environ | {
+        "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def run(*arguments, code=None):
+        # Without `site` nothing is importable but the standard library and PYTHONPATH.
+        command = ["-c", code] if code else ["-m", "fastvlm_mlx", *map(str, arguments)]
+        return subprocess.run(
+            [sys.executable, "-S", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run
+
+
+@pytest.fixture
+def pickled(demo_checkpoint, tmp_path):
+    """The demo checkpoint as `torch.save` writes one."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = tmp_path / "pickled"
+    shutil.copytree(demo_checkpoint, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(demo_checkpoint / "model.safetensors"), path / "pytorch_model.bin")
+    return path
+
+
+def sentence(result):
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def test_the_environment_really_lacks_the_extra(base):
+    tried = "\n".join(
+        f"try:\n import {name}\nexcept ModuleNotFoundError: print({name!r})" for name in EXTRA
+    )
+    # mlx-lm needs transformers itself, in every install.
+    assert set(base(code=tried).stdout.split()) == set(EXTRA) - {"transformers"}
+
+
+def test_the_extra_is_the_one_of_pyproject():
+    listed = {Requirement(r).name for r in PROJECT["optional-dependencies"]["export"]}
+    assert set(EXTRA.values()) == listed
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--device", "m4"]])
+def test_headers_need_no_torch(base, demo_checkpoint, arguments):
+    verb, *options = arguments
+    result = base(verb, demo_checkpoint, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    assert '"device' in result.stdout or '"kind": "checkpoint"' in result.stdout
+
+
+def test_a_bundle_needs_no_torch_to_be_looked_at(base, demo_bundle, tmp_path):
+    assert base("inspect", demo_bundle).returncode == 0
+    assert base("plan", demo_bundle).returncode == 0
+    # Refused for its size, so that all before was done.
+    app = tmp_path / "app" / "FastVLM"
+    app.mkdir(parents=True)
+    (app / "FastVLM.swift").touch()
+    assert "the app asserts 256" in sentence(base("install", demo_bundle, tmp_path / "app"))
+    assert base("push", demo_bundle, "me/model", "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["inspect", "plan"])
+def test_pickled_weights_need_torch_and_say_so(base, pickled, verb):
+    said = sentence(base(verb, pickled))
+    assert "pytorch_model.bin is a pickle" in said
+    assert 'pip install "fastvlm-mlx[export]"' in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "CHECKPOINT", "OUT"],
+        ["verify", "BUNDLE", "--checkpoint", "CHECKPOINT"],
+        ["compare", "BUNDLE", "CHECKPOINT"],
+        ["sweep", "CHECKPOINT", "--out", "OUT"],
+        ["convert", "BUNDLE", "OUT", "--layout", "app"],
+        ["demo", "OUT"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_other_verb_names_the_extra(base, demo_bundle, demo_checkpoint, tmp_path, arguments):
+    paths = {"BUNDLE": demo_bundle, "CHECKPOINT": demo_checkpoint, "OUT": tmp_path / "out"}
+    said = sentence(base(*(paths.get(word, word) for word in arguments)))
+    assert "of the `export` extra, which is not installed" in said
+    assert 'pip install "fastvlm-mlx[export]"' in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs the encoder there")
+def test_an_answer_on_linux_misses_torch_in_the_middle_of_work(base, demo_bundle, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    words = ["--image", tmp_path / "a.png", "--prompt", "Hm?"]
+    assert "torch is not installed" in sentence(base("generate", demo_bundle, *words))
+
+
+def test_an_mlx_bundle_answers(base, mlx_bundle, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    words = ["--image", tmp_path / "a.png", "--prompt", "Describe the image.", "--max-tokens", 2]
+    result = base("generate", mlx_bundle, *words)
+    assert result.returncode == 0, result.stderr
+
+
+LATE = """
+import sys
+from fastvlm_mlx import cli, report
+def inspect(path):
+    import MODULE
+report.inspect = inspect
+sys.argv = ["fastvlm", "inspect", "."]
+cli.main()
+"""
+
+
+def test_a_package_that_is_missed_late(base):
+    said = sentence(base(code=LATE.replace("MODULE", "sklearn.cluster")))
+    assert "this needs scikit-learn of the `export` extra" in said
+
+
+def test_any_other_missing_module_is_our_bug(base):
+    result = base(code=LATE.replace("MODULE", "no_such_module"))
+    assert "Traceback" in result.stderr
+    assert "no_such_module" in result.stderr
+    assert "pip install" not in result.stderr
