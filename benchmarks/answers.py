@@ -54,7 +54,7 @@ def right(texts: list[str], pairs: list[tuple[scenes.Scene, scenes.Question]]) -
 def bundle_answers(
     path: Path, pairs: list[tuple[scenes.Scene, scenes.Question]], features: dict[str, list[Any]]
 ) -> list[str]:
-    """Through the runtime; pictures are encoded once for each precision of the encoder."""
+    """Through the runtime; images are encoded once for each precision of the encoder."""
     model = fastvlm_mlx.load(path)
     precision = json.loads((path / "manifest.json").read_text())["encoder"]["precision"]
     if precision not in features:

@@ -44,8 +44,8 @@ def _state(config: VisionConfig) -> dict[str, Any]:
 def _photograph(config: VisionConfig, name: str) -> np.ndarray:
     from model_export.samples.images import photographs
 
-    (picture,) = (p for p in photographs() if p.name == name)
-    return ImageProcessor(config.image_size, "pad")(picture.image)
+    (sample,) = (p for p in photographs() if p.name == name)
+    return ImageProcessor(config.image_size, "pad")(sample.image)
 
 
 def reference(config: VisionConfig) -> np.ndarray:

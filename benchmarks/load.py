@@ -1,4 +1,4 @@
-"""What it takes to load a bundle, from a process's start to a model that is ready for a picture.
+"""What it takes to load a bundle, from a process's start to a model that is ready for an image.
 
     python -m benchmarks.load [BUNDLE] [--runs 5] [--json FILE]
 

@@ -20,7 +20,7 @@ MODELS: dict[str, Decoder] = {
     "Qwen3 0.6B": Decoder(1024, 28, 16, 8, 128, 3072, 151_936, True),
     "Qwen3 8B": Decoder(4096, 36, 32, 8, 128, 12_288, 151_936, False),
 }
-# GMAC of one picture. FastViTHD's is counted from the shapes; the others' by torch's
+# GMAC of one image. FastViTHD's is counted from the shapes; the others' by torch's
 # FlopCounterMode on timm's modules, re-parameterized (the model cards of T8 and MA36 agree).
 ENCODERS = {
     "FastViT T8": 0.685,

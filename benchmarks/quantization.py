@@ -4,7 +4,7 @@
 
 The checkpoint is the demo's unless another is given, or made with random weights. Each row is one
 `fastvlm export`, a process of its own, every gate included; then `fastvlm compare` holds all of
-them to the checkpoint, encoder and language model together, on pictures that nothing was calibrated
+them to the checkpoint, encoder and language model together, on images that nothing was calibrated
 on. In brackets is what the bundle has where plain rounding lost less on those that were kept back.
 Seconds are the processor's, of both cores, which other work on the machine changes little.
 """

@@ -5,10 +5,10 @@
 The checkpoint is the demo's unless another is given, or made with random weights. At or below each
 size stand every form for the layers with every form for projector, embedding and head, and mlx-lm's
 recipes; of a large model those that nothing else at that size is wider than everywhere. KL
-divergences are of the language model alone, in nats, on pictures that nothing was measured on.
+divergences are of the language model alone, in nats, on images that nothing was measured on.
 
 A difference counts as a tie up to 1e-5 nats, at which a token in 10,000 changes its rank at most,
-and up to two standard errors of the paired difference over the pictures: on the demo one place of
+and up to two standard errors of the paired difference over the images: on the demo one place of
 an answer makes most of a mean.
 """
 
@@ -39,7 +39,7 @@ from model_export.quantization import search, trial
 from model_export.quantization.candidates import Candidate, Space, alternatives
 from model_export.samples import scenes
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import GatePicture, gate_pictures, reference_features
+from model_export.samples.images import Sample, gate_samples, reference_features
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
@@ -68,23 +68,23 @@ class Row:
     seconds: float
 
 
-def unseen(vision: VisionConfig) -> list[GatePicture]:
-    """Pictures with questions that are neither calibration's nor, of scenes, the gates'."""
+def unseen(vision: VisionConfig) -> list[Sample]:
+    """Images with questions that are neither calibration's nor, of scenes, the gates'."""
     if vision.image_size > SMALL_PIXELS:
-        return [picture for picture in gate_pictures(vision) if picture.questions]
-    pictures = []
+        return [sample for sample in gate_samples(vision) if sample.questions]
+    samples = []
     for seed in range(FIRST_SEED, FIRST_SEED + UNSEEN):
         scene = scenes.generate(seed, held_out=True)
         questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
-        pictures.append(GatePicture(f"scene {seed}", scene.draw(vision.image_size), questions))
-    return pictures
+        samples.append(Sample(f"scene {seed}", scene.draw(vision.image_size), questions))
+    return samples
 
 
 def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNSEEN) -> list[Row]:
     """Every size in every layout.
 
     Args:
-        count: of unseen pictures, at most.
+        count: of unseen images, at most.
     """
     checkpoint = Checkpoint(path)
     tokenizer = export_tokenizer(checkpoint)
@@ -110,9 +110,9 @@ def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNS
         schemes.setdefault(_id(each), each)
     for _, _, taken, _ in found:
         schemes.setdefault(_id(taken.scheme), taken.scheme)
-    pictures = unseen(checkpoint.config.vision)[:count]
-    references = reference_features(checkpoint.encoder_state(), checkpoint, pictures)
-    print(f"{len(schemes)} assignments on {len(pictures)} pictures", file=sys.stderr, flush=True)
+    samples = unseen(checkpoint.config.vision)[:count]
+    references = reference_features(checkpoint.encoder_state(), checkpoint, samples)
+    print(f"{len(schemes)} assignments on {len(samples)} images", file=sys.stderr, flush=True)
     started = time.perf_counter()
     lost = trial.divergences(checkpoint, tokenizer, references, list(schemes.values()), "float16")
     places = [each.shape[1] for each in lost]
@@ -151,7 +151,7 @@ def _row(
 
 
 def worse(ours: torch.Tensor, theirs: torch.Tensor, places: Sequence[int]) -> bool:
-    """Whether more than a tie is lost; sums over each picture's places, [pictures]."""
+    """Whether more than a tie is lost; sums over each image's places, [images]."""
     difference = ours - theirs
     total = sum(places)
     mean = float(difference.sum()) / total

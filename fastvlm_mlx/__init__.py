@@ -1,4 +1,4 @@
-"""Run FastVLM bundles: `load(path)`, `encode(picture)`, `generate(features, prompt)`.
+"""Run FastVLM bundles: `load(path)`, `encode(image)`, `generate(features, prompt)`.
 
 Importing this package loads neither torch nor coremltools, nor MLX: each comes with the first
 call that needs it.

@@ -38,7 +38,7 @@ class BundleError(FastVLMError):
 
 
 class ImageError(FastVLMError):
-    """A picture that can't be read, or that is larger than the limit."""
+    """An image that can't be read, or that is larger than the limit."""
 
 
 class PromptError(FastVLMError):

@@ -1,4 +1,4 @@
-"""The runtime's face: a bundle, loaded, that looks at pictures and answers."""
+"""The runtime's face: a bundle, loaded, that looks at images and answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import IMAGE_TOKEN, FastVLMConfig
 from fastvlm_mlx.errors import BundleError, OptionError, PromptError
-from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, Picture, check_max_pixels, load_image
+from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, check_max_pixels, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
 from fastvlm_mlx.language.generate import (
@@ -37,7 +37,7 @@ from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
 from fastvlm_mlx.vision.mlprogram import encoder_shape
 from fastvlm_mlx.vision.package import describe
 
-Seen = Picture | ImageFeatures
+Seen = ImageSource | ImageFeatures
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class FastVLM:
     """A loaded bundle. Made by `fastvlm_mlx.load`.
 
     It may be used from any thread, and by many at once. What it computes it computes on one thread
-    of its own, a token or a picture at a time and in the order of asking, so each answer is what it
+    of its own, a token or an image at a time and in the order of asking, so each answer is what it
     would be alone, and a long one holds up others by a token and not by its length. A generation
     may be handed to another thread, and one that nobody goes on with costs nothing. When the
     model is collected, the thread serves the next. A process forked after loading has no such
     thread: there every use, and loading anew, is a FastVLMError.
 
     Attributes:
-        num_tokens: N, tokens of a picture.
-        max_pixels: width × height of the largest picture that is looked at.
+        num_tokens: N, tokens of an image.
+        max_pixels: width × height of the largest image that is looked at.
     """
 
     bundle: Bundle
@@ -70,7 +70,7 @@ class FastVLM:
 
     @property
     def encoder(self) -> VisionEncoder:
-        """Made when it is first asked for, by the first picture if by nobody before.
+        """Made when it is first asked for, by the first image if by nobody before.
 
         Raises:
             EncoderError: it is incomplete, or can't be evaluated here.
@@ -98,14 +98,14 @@ class FastVLM:
         yield
         self._loading_s.append(time.perf_counter() - started)
 
-    def encode(self, image: Picture) -> ImageFeatures:
-        """Look at a picture once; ask about the result as often as wanted.
+    def encode(self, image: ImageSource) -> ImageFeatures:
+        """Look at an image once; ask about the result as often as wanted.
 
         Args:
             image: whatever `fastvlm_mlx.image.preprocess.load_image` reads.
 
         Raises:
-            ImageError: not a picture, or one that is too large.
+            ImageError: not an image, or one that is too large.
             EncoderError: the encoder is incomplete, or can't be evaluated here.
         """
         self.worker.check()
@@ -154,7 +154,7 @@ class FastVLM:
         """Answer piece by piece: iterate over the generation, then read its `result`.
 
         Args:
-            image: a picture, the features of one, or None for a question about nothing seen.
+            image: an image, the features of one, or None for a question about nothing seen.
             options: how to sample; or its fields as keywords (`max_tokens=64`).
 
         Raises:
@@ -183,7 +183,7 @@ class FastVLM:
         options: SamplingOptions | None = None,
         **sampling: Any,
     ) -> Iterator[Generation]:
-        """One picture, several prompts: encoded once, its time charged to the first answer.
+        """One image, several prompts: encoded once, its time charged to the first answer.
 
         Raises:
             PromptError: no prompts, or one text in place of several; and as `stream`.
@@ -263,7 +263,7 @@ def load(
     """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
     The projector's and the language model's weights are read here; the encoder is made at the first
-    picture, or when `encoder` is first asked for. That a package is whole, declares an
+    image, or when `encoder` is first asked for. That a package is whole, declares an
     encoder and is the one that config.json describes is found here; what Core ML refuses, an
     operation that can't be evaluated, or a missing weight of an `mlx` bundle's encoder is found
     when it is made.
@@ -275,7 +275,7 @@ def load(
             was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
         check_hashes: compare every file with the manifest before use.
-        max_pixels: width × height of the largest picture that is looked at.
+        max_pixels: width × height of the largest image that is looked at.
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
@@ -338,7 +338,7 @@ def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> Imag
 
 
 def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
-    """The id that stands for the picture: `<image>`'s, or one that no text has.
+    """The id that stands for the image: `<image>`'s, or one that no text has.
 
     Raises:
         BundleError: there is neither, in a bundle of layout `mlx` that is not ours.

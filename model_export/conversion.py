@@ -300,7 +300,7 @@ def _check_same_reading(bundle: Bundle, tokenizer: ExportedTokenizer) -> None:
     found = image_processor(bundle, vision.image_size, aspect_ratio)
     if found != ImageProcessor(vision.image_size, aspect_ratio):
         raise BundleError(
-            f"{bundle.path} normalizes pictures (mean {found.image_mean}, deviation "
+            f"{bundle.path} normalizes images (mean {found.image_mean}, deviation "
             f"{found.image_std}): expected FastVLM's pixels from 0 to 1, correct "
             "preprocessor_config.json"
         )

@@ -64,7 +64,7 @@ class ExportOptions:
             assignment of bits is searched.
         method: how the layers' weights are quantized: rtn rounds each to the nearest, the others
             look at calibration data.
-        calibration: pictures or JSON lines that the search and a mixed encoder are measured on, and
+        calibration: images or JSON lines that the search and a mixed encoder are measured on, and
             the method looks at.
         encoder_precision: fp32 and fp16 as computed; the others are stored in fewer bits and
             computed in fp16.
@@ -75,7 +75,7 @@ class ExportOptions:
         image_size: the encoder's input in pixels in place of the checkpoint's own.
         image_sizes: several, which share the weights; `default_size` of them runs unless another
             is asked for.
-        image_input: the Core ML encoder takes 8-bit RGB pictures in place of float32 arrays.
+        image_input: the Core ML encoder takes 8-bit RGB images in place of float32 arrays.
         min_snr_db, max_kl_nats, min_agreement: the gates' limits in place of their own.
     """
 

@@ -252,7 +252,7 @@ def _write_small_files(job: Job, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class _ExportedEncoder:
-    """What the source's encoder makes of the gates' pictures at each size, the default first; an
+    """What the source's encoder makes of the gates' images at each size, the default first; an
     `mlx` bundle has no package."""
 
     references: dict[int, list[Reference]]

@@ -224,7 +224,7 @@ class TestFeatures:
             replace(features, projected=None),
         ]
         for seen in wrong:
-            with pytest.raises(OptionError, match="the picture's features"):
+            with pytest.raises(OptionError, match="the image's features"):
                 model.generate(seen, LONG)
 
     def test_an_encoder_s_output_from_elsewhere(self, model, features):
@@ -243,7 +243,7 @@ class TestFeatures:
                 model.project(array)
 
 
-class TestPictures:
+class TestImages:
     def test_as_whatever_it_comes(self, model, tmp_path):
         drawn = scenes.generate(3, held_out=True).draw(300)
         file = io.BytesIO()
@@ -257,7 +257,7 @@ class TestPictures:
             assert np.array_equal(model.encode(source).features, expected)
 
     @pytest.mark.parametrize("image", [None, 5, [b""], {}, object(), io.StringIO("x"), print])
-    def test_what_is_no_picture(self, model, image):
+    def test_what_is_no_image(self, model, image):
         with pytest.raises(ImageError):
             model.encode(image)
 

@@ -33,7 +33,7 @@ def model(demo_bundle):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return scenes.generate(3, held_out=True).draw(300)
 
 
@@ -53,7 +53,7 @@ def run_in_threads(*tasks):
 
 @pytest.mark.parametrize("layout", ["app", "mlx"])
 def test_answers_of_many_threads_are_those_of_one(layout, request):
-    """Loaded in one thread, first used by eight others at once, a picture each."""
+    """Loaded in one thread, first used by eight others at once, an image each."""
     bundle = request.getfixturevalue({"app": "demo_bundle", "mlx": "mlx_bundle"}[layout])
     drawn = [scenes.generate(seed, held_out=True).draw(128) for seed in range(8)]
     cases = [
@@ -90,20 +90,20 @@ def test_two_that_ask_first_make_one_encoder(demo_bundle, monkeypatch):
     assert len(made) == 1
 
 
-def test_a_model_loaded_in_a_thread_that_has_ended(demo_bundle, model, picture):
+def test_a_model_loaded_in_a_thread_that_has_ended(demo_bundle, model, image):
     loaded = []
     thread = Thread(target=lambda: loaded.append(fastvlm_mlx.load(demo_bundle)))
     thread.start()
     thread.join()
-    found = loaded[0].generate(picture, LONG, max_tokens=8)
-    assert found.tokens == model.generate(picture, LONG, max_tokens=8).tokens
+    found = loaded[0].generate(image, LONG, max_tokens=8)
+    assert found.tokens == model.generate(image, LONG, max_tokens=8).tokens
     # Its parts, too, are anyone's.
     ids = mx.array(model.tokenizer.encode("a star").ids)
     assert loaded[0].model.embed_inputs(ids, None).shape[0] == len(ids)
 
 
-def test_interleaved_streams_give_what_they_give_alone(model, picture):
-    features = model.encode(picture)
+def test_interleaved_streams_give_what_they_give_alone(model, image):
+    features = model.encode(image)
     cases = [{"seed": 1}, {"seed": 2}, {"seed": 1, "top_p": 0.9}, {"temperature": 0.0}]
     cases = [{"temperature": 5.0, "max_tokens": 16} | case for case in cases]
     alone = [list(model.stream(features, LONG, **case)) for case in cases]
@@ -116,9 +116,9 @@ def test_interleaved_streams_give_what_they_give_alone(model, picture):
     assert together == alone
 
 
-def test_a_stream_is_handed_from_thread_to_thread(model, picture):
-    expected = list(model.stream(picture, LONG, max_tokens=16))
-    generation = model.stream(picture, LONG, max_tokens=16)
+def test_a_stream_is_handed_from_thread_to_thread(model, image):
+    expected = list(model.stream(image, LONG, max_tokens=16))
+    generation = model.stream(image, LONG, max_tokens=16)
     pieces = []
     while len(pieces) < len(expected):
         thread = Thread(target=lambda: pieces.append(next(generation)))
@@ -129,16 +129,16 @@ def test_a_stream_is_handed_from_thread_to_thread(model, picture):
     assert "".join(pieces) == generation.result.text
 
 
-def test_a_stream_that_several_iterate_over_gives_each_piece_once(model, picture):
-    expected = list(model.stream(picture, LONG, max_tokens=24))
-    generation = model.stream(picture, LONG, max_tokens=24)
+def test_a_stream_that_several_iterate_over_gives_each_piece_once(model, image):
+    expected = list(model.stream(image, LONG, max_tokens=24))
+    generation = model.stream(image, LONG, max_tokens=24)
     shares = run_in_threads(*[lambda: list(generation)] * 3)
     assert sorted(chain.from_iterable(shares)) == sorted(expected)
     assert generation.result.text == "".join(expected)
 
 
-def test_streams_that_nobody_goes_on_with_block_nobody(model, picture):
-    features = model.encode(picture)
+def test_streams_that_nobody_goes_on_with_block_nobody(model, image):
+    features = model.encode(image)
     begun = [model.stream(features, LONG, max_tokens=64) for _ in range(4)]
     for generation in begun:
         next(generation)
@@ -151,21 +151,21 @@ def test_streams_that_nobody_goes_on_with_block_nobody(model, picture):
     assert mx.ones(3).sum().item() == 3
 
 
-def test_a_closed_stream_has_no_result(model, picture):
-    generation = model.stream(picture, LONG, max_tokens=64)
+def test_a_closed_stream_has_no_result(model, image):
+    generation = model.stream(image, LONG, max_tokens=64)
     next(generation)
     generation.close()
     assert next(generation, None) is None
     with pytest.raises(FastVLMError, match="was closed before it had a result"):
         _ = generation.result
-    whole = model.stream(picture, LONG, max_tokens=4)
+    whole = model.stream(image, LONG, max_tokens=4)
     text = whole.result.text
     whole.close()
     assert whole.result.text == text
 
 
-def test_a_stream_that_fails_says_so_each_time(model, picture, monkeypatch):
-    generation = model.stream(picture, LONG, max_tokens=64)
+def test_a_stream_that_fails_says_so_each_time(model, image, monkeypatch):
+    generation = model.stream(image, LONG, max_tokens=64)
     next(generation)
     monkeypatch.setattr(fastvlm_mlx.language.detokenizer.Text, "add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -174,15 +174,15 @@ def test_a_stream_that_fails_says_so_each_time(model, picture, monkeypatch):
         with pytest.raises(FastVLMError, match=r"failed \(ZeroDivisionError: .*\) before it had"):
             _ = generation.result
     monkeypatch.undo()
-    assert model.generate(picture, LONG, max_tokens=2).generation_tokens == 2
+    assert model.generate(image, LONG, max_tokens=2).generation_tokens == 2
 
 
-def test_the_state_of_mlx_s_chance_is_the_user_s(model, picture):
+def test_the_state_of_mlx_s_chance_is_the_user_s(model, image):
     mx.random.seed(11)
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(11)
-    model.generate(picture, LONG, max_tokens=4, temperature=1.0, seed=5)
-    model.generate(picture, LONG, max_tokens=4, temperature=1.0)
+    model.generate(image, LONG, max_tokens=4, temperature=1.0, seed=5)
+    model.generate(image, LONG, max_tokens=4, temperature=1.0)
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 
@@ -325,17 +325,17 @@ def test_a_second_export_from_another_thread(demo_checkpoint, demo_bundle, tmp_p
     assert (tmp_path / "second" / name).read_bytes() == (demo_bundle / name).read_bytes()
 
 
-def test_exports_at_once_and_a_model_beside_them(demo_checkpoint, demo_bundle, tmp_path, picture):
+def test_exports_at_once_and_a_model_beside_them(demo_checkpoint, demo_bundle, tmp_path, image):
     """torch.export and coremltools keep where they are for the whole process."""
     options = ExportOptions(llm_bits=4)
-    expected = fastvlm_mlx.load(demo_bundle).generate(picture, "What is this?", max_tokens=4).tokens
+    expected = fastvlm_mlx.load(demo_bundle).generate(image, "What is this?", max_tokens=4).tokens
     with ThreadPoolExecutor(3) as pool:
         places = [tmp_path / "one", tmp_path / "two"]
         exports = [pool.submit(export, demo_checkpoint, place, options) for place in places]
         found = set()
         while not all(done.done() for done in exports):
             model = fastvlm_mlx.load(demo_bundle)
-            found.add(model.generate(picture, "What is this?", max_tokens=4).tokens)
+            found.add(model.generate(image, "What is this?", max_tokens=4).tokens)
         for done in exports:
             assert done.result().manifest["gates_passed"]
     assert found == {expected}

@@ -24,7 +24,7 @@ IMAGE_TOKEN = "<image>"
 # alone takes 1.6 GB; at twice that size, sixteen times as much.
 MAX_IMAGE_SIZE = 2048
 CORRECT = "correct it"
-# llava/constants.py of apple/ml-fastvlm: the id that stands for a picture in the reference's
+# llava/constants.py of apple/ml-fastvlm: the id that stands for an image in the reference's
 # own ids. Ours are in the vocabulary; this one is only ever compared with.
 REFERENCE_IMAGE_TOKEN_INDEX = -200
 

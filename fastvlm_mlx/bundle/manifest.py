@@ -60,7 +60,7 @@ class FormatEntry(Struct):
 
 class CalibrationEntry(Struct):
     method: str
-    pictures: int
+    images: int
 
 
 class LanguageEntry(Struct):

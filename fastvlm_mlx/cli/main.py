@@ -44,7 +44,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run a verb; a user's mistake becomes one sentence and exit status 2, Ctrl-C 130."""
-    # PIL's remarks on a picture's metadata; what matters about a picture is an ImageError.
+    # PIL's remarks on an image's metadata; what matters about an image is an ImageError.
     warnings.filterwarnings("ignore", module="PIL")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -99,8 +99,8 @@ app.command()(export)
 @app.command()
 def generate(
     bundle: Out,
-    image: Annotated[str, typer.Option(help="A picture's path, or - for standard input.")],
-    prompt: Annotated[list[str], typer.Option(help="What to ask; give several for one picture.")],
+    image: Annotated[str, typer.Option(help="An image's path, or - for standard input.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; give several for one image.")],
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
@@ -124,15 +124,20 @@ def generate(
     ] = False,
     max_pixels: Annotated[
         int | None,
-        typer.Option(help="Largest picture that is read, in pixels; 178,956,970 unless given."),
+        typer.Option(help="Largest image that is read, in pixels; 178,956,970 unless given."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer one or several questions about a picture."""
+    """Answer one or several questions about an image."""
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.fastvlm import load
-    from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, Picture, check_max_pixels, load_image
+    from fastvlm_mlx.image.decode import (
+        DEFAULT_MAX_PIXELS,
+        ImageSource,
+        check_max_pixels,
+        load_image,
+    )
     from fastvlm_mlx.language.sampling import SamplingOptions
 
     options = SamplingOptions(
@@ -147,9 +152,9 @@ def generate(
     )
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
-    source: Picture = _stdin() if image == "-" else image
+    source: ImageSource = _stdin() if image == "-" else image
     Bundle.open(bundle)
-    picture = load_image(source, max_pixels=limit)
+    decoded = load_image(source, max_pixels=limit)
     model = load(
         bundle,
         compute_units=compute_units,
@@ -158,7 +163,7 @@ def generate(
         max_pixels=limit,
     )
     answers = []
-    for generation in model.ask(picture, prompt, options):
+    for generation in model.ask(decoded, prompt, options):
         for piece in generation:
             if not as_json:
                 print(show.answer(piece), end="", flush=True)
@@ -303,6 +308,6 @@ def demo(
 def _stdin() -> BinaryIO:
     if sys.stdin is None or sys.stdin.isatty():
         raise ImageError(
-            "--image - reads a picture from standard input, which holds none: pipe one in"
+            "--image - reads an image from standard input, which holds none: pipe one in"
         )
     return sys.stdin.buffer

@@ -92,13 +92,13 @@ def note(text: str) -> None:
 
 
 def note_padding(path: Path) -> None:
-    """Say so if mlx-vlm, which pads every picture, will answer otherwise than the checkpoint."""
+    """Say so if mlx-vlm, which pads every image, will answer otherwise than the checkpoint."""
     bundle = Bundle.open(path)
     found = bundle.config.image_aspect_ratio
     if bundle.layout == "mlx" and found != "pad":
         note(
-            f"image_aspect_ratio is {found!r} and mlx-vlm pads every picture: its answers about "
-            "pictures that are not square will differ from the checkpoint's and from fastvlm's"
+            f"image_aspect_ratio is {found!r} and mlx-vlm pads every image: its answers about "
+            "images that are not square will differ from the checkpoint's and from fastvlm's"
         )
 
 
@@ -255,7 +255,7 @@ def _method(manifest: dict[str, Any]) -> dict[str, Any]:
     calibration = manifest.get("llm", {}).get("calibration")
     if calibration is None:
         return {}
-    return {"method": calibration["method"], "calibration_pictures": calibration["pictures"]}
+    return {"method": calibration["method"], "calibration_images": calibration["images"]}
 
 
 def _part(name: str) -> str:

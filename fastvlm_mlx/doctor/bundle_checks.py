@@ -143,7 +143,7 @@ def _evaluated(bundle: Bundle) -> Iterator[Line]:
     rounded = snr_db(exact, encoder.evaluate(pixels, round_fp16=True))
     floor = floor_db(encoder.info.precision)
     figures = {"seconds": seconds, "rounded_snr_db": _json(rounded), "floor_db": floor}
-    told = f"{seconds:.2f} s a picture; {_decibels(rounded)} with every fp16 result rounded"
+    told = f"{seconds:.2f} s an image; {_decibels(rounded)} with every fp16 result rounded"
     if rounded >= floor and np.isfinite(exact).all():
         yield Line(name, OK, told, figures=figures)
     else:
@@ -171,7 +171,7 @@ def _core_ml(bundle: Bundle) -> Iterator[Line]:
                 advice = "report this line with the machine's: no compute units compute the encoder"
         told = each.error or (
             f"{_decibels(each.snr_db)} from {choice.reference} (floor {floor:g}), "
-            f"{each.seconds * 1000:.1f} ms a picture, {each.first_s:.2f} s the first"
+            f"{each.seconds * 1000:.1f} ms an image, {each.first_s:.2f} s the first"
         )
         figures = {**each.to_dict(), "floor_db": floor, "reference": choice.reference}
         yield Line(f"encoder, Core ML on {each.units}", verdict, told, advice, figures)
@@ -191,7 +191,7 @@ def _encoders(bundle: Bundle) -> Iterator[Line]:
     with _on_cpu():
         expected, seconds = _timed(load_bundle_encoder(bundle), pixels)
     if not has_gpu():
-        told = f"no GPU; {seconds * 1000:.1f} ms a picture in MLX on the CPU"
+        told = f"no GPU; {seconds * 1000:.1f} ms an image in MLX on the CPU"
         verdict = ABSENT if np.isfinite(expected).all() else PROBLEM
         yield Line(name, verdict, told, figures={"cpu_seconds": seconds})
         return
@@ -204,7 +204,7 @@ def _encoders(bundle: Bundle) -> Iterator[Line]:
         "cpu_seconds": seconds,
     }
     told = f"{_decibels(ratio)} from the CPU (floor {_GPU_FLOOR_DB:g}), "
-    told += f"{gpu_seconds * 1000:.1f} ms a picture, {seconds * 1000:.1f} on the CPU"
+    told += f"{gpu_seconds * 1000:.1f} ms an image, {seconds * 1000:.1f} on the CPU"
     if ratio >= _GPU_FLOOR_DB:
         yield Line(name, OK, told, figures=figures)
     else:
@@ -274,7 +274,7 @@ def _answers(model: FastVLM, exporter: Exporter) -> Iterator[Line]:
     asked: list[dict[str, Any]] = []
     right = babbled = cut = 0
     for question in exporter.questions():
-        answer = model.generate(question.picture, question.prompt, max_tokens=_LONGEST)
+        answer = model.generate(question.image, question.prompt, max_tokens=_LONGEST)
         correct = question.is_right(answer.text)
         right += correct
         cut += answer.finish_reason == "length"
@@ -311,7 +311,7 @@ def _times(path: Path, model: FastVLM, exporter: Exporter) -> Iterator[Line]:
     name = "time to the first token"
     question = exporter.questions()[0]
     answer = min(
-        (model.generate(question.picture, question.prompt, max_tokens=_LONGEST) for _ in range(3)),
+        (model.generate(question.image, question.prompt, max_tokens=_LONGEST) for _ in range(3)),
         key=lambda each: each.timings.ttft_s,
     )
     spent = asdict(answer.timings)

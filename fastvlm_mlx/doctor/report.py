@@ -60,9 +60,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Question:
-    """Something to ask about a picture, and how to tell a right answer, where that is known."""
+    """Something to ask about an image, and how to tell a right answer, where that is known."""
 
-    picture: Image.Image
+    image: Image.Image
     prompt: str
     is_right: Callable[[str], bool]
 

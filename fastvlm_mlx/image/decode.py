@@ -1,4 +1,4 @@
-"""A picture from wherever it may come, decoded within a limit of pixels."""
+"""An image from wherever it may come, decoded within a limit of pixels."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from fastvlm_mlx.image.rgb import DECODER_ERRORS, from_array, to_rgb
 # Where PIL by itself refuses: half a gibibyte of 24-bit pixels.
 DEFAULT_MAX_PIXELS = 178_956_970
 
-Picture = (
+ImageSource = (
     Image.Image | np.ndarray | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 )
 
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-# No format of pictures takes more for a pixel than four channels of doubles; and what surrounds it.
+# No format of images takes more for a pixel than four channels of doubles; and what surrounds it.
 _BYTES_PER_PIXEL, _BYTES_AROUND = 32, 1 << 26
-# Tiles of this many pixels are usual, whatever the picture's own size.
+# Tiles of this many pixels are usual, whatever the image's own size.
 _TILE_PIXELS = 1 << 22
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
-# PIL keeps an address for each row, which in a picture one pixel wide is all that it keeps.
+# PIL keeps an address for each row, which in an image one pixel wide is all that it keeps.
 _MAX_SIDE = 1_000_000
 
 _lock = threading.Lock()
 
 
-def load_image(source: Picture, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Decode a picture (its first frame) into 8-bit RGB, upright, over white, deep greys scaled.
+def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode an image (its first frame) into 8-bit RGB, upright, over white, deep greys scaled.
 
     Args:
-        source: a path; an encoded picture in bytes, a bytearray or a memoryview; a file open for
+        source: a path; an encoded image in bytes, a bytearray or a memoryview; a file open for
             reading bytes, which is read from where it stands to its end; pixels in a PIL image (its
             current frame) or a numpy array: grey [H, W] or [H, W, 1], RGB [H, W, 3] or RGBA
             [H, W, 4], of uint8 or of floats from 0 to 1.
         max_pixels: width × height at most; known before anything large is decoded.
 
     Raises:
-        ImageError: nothing there, not a picture, a damaged one, or one with too many pixels.
+        ImageError: nothing there, not an image, a damaged one, or one with too many pixels.
         OptionError: a limit that is no number of pixels.
     """
     max_pixels = check_max_pixels(max_pixels)
     if isinstance(source, Image.Image):
-        return _pixels(source, "the picture", max_pixels)
+        return _pixels(source, "the image", max_pixels)
     if isinstance(source, np.ndarray):
         if source.ndim >= 2:
-            _check_size((source.shape[1], source.shape[0]), "the picture", max_pixels)
-        return to_rgb(from_array(source, "the picture"))
+            _check_size((source.shape[1], source.shape[0]), "the image", max_pixels)
+        return to_rgb(from_array(source, "the image"))
     if isinstance(source, bytes | bytearray | memoryview):
         return _encoded(source, max_pixels)
     if isinstance(source, str | os.PathLike):
@@ -69,7 +69,7 @@ def load_image(source: Picture, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Imag
     if callable(getattr(source, "read", None)):
         return _file(source, max_pixels)
     raise ImageError(
-        f"the picture is of type {type(source).__name__}: expected a path, bytes, a file open for "
+        f"the image is of type {type(source).__name__}: expected a path, bytes, a file open for "
         "reading bytes, a PIL image or a numpy array"
     )
 
@@ -85,9 +85,9 @@ def check_max_pixels(max_pixels: Any) -> int:
 
 def _encoded(source: bytes | bytearray | memoryview, max_pixels: int) -> Image.Image:
     try:
-        return _decode(io.BytesIO(bytes(source)), "the picture", max_pixels)
+        return _decode(io.BytesIO(bytes(source)), "the image", max_pixels)
     except (ValueError, BufferError) as error:
-        raise ImageError(f"the picture can't be read ({_reason(error)}): give its bytes") from error
+        raise ImageError(f"the image can't be read ({_reason(error)}): give its bytes") from error
 
 
 def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
@@ -96,22 +96,22 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         path = Path(text).expanduser()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImageError(
-            f"the picture's path can't be read ({_reason(error)}): give the path of a picture"
+            f"the image's path can't be read ({_reason(error)}): give the path of an image"
         ) from error
     if not text:
-        raise ImageError("the picture's path is empty: give the path of a picture")
+        raise ImageError("the image's path is empty: give the path of an image")
     name = _printable(str(path))
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
         if is_url(text):
             raise ImageError(
-                f"{text} is a URL: expected the path of a picture, download it first with `curl "
+                f"{text} is a URL: expected the path of an image, download it first with `curl "
                 f"-LO {quote(text)}` and give the file"
             ) from error
-        raise ImageError(f"{name} does not exist: give the path of a picture") from error
+        raise ImageError(f"{name} does not exist: give the path of an image") from error
     except IsADirectoryError as error:
-        raise ImageError(f"{name} is a directory: give the path of one picture in it") from error
+        raise ImageError(f"{name} is a directory: give the path of one image in it") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name} can't be opened ({_reason(error)}): check the path") from error
     with file:
@@ -120,7 +120,7 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
 
 def _file(source: BinaryIO, max_pixels: int) -> Image.Image:
     name = getattr(source, "name", None)
-    name = _printable(name) if isinstance(name, str) else "the picture"
+    name = _printable(name) if isinstance(name, str) else "the image"
     return _decode(_rest(source, name, max_pixels), name, max_pixels)
 
 
@@ -134,7 +134,7 @@ def _rest(file: BinaryIO, name: str, max_pixels: int) -> BinaryIO:
                 raise ImageError(f"{name} is open as text: open it for reading bytes, as 'rb'")
             data.write(part)
             if data.tell() > limit:
-                raise ImageError(f"{name} has more than {limit:,} bytes: expected one picture")
+                raise ImageError(f"{name} has more than {limit:,} bytes: expected one image")
     except (OSError, ValueError, TypeError) as error:
         raise ImageError(
             f"{name} can't be read ({_reason(error)}): give a file that is open for reading bytes"
@@ -189,7 +189,7 @@ def _check_inner(file: BinaryIO, name: str, max_pixels: int) -> None:
 
 
 def _check_tiles(image: Image.Image, name: str, max_pixels: int) -> None:
-    """A TIFF's tiles are decoded whole, however little of them is in the picture."""
+    """A TIFF's tiles are decoded whole, however little of them is in the image."""
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     width, length = tags.get(_TILE_WIDTH), tags.get(_TILE_LENGTH)
     if isinstance(width, int) and isinstance(length, int):
@@ -199,7 +199,7 @@ def _check_tiles(image: Image.Image, name: str, max_pixels: int) -> None:
 def _check_progressive(image: Image.Image, name: str, max_pixels: int) -> None:
     """Of a progressive JPEG every coefficient is kept, two bytes for each of a pixel's numbers.
 
-    `max_pixels` stands for three numbers, and a picture of four reaches it with fewer pixels.
+    `max_pixels` stands for three numbers, and an image of four reaches it with fewer pixels.
     """
     if image.info.get("progressive"):
         numbers = max(3, len(image.getbands()))
@@ -280,10 +280,10 @@ def _unidentified(file: BinaryIO, name: str) -> str:
     except (OSError, ValueError):
         start = b"?"
     if not start:
-        return f"{name} is empty, zero bytes: expected a picture"
+        return f"{name} is empty, zero bytes: expected an image"
     if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
-        return f"{name} is an HEIF picture, which can't be read here: convert it to JPEG or PNG"
-    return f"{name} is not a picture in a format that can be read: give a JPEG, PNG, WebP or TIFF"
+        return f"{name} is an HEIF image, which can't be read here: convert it to JPEG or PNG"
+    return f"{name} is not an image in a format that can be read: give a JPEG, PNG, WebP or TIFF"
 
 
 def _damaged(name: str, error: BaseException) -> str:

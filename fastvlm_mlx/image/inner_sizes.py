@@ -1,6 +1,6 @@
-"""Sizes that a picture's file states once more further in, which PIL's header does not tell.
+"""Sizes that an image's file states once more further in, which PIL's header does not tell.
 
-Icons hold whole pictures, and JPEG 2000 a codestream, each with a size of its own that is decoded
+Icons hold whole images, and JPEG 2000 a codestream, each with a size of its own that is decoded
 whatever the header around it says.
 """
 
@@ -19,14 +19,14 @@ _MOST_BYTES = 1 << 28
 
 
 def inner_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Width and height of each picture within, of a file at its start; none in most formats."""
+    """Width and height of each image within, of a file at its start; none in most formats."""
     start = file.read(12)
     if start[:4] == b"\0\0\1\0":
         yield from _ico(start + file.read(_MOST_BYTES))
     elif start[:4] == b"icns":
         yield from _icns(start + file.read(_MOST_BYTES))
     elif start == _JP2:
-        yield from _picture(start + file.read(_MOST_BYTES))
+        yield from _image(start + file.read(_MOST_BYTES))
 
 
 def _ico(data: bytes) -> Iterator[tuple[int, int]]:
@@ -35,7 +35,7 @@ def _ico(data: bytes) -> Iterator[tuple[int, int]]:
         (offset,) = struct.unpack_from("<I", data, 6 + 16 * i + 12)
         inner = data[offset : offset + 64]
         if inner.startswith(_PNG):
-            yield from _picture(inner)
+            yield from _image(inner)
         elif len(inner) >= 12:
             # A bitmap whose header counts the rows of its mask as well.
             old = inner[:4] == b"\x0c\0\0\0"
@@ -47,11 +47,11 @@ def _icns(data: bytes) -> Iterator[tuple[int, int]]:
     at = 8
     while at + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, at + 4)
-        yield from _picture(data[at + 8 : at + length])
+        yield from _image(data[at + 8 : at + length])
         at += max(length, 8)
 
 
-def _picture(data: bytes) -> Iterator[tuple[int, int]]:
+def _image(data: bytes) -> Iterator[tuple[int, int]]:
     if data.startswith(_PNG) and len(data) >= 24:
         yield struct.unpack_from(">II", data, 16)
     elif (at := data.find(_CODESTREAM)) >= 0 and len(data) >= at + 24:

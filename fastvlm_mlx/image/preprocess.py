@@ -1,4 +1,4 @@
-"""Any picture → RGB → float32 [1, 3, S, S], with the geometry and values of the reference.
+"""Any image → RGB → float32 [1, 3, S, S], with the geometry and values of the reference.
 
 The reference is LLaVA's `expand2square` and then transformers' slow (PIL) CLIPImageProcessor:
 bicubic on 8-bit pixels, rounded to 8 bits, × 1/255, normalized.
@@ -28,7 +28,7 @@ Deviation = Annotated[float, Meta(gt=0, le=1e3)]
 Triple = tuple[float, float, float]
 
 _BICUBIC = Image.Resampling.BICUBIC
-# Pictures longer than this many times their width are resized where they have pixels only.
+# Images longer than this many times their width are resized where they have pixels only.
 _EXTREME = 8
 _STRIP_PIXELS = 1 << 22
 
@@ -71,7 +71,7 @@ class ImageProcessor:
             raise ConfigError(f"image_std is {self.image_std}: expected no zero")
         if "anyres" in (self.aspect_ratio or ""):
             raise ConfigError(
-                f"image_aspect_ratio is {self.aspect_ratio!r}, several tiles for one picture: "
+                f"image_aspect_ratio is {self.aspect_ratio!r}, several tiles for one image: "
                 "FastVLM takes one, expected pad or square"
             )
 
@@ -158,7 +158,7 @@ class ImageProcessor:
     def _crop(self, image: Image.Image) -> Image.Image:
         """Resize the shortest edge, crop the centre.
 
-        Of a long and narrow picture only what the crop keeps is resized: one pixel wide, it
+        Of a long and narrow image only what the crop keeps is resized: one pixel wide, it
         would first grow to S times its length. PIL's passes are then across and down, as below;
         for shrinking ones the order varies with PIL's version and is left to PIL.
         """

@@ -1,6 +1,6 @@
 """PIL's bicubic along one axis, for a part of its outputs.
 
-PIL resizes whole pictures. For one that is thousands of times longer than wide nearly all of
+PIL resizes whole images. For one that is thousands of times longer than wide nearly all of
 that work is thrown away by the crop, or done on padding, and does not fit memory.
 """
 

@@ -33,7 +33,7 @@ DECODER_ERRORS = (
 
 _ORIENTATION_TAG = 0x0112
 _STRIP_PIXELS = 1 << 22
-# EXIF 2.3, 4.6.4 A: the stored picture's rows and columns, by the turn that makes it upright.
+# EXIF 2.3, 4.6.4 A: the stored image's rows and columns, by the turn that makes it upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -119,7 +119,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation: Any = image.getexif().get(_ORIENTATION_TAG)
     except DECODER_ERRORS:
-        # Viewers show a picture whose EXIF block is damaged as it is stored.
+        # Viewers show an image whose EXIF block is damaged as it is stored.
         return image
     turn = _UPRIGHT.get(orientation)
     if turn is None:

@@ -1,4 +1,4 @@
-"""What is left of a picture once it was looked at, and whose it is."""
+"""What is left of an image once it was looked at, and whose it is."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastvlm_mlx.language.model import Model
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """A picture as the language model reads it, reusable for any number of prompts.
+    """An image as the language model reads it, reusable for any number of prompts.
 
     Made by `FastVLM.encode` and `FastVLM.project`; any model takes it whose projector has the same
-    weights and whose pictures the same size, as that of the same bundle loaded again.
+    weights and whose images the same size, as that of the same bundle loaded again.
 
     Attributes:
         features: the encoder's output, float32 [1, N, C].
@@ -36,7 +36,7 @@ class ImageFeatures:
 
 
 def fingerprint(model: Model, num_tokens: int, image_size: int) -> str:
-    """Of what decides which features suit a model: its projector, and the size of its pictures."""
+    """Of what decides which features suit a model: its projector, and the size of its images."""
     digest = hashlib.blake2b(f"{image_size} {num_tokens}".encode(), digest_size=16)
     arrays = dict(tree_flatten(model.multi_modal_projector.parameters()))
     for name, array in sorted(arrays.items()):
@@ -49,13 +49,13 @@ def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
     """Raises OptionError: not made by a model with this fingerprint, or changed since."""
     if not isinstance(features, ImageFeatures) or not features.model:
         raise OptionError(
-            "the picture's features were put together by hand: expected what `encode` or `project` "
+            "the image's features were put together by hand: expected what `encode` or `project` "
             "of this model returns"
         )
     if features.model != model:
         raise OptionError(
-            "the picture's features are another model's, or of another image size: encode the "
-            "picture with the model that is asked"
+            "the image's features are another model's, or of another image size: encode the "
+            "image with the model that is asked"
         )
     projected = features.projected
     try:
@@ -63,13 +63,13 @@ def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
     except (RuntimeError, ValueError, TypeError) as error:
         # Computed lazily, in another thread.
         raise OptionError(
-            f"the picture's features can't be evaluated here ({error}): evaluate them in the "
+            f"the image's features can't be evaluated here ({error}): evaluate them in the "
             "thread "
             "that computes them"
         ) from error
     if not isinstance(projected, mx.array) or projected.shape != shape:
         raise OptionError(
-            f"the picture's features were changed: expected an MLX array of shape {list(shape)}"
+            f"the image's features were changed: expected an MLX array of shape {list(shape)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""From ids and a projected picture to text: prefill, decode, stream, and the time of each.
+"""From ids and a projected image to text: prefill, decode, stream, and the time of each.
 
 The loop is mlx-lm's `generate_step`. What is here is what surrounds it: the clock, and that an
 answer is computed a token at a time on the model's own thread.
@@ -30,8 +30,8 @@ from fastvlm_mlx.language.worker import Worker
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, each stage by itself. `ttft_s` runs from the picture in memory and the prompt to
-    the first token; the stages of the picture are zero where its features were reused. `load_s`
+    """Seconds, each stage by itself. `ttft_s` runs from the image in memory and the prompt to
+    the first token; the stages of the image are zero where its features were reused. `load_s`
     is all that loading has taken so far, what was put off to the first use included."""
 
     load_s: float = 0.0
@@ -160,9 +160,9 @@ def generate(
     """The text of each token, which may be empty, and last the result.
 
     Args:
-        ids: the prompt with N placeholders where the picture goes, [L].
-        projected: the picture, [N, D], or None.
-        spent: seconds the picture has cost so far; they count towards `ttft_s`.
+        ids: the prompt with N placeholders where the image goes, [L].
+        projected: the image, [N, D], or None.
+        spent: seconds the image has cost so far; they count towards `ttft_s`.
         prompt_s: seconds that it took to make ids of the prompt; they are part of the prefill.
 
     Raises:
@@ -208,7 +208,7 @@ def generate(
                 break
     yield text.flush()
     decode_s = last - first
-    picture_s = spent.preprocess_s + spent.encode_s + spent.project_s
+    image_s = spent.preprocess_s + spent.encode_s + spent.project_s
     yield GenerationResult(
         prompt=prompt,
         text=text.shown,
@@ -223,7 +223,7 @@ def generate(
             encode_s=spent.encode_s,
             project_s=spent.project_s,
             prefill_s=first - started,
-            ttft_s=picture_s + first - started,
+            ttft_s=image_s + first - started,
             decode_s=decode_s,
             tokens_per_s=(count - 1) / decode_s if count > 1 and decode_s else 0.0,
         ),

@@ -1,4 +1,4 @@
-"""The conversation as token ids: chat template, and N placeholders where the picture goes.
+"""The conversation as token ids: chat template, and N placeholders where the image goes.
 
 The reference builds one string, cuts it at `<image>` and tokenizes the pieces with every control
 token active. Here the control tokens are put in by id and the user's text is tokenized as text,
@@ -69,7 +69,7 @@ def encode_prompt(
             f"the prompt is of type {type(prompt).__name__}: expected text, of type str"
         )
     if not prompt or prompt.isspace():
-        raise PromptError("the prompt is empty: say what to do with the picture")
+        raise PromptError("the prompt is empty: say what to do with the image")
     start = _control_id(tokenizer, TURN_START)
     end = _control_id(tokenizer, TURN_END)
     if context is not None:

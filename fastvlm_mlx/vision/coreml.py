@@ -140,14 +140,14 @@ class Choice:
 
 
 def measure_units(
-    package: Path, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]
+    package: Path, images: Sequence[np.ndarray], references: Sequence[np.ndarray]
 ) -> list[Measured]:
-    """Every compute unit of this Mac, on pictures [1, 3, S, S] and their features [1, N, C].
+    """Every compute unit of this Mac, on images [1, 3, S, S] and their features [1, N, C].
 
     One that can't run the encoder says why.
     """
-    size = pictures[0].shape[-1]
-    return measure(lambda units: CoreMLEncoder(package, units, size), pictures, references)
+    size = images[0].shape[-1]
+    return measure(lambda units: CoreMLEncoder(package, units, size), images, references)
 
 
 def choose_units(package: Path, image_size: int | None = None) -> Choice:

@@ -201,7 +201,7 @@ class FastViTHD:
         expected = (1, 3, self.image_size, self.image_size)
         if images.shape != expected:
             raise EncoderError(
-                f"the picture has shape {list(images.shape)}, expected {list(expected)}"
+                f"the image has shape {list(images.shape)}, expected {list(expected)}"
             )
         x = mx.array(np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
         return np.array(self._run(x.astype(self._dtype)).astype(mx.float32))

@@ -130,7 +130,7 @@ class MLProgram:
         """Evaluate the function.
 
         Args:
-            inputs: the function's inputs by name, float32; a picture's pixels from 0 to 255.
+            inputs: the function's inputs by name, float32; an image's pixels from 0 to 255.
             round_fp16: round what every fp16 operation makes to fp16, overflow included.
             observe: called with name, type and result (not to be written to) of every operation,
                 with `round_fp16` of a mean's sum too; results are mostly channels-last, for
@@ -207,7 +207,7 @@ def _rounded(value: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Ten
 class MLProgramEncoder:
     """The encoder in an `.mlpackage`, on any machine: float32 [1, 3, S, S] → [1, N, C].
 
-    One that takes pictures gets them as Core ML would, in 8 bits: `to_bytes`.
+    One that takes images gets them as Core ML would, in 8 bits: `to_bytes`.
 
     Args:
         image_size: S, where the package takes several; its default one's unless given.
@@ -310,7 +310,7 @@ def check_images(images: np.ndarray, size: int) -> None:
     if images.shape != (1, 3, size, size):
         raise EncoderError(
             f"pixels of shape {list(images.shape)} can't be encoded: expected [1, 3, {size}, "
-            f"{size}], preprocess the picture for this encoder"
+            f"{size}], preprocess the image for this encoder"
         )
 
 

@@ -27,7 +27,7 @@ INPUT_NAME = "images"
 OUTPUT_NAME = "image_features"
 FUNCTION_NAME = "main"
 MIXED = "mixed"
-# What `Feature.dtype` says of an input that takes 8-bit RGB pictures and no array.
+# What `Feature.dtype` says of an input that takes 8-bit RGB images and no array.
 IMAGE = "image"
 
 # coremltools/__init__.py: specification versions that hold an ML Program.
@@ -280,7 +280,7 @@ def app_misfit(info: PackageInfo) -> str | None:
         _, tokens, channels = features if len(features) == 3 else (1, 0, 0)
         return f"it makes {tokens} tokens of {channels} channels and the app asserts 256 of 3072"
     if info.inputs[0].dtype == IMAGE:
-        return "it takes pictures (--image-input) and the app hands over an MLMultiArray"
+        return "it takes images (--image-input) and the app hands over an MLMultiArray"
     return None
 
 

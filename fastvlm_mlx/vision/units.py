@@ -39,8 +39,8 @@ class Measured:
 
     Attributes:
         units: all, cpu, gpu or ne.
-        snr_db: of the worst picture, RMS over RMS of the error; infinite without any.
-        seconds: of a picture, the median of some.
+        snr_db: of the worst image, RMS over RMS of the error; infinite without any.
+        seconds: of an image, the median of some.
         first_s: until the first features, with what Core ML prepares at that.
         error: why there is nothing of the above.
     """
@@ -100,7 +100,7 @@ def available() -> tuple[str, ...]:
 
 def measure(
     opened: Callable[[str], Encode],
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     references: Sequence[np.ndarray],
     names: Sequence[str] | None = None,
 ) -> list[Measured]:
@@ -108,14 +108,14 @@ def measure(
 
     Args:
         opened: makes the encoder on the compute units named.
-        pictures: float32 [1, 3, S, S].
-        references: of each picture the right features, [1, N, C].
+        images: float32 [1, 3, S, S].
+        references: of each image the right features, [1, N, C].
         names: of compute units; those that are here unless given.
     """
     results = []
     for name in available() if names is None else names:
         try:
-            results.append(_measure(name, opened, pictures, references))
+            results.append(_measure(name, opened, images, references))
         except EncoderError as error:
             results.append(Measured(name, error=str(error)))
     return results
@@ -124,18 +124,18 @@ def measure(
 def _measure(
     name: str,
     opened: Callable[[str], Encode],
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     references: Sequence[np.ndarray],
 ) -> Measured:
     started = time.perf_counter()
     encode = opened(name)
-    features = [encode(pictures[0])]
+    features = [encode(images[0])]
     first_s = time.perf_counter() - started
-    features += [encode(picture) for picture in pictures[1:]]
+    features += [encode(image) for image in images[1:]]
     times = []
     for _ in range(_TIMES):
         started = time.perf_counter()
-        encode(pictures[0])
+        encode(images[0])
         times.append(time.perf_counter() - started)
     worst = min(snr_db(r, f) for r, f in zip(references, features, strict=True))
     return Measured(name, worst, median(times), first_s)
@@ -161,7 +161,7 @@ def best(measured: Sequence[Measured], floor: float) -> Measured:
 
 
 def probe(size: int) -> np.ndarray:
-    """A picture to measure with where there is no other, float32 [1, 3, S, S] from 0 to 1: coarse
+    """An image to measure with where there is no other, float32 [1, 3, S, S] from 0 to 1: coarse
     and fine structure as in a photograph, the same on every machine."""
     random = np.random.default_rng(0)
     total = np.zeros((size, size, 3), np.float32)

@@ -1,7 +1,7 @@
-"""The checkpoint's tokenizer as `tokenizer.json`, with a placeholder for the picture in it.
+"""The checkpoint's tokenizer as `tokenizer.json`, with a placeholder for the image in it.
 
 LLaVA's training saves the slow form (`vocab.json`, `merges.txt`, `added_tokens.json`), which
-Swift does not read, and has no token for the picture: the reference uses the id -200.
+Swift does not read, and has no token for the image: the reference uses the id -200.
 """
 
 from __future__ import annotations

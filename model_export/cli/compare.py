@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Questions = Annotated[
     str | None,
-    typer.Option(help="A directory of pictures, or JSON lines of image, prompt and answer."),
+    typer.Option(help="A directory of images, or JSON lines of image, prompt and answer."),
 ]
 Count = Annotated[int, typer.Option(help="How many of the scenes' questions, at least.")]
 Plot = Annotated[

@@ -63,7 +63,7 @@ def export(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="What is looked at: a directory of pictures, or a JSONL file."),
+        typer.Option(help="What is looked at: a directory of images, or a JSONL file."),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -95,7 +95,7 @@ def export(
     ] = None,
     image_input: Annotated[
         bool,
-        typer.Option("--image-input", help="The encoder takes pictures (ImageType), no arrays."),
+        typer.Option("--image-input", help="The encoder takes images (ImageType), no arrays."),
     ] = False,
     base: Base = None,
     revision: Revision = None,

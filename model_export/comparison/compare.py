@@ -1,6 +1,6 @@
 """Bundles and checkpoints side by side: what each takes, and what it loses against one of them.
 
-Every model is asked the same questions about the same pictures, and given the answers that the
+Every model is asked the same questions about the same images, and given the answers that the
 reference itself chooses, token by token, so that all are asked for the next token at the same
 places. An answer has changed where a model chooses another token anywhere in it: its own greedy
 answer, and the reference's, part there.
@@ -35,7 +35,7 @@ from model_export.interruption import Progress
 from model_export.language import qwen2
 from model_export.samples import scenes
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import GatePicture, gate_pictures, reference_features
+from model_export.samples.images import Sample, gate_samples, reference_features
 
 # Of the scenes' questions; 1 % of them is two.
 QUESTIONS = 200
@@ -50,7 +50,7 @@ class Model:
     """A bundle or a checkpoint, opened: sizes, and how its two halves are evaluated.
 
     Attributes:
-        encode: pictures → features [1, N, C] of each, as its own precision makes them.
+        encode: images → features [1, N, C] of each, as its own precision makes them.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Model:
     placeholder: int
     sizes: dict[str, float]
     weights: qwen2.Weights
-    encode: Callable[[Sequence[GatePicture]], list[np.ndarray]]
+    encode: Callable[[Sequence[Sample]], list[np.ndarray]]
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -76,7 +76,7 @@ class Row:
 
     Attributes:
         bytes: encoder, llm (the projector's included), total.
-        snr_db, cosine: of the encoder's features, over all pictures; cosine the mean over tokens.
+        snr_db, cosine: of the encoder's features, over all images; cosine the mean over tokens.
         llm_kl_nats, llm_agreement: with the reference's features.
         kl_nats, agreement: with its own, over all places. Agreement is the share of places with
             the same choice.
@@ -121,7 +121,7 @@ def compare(
     Args:
         reference: a checkpoint or a bundle; without one the first checkpoint among `paths`, or
             else the largest bundle.
-        questions: pictures or JSON lines as for calibration; else scenes, or a photograph.
+        questions: images or JSON lines as for calibration; else scenes, or a photograph.
         count: how many of the scenes' questions are asked at least.
 
     Raises:
@@ -140,7 +140,7 @@ def compare(
                 f"{model.name} and {chosen.name} are of different shapes: compare models of one "
                 "architecture, at one input size"
             )
-    bench = Bench.of(chosen, pictures_of(chosen, questions, count), progress)
+    bench = Bench.of(chosen, samples_of(chosen, questions, count), progress)
     rows = []
     for number, model in enumerate(models):
         progress(f"compare {model.name}", number / len(models))
@@ -163,12 +163,12 @@ def _bundle(path: Path) -> Model:
     size = bundle.config.vision.image_size
     process = image_processor(bundle, size, bundle.config.image_aspect_ratio)
 
-    def encode(pictures: Sequence[GatePicture]) -> list[np.ndarray]:
+    def encode(samples: Sequence[Sample]) -> list[np.ndarray]:
         if bundle.layout == "mlx":
             rounded = RoundedEncoder(bundle, bundle.config.dtype)
-            return [rounded(process(picture.image)) for picture in pictures]
+            return [rounded(process(sample.image)) for sample in samples]
         encoder = MLProgramEncoder(bundle.package)
-        return [encoder.evaluate(process(p.image), round_fp16=True) for p in pictures]
+        return [encoder.evaluate(process(p.image), round_fp16=True) for p in samples]
 
     return Model(
         name=str(path),
@@ -195,9 +195,9 @@ def _checkpoint(path: str | Path) -> Model:
     in_llm = {spec.source for spec in checkpoint.llm_specs}
     llm = sum(size for name, size in sizes.items() if name in in_llm)
 
-    def encode(pictures: Sequence[GatePicture]) -> list[np.ndarray]:
+    def encode(samples: Sequence[Sample]) -> list[np.ndarray]:
         state = checkpoint.encoder_state()
-        return [r.features for r in reference_features(state, checkpoint, pictures)]
+        return [r.features for r in reference_features(state, checkpoint, samples)]
 
     return Model(
         name=str(path),
@@ -220,62 +220,62 @@ def _reference(models: Sequence[Model]) -> Model:
     return (checkpoints or sorted(models, key=lambda m: -m.sizes["llm"] - m.sizes["encoder"]))[0]
 
 
-def pictures_of(model: Model, path: str | Path | None, count: int) -> list[GatePicture]:
+def samples_of(model: Model, path: str | Path | None, count: int) -> list[Sample]:
     """The user's, or held-out scenes with `count` questions; for a large encoder the gates'."""
     vision = model.config.vision
     if path is not None:
-        return list(load_calibration(path, vision).pictures)
-    gates = gate_pictures(vision)
+        return list(load_calibration(path, vision).samples)
+    gates = gate_samples(vision)
     if not gates[0].name.startswith("scene"):
         return gates
-    pictures: list[GatePicture] = []
+    samples: list[Sample] = []
     seed = FIRST_SEED
-    while sum(len(picture.questions) for picture in pictures) < count:
+    while sum(len(sample.questions) for sample in samples) < count:
         scene = scenes.generate(seed, held_out=True)
         asked = tuple((q.prompt, q.answer) for q in scene.questions(seed))
-        pictures.append(GatePicture(f"scene {seed}", scene.draw(vision.image_size), asked))
+        samples.append(Sample(f"scene {seed}", scene.draw(vision.image_size), asked))
         seed += 1
-    return pictures
+    return samples
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The reference, what it sees in every picture, and its answers.
+    """The reference, what it sees in every image, and its answers.
 
     Attributes:
-        complete: of each picture's answers, whether it ended or was cut off.
+        complete: of each image's answers, whether it ended or was cut off.
     """
 
     reference: Model
-    pictures: Sequence[GatePicture]
+    samples: Sequence[Sample]
     features: Sequence[np.ndarray]
     dialogues: Sequence[qwen2.Dialogue]
     complete: Sequence[tuple[bool, ...]]
 
     @classmethod
-    def of(cls, reference: Model, pictures: Sequence[GatePicture], progress: Progress) -> Bench:
+    def of(cls, reference: Model, samples: Sequence[Sample], progress: Progress) -> Bench:
         """Let the reference look and answer."""
-        pictures = [picture for picture in pictures if picture.questions]
+        samples = [sample for sample in samples if sample.questions]
         progress("reference encoder", None)
-        features = reference.encode(pictures)
+        features = reference.encode(samples)
         dialogues, complete = [], []
-        for number, (picture, seen) in enumerate(zip(pictures, features, strict=True)):
-            progress("reference answers", number / len(pictures))
-            dialogue, ended = answers(reference, picture, seen)
+        for number, (sample, seen) in enumerate(zip(samples, features, strict=True)):
+            progress("reference answers", number / len(samples))
+            dialogue, ended = answers(reference, sample, seen)
             dialogues.append(dialogue)
             complete.append(ended)
-        return cls(reference, pictures, features, dialogues, complete)
+        return cls(reference, samples, features, dialogues, complete)
 
     def row(self, model: Model) -> Row:
         """What `model` takes and loses."""
         encoder, llm = int(model.sizes["encoder"]), int(model.sizes["llm"])
         size = {"encoder": encoder, "llm": llm, "total": encoder + llm}
         row = Row(model.name, model.kind, size, model.sizes["bits_per_weight"])
-        row.questions = sum(len(picture.questions) for picture in self.pictures)
+        row.questions = sum(len(sample.questions) for sample in self.samples)
         if model.name == self.reference.name:
             row.reference = True
             return row
-        own = model.encode(self.pictures)
+        own = model.encode(self.samples)
         source, found = np.concatenate(self.features), np.concatenate(own)
         row.snr_db, row.cosine = snr_db(source, found), mean_cosine(source, found)
         alone, whole = _Tally(), _Tally()
@@ -298,17 +298,17 @@ class Bench:
 
 
 def answers(
-    model: Model, picture: GatePicture, features: np.ndarray
+    model: Model, sample: Sample, features: np.ndarray
 ) -> tuple[qwen2.Dialogue, tuple[bool, ...]]:
-    """The picture's questions with the greedy answers of `model`, and which of them have ended.
+    """The image's questions with the greedy answers of `model`, and which of them have ended.
 
-    The answers that the picture comes with are guesses: a whole one is checked in one pass, and
+    The answers that the image comes with are guesses: a whole one is checked in one pass, and
     each pass corrects at least one token.
     """
     tokenizer, end_id = model.tokenizer, model.tokenizer.token_to_id(TURN_END)
-    guesses = [qwen2.encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in picture.questions]
+    guesses = [qwen2.encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in sample.questions]
     ended: list[bool | None] = [None] * len(guesses)
-    prompts = [prompt for prompt, _ in picture.questions]
+    prompts = [prompt for prompt, _ in sample.questions]
     side = qwen2.Side(model.weights, torch.from_numpy(features))
     while True:
         pairs = list(zip(prompts, guesses, strict=True))
@@ -344,7 +344,7 @@ def _corrected(
 
 
 class _Tally:
-    """Divergence, agreement and changed answers, summed over pictures."""
+    """Divergence, agreement and changed answers, summed over images."""
 
     def __init__(self) -> None:
         self._kl = self._same = self._places = 0.0

@@ -27,7 +27,7 @@ def check(file: Path) -> None:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Write the picture."""
+    """Write the image."""
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if not row.reference]

@@ -23,7 +23,7 @@ from fastvlm_mlx.bundle.schema import check, read_json
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.comparison import compare
-from model_export.comparison.compare import Bench, Row, open_model, pictures_of
+from model_export.comparison.compare import Bench, Row, open_model, samples_of
 from model_export.destination.destination import clear_leftovers
 from model_export.interruption import Progress
 from model_export.options import ExportOptions
@@ -103,7 +103,7 @@ def sweep(
         if row is None:
             if bench is None:
                 reference = open_model(checkpoint_path)
-                bench = Bench.of(reference, pictures_of(reference, questions, count), step)
+                bench = Bench.of(reference, samples_of(reference, questions, count), step)
                 state.save_reference(bench.row(reference))
             step("compare", None)
             row = bench.row(open_model(out / name))

@@ -47,10 +47,10 @@ def questions() -> list[Question]:
     asked = []
     for seed in _SEEDS:
         scene = scenes.generate(seed, held_out=True)
-        picture = scene.draw(_SIDE)
+        image = scene.draw(_SIDE)
         for question in {q.kind: q for q in reversed(scene.questions(seed))}.values():
             judge = partial(scenes.is_right, question)
-            asked.append(Question(picture, question.prompt, judge))
+            asked.append(Question(image, question.prompt, judge))
     return asked
 
 

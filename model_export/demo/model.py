@@ -99,9 +99,9 @@ def make_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """Square RGB pictures of the encoder's size → float32 [B, 3, S, S], 0 to 1."""
-    stacked = np.stack([np.asarray(picture) for picture in pictures])
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Square RGB images of the encoder's size → float32 [B, 3, S, S], 0 to 1."""
+    stacked = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
 
 

@@ -1,4 +1,4 @@
-"""Many questions about a picture in one training sequence, and the loss of their answers."""
+"""Many questions about an image in one training sequence, and the loss of their answers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from model_export.demo.model import DemoModel
 from model_export.demo.tokenizer import AFTER_IMAGE, BEFORE_IMAGE
 from model_export.samples.scenes import GRID, Question
 
-# Segments of a training sequence: text before the picture, the picture, then one per question.
+# Segments of a training sequence: text before the image, the image, then one per question.
 PADDING, BEFORE, IMAGE = 99, 0, 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Several questions about each picture in one sequence, behind one copy of the picture.
+    """Several questions about each image in one sequence, behind one copy of the image.
 
-    A question sees the picture and itself, and its positions start after the picture, so that it
+    A question sees the image and itself, and its positions start after the image, so that it
     is computed as if it stood alone. `ids`, `positions`, `segments`: [B, L]. One entry for each
     token of each answer: `where` (row and position that predict it), `targets`, `weights`,
     `question` (its index among all questions).

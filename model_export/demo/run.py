@@ -45,9 +45,9 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
     Raises:
         DestinationError: `directory` holds something that the demo did not make.
     """
-    bundle, picture = directory / "bundle", directory / "scene.png"
+    bundle, image = directory / "bundle", directory / "scene.png"
     clear_leftovers(directory)
-    if not _ours(directory, {bundle.name, picture.name}):
+    if not _ours(directory, {bundle.name, image.name}):
         raise DestinationError(
             f"{directory} exists and is not an earlier demo's: name another directory"
         )
@@ -59,13 +59,13 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
     show.print_gates([gate.to_dict() for gate in gates])
     scene = scenes.generate(seed, held_out=True)
     # What was there is the demo's own, unless it is a link that somebody put there.
-    picture.unlink(missing_ok=True)
-    scene.draw(512).save(picture)
+    image.unlink(missing_ok=True)
+    scene.draw(512).save(image)
     model = load(bundle)
     # One of each kind.
     questions = list({q.kind: q for q in reversed(scene.questions(seed))}.values())[::-1]
     right = 0
-    generations = model.ask(picture, [q.prompt for q in questions], SamplingOptions())
+    generations = model.ask(image, [q.prompt for q in questions], SamplingOptions())
     for question, generation in zip(questions, generations, strict=True):
         answer = generation.result
         correct = scenes.is_right(question, answer.text)

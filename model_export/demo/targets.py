@@ -39,9 +39,9 @@ def cell_targets(scene: Scene) -> list[list[int]]:
 def word_targets(model: DemoModel, batch: list[Scene]) -> Tensor:
     """The words for each cell, as a distribution over the vocabulary: [B, GRID², vocabulary].
 
-    The projector is trained on it beside the answers: a picture's tokens then lie where the
+    The projector is trained on it beside the answers: an image's tokens then lie where the
     words for what they show lie, and the question's words find them. Without it the language
-    model names some colour of the picture, for thousands of steps, and not the one asked for.
+    model names some colour of the image, for thousands of steps, and not the one asked for.
     """
     targets = torch.zeros(len(batch), GRID**2, model.config["vocab_size"])
     for row, scene in enumerate(batch):

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# The prompt around the picture and around the question, as the reference builds it.
+# The prompt around the image and around the question, as the reference builds it.
 BEFORE_IMAGE = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
 AFTER_IMAGE = "\n{}<|im_end|>\n<|im_start|>assistant\n"
 

@@ -33,20 +33,20 @@ from model_export.samples.scenes import Question, Scene, Score, generate, held_o
 PEAK_MATRICES, PEAK_REST = 2e-3, 3e-3
 
 
-def pictures(batch: list[Scene], rng: random.Random, size: int) -> Tensor:
+def images(batch: list[Scene], rng: random.Random, size: int) -> Tensor:
     """Scenes as the encoder meets them, [B, 3, S, S]: some drawn larger and reduced, some noisy."""
     drawn = []
     for scene in batch:
         scale = rng.choice((1, 1, 1, 1, 1, 2, 2, 4))
-        picture = scene.draw(size * scale)
+        image = scene.draw(size * scale)
         if scale > 1:
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-        drawn.append(picture)
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        drawn.append(image)
     pixels = to_pixels(drawn)
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     pixels *= 1 - 0.12 * torch.rand((len(batch), 1, 1, 1), generator=generator)
-    for picture in pixels[: len(batch) // 4]:
-        picture += 0.03 * rng.random() * torch.randn(picture.shape, generator=generator)
+    for image in pixels[: len(batch) // 4]:
+        image += 0.03 * rng.random() * torch.randn(image.shape, generator=generator)
     return pixels.clamp_(0, 1)
 
 
@@ -94,7 +94,7 @@ def train_encoder(model: DemoModel, steps: int, batch: int, seed: int, device: s
             group["lr"] = 2e-3 * schedule(step, steps, 50)
         chosen = [generate(rng.getrandbits(40), held_out=False) for _ in range(batch)]
         targets = torch.tensor([cell_targets(scene) for scene in chosen], device=device)
-        pixels = pictures(chosen, rng, size).to(device)
+        pixels = images(chosen, rng, size).to(device)
         logits = heads(model.encode(pixels)).split(list(HEADS.values()), -1)
         loss = torch.zeros((), device=device)
         right = torch.ones(targets.shape[:2], dtype=torch.bool, device=device)
@@ -130,7 +130,7 @@ def encode_pool(model: DemoModel, count: int, seed: int, device: str) -> tuple[l
     size = model.config["vision_config"]["image_size"]
     pool = [generate(rng.getrandbits(40), held_out=False) for _ in range(count)]
     features = [
-        model.encode(pictures(pool[i : i + 64], rng, size).to(device)).half().cpu()
+        model.encode(images(pool[i : i + 64], rng, size).to(device)).half().cpu()
         for i in range(0, count, 64)
     ]
     return pool, torch.cat(features)

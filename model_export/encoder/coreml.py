@@ -72,7 +72,7 @@ class Form:
         compression: how the weights of an fp16 program are stored.
         target: the first iOS that loads it, iOS15 to iOS18; compressed weights need iOS16, several
             functions iOS18.
-        image_input: it takes 8-bit RGB pictures and divides by 255 itself, in float32.
+        image_input: it takes 8-bit RGB images and divides by 255 itself, in float32.
     """
 
     precision: str
@@ -238,9 +238,9 @@ def _write_metadata(spec: Any, config: VisionConfig, form: Form) -> None:
     size, tokens, channels = config.image_size, config.num_tokens, config.hidden_size
     description = spec.description
     description.input[0].shortDescription = (
-        f"RGB picture, {size}×{size}, 8 bits a channel"
+        f"RGB image, {size}×{size}, 8 bits a channel"
         if form.image_input
-        else f"RGB picture, [1, 3, {size}, {size}], channel, row, column; values from 0 to 1, no "
+        else f"RGB image, [1, 3, {size}, {size}], channel, row, column; values from 0 to 1, no "
         "mean subtracted"
     ) + "; the checkpoint's own padding or crop comes before"
     description.output[0].shortDescription = (
@@ -252,7 +252,7 @@ def _write_metadata(spec: Any, config: VisionConfig, form: Form) -> None:
         f"FastViTHD, the vision encoder of FastVLM, at {size}×{size}: "
         f"computes in {form.precision}, "
         + (f"weights stored as {compression.precision}, " if compression.formats else "")
-        + ("pictures in, float32 out" if form.image_input else "float32 in and out")
+        + ("images in, float32 out" if form.image_input else "float32 in and out")
     )
     about.author = metadata.author
     about.license = metadata.license

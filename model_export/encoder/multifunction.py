@@ -31,7 +31,7 @@ def export_sizes(
     form: Form,
     progress: Callable[[float], None] = lambda done: None,
 ) -> PackageInfo:
-    """Write an encoder that takes pictures of several sizes; of one, `coreml.export_encoder`.
+    """Write an encoder that takes images of several sizes; of one, `coreml.export_encoder`.
 
     Args:
         module: of any size.

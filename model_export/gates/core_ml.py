@@ -41,7 +41,7 @@ def core_ml_gates(
             "dB",
             floor,
             True,
-            detail=each.error or f"{each.seconds:.4g} s a picture, {each.first_s:.4g} s the first",
+            detail=each.error or f"{each.seconds:.4g} s an image, {each.first_s:.4g} s the first",
             left_out="one of the compute units that holds is enough",
         )
         for each in measured

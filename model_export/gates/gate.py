@@ -12,7 +12,7 @@ from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
 from model_export.gates.mlx_encoder import RoundedEncoder
 from model_export.options import FLOAT16_MAX, ExportOptions
-from model_export.samples.images import gate_pictures
+from model_export.samples.images import gate_samples
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def overflow_gates(
 def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     config = bundle.config
     process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
-    image = gate_pictures(config.vision)[-1].image
+    image = gate_samples(config.vision)[-1].image
     if bundle.layout == "mlx":
         rounded = RoundedEncoder(bundle, options.dtype)
         rounded(process(image))

@@ -9,7 +9,7 @@ with the package's own where they are compressed, which are compared by themselv
 conversion changed. Nothing but the order of sums may differ, so the floor is as high for fp16
 as for fp32, and one wrong weight or operation shows that the first figure would hide.
 
-Language model, end to end. Both sides answer the same questions about the same pictures, each
+Language model, end to end. Both sides answer the same questions about the same images, each
 with its own encoder's features, its own pixels and its own settings; the right answers are given,
 so that both are asked for the next token at the same places. Measured are the mean KL divergence
 of the bundle's distribution from the source's, and how often both choose the same token.
@@ -20,7 +20,7 @@ What should it cost? A third side has the source's weights as plain rounding sto
 recorded forms, and the bundle's features: the divergence of that, measured at the same places, is
 what the choice of bits and of encoder costs. A bundle by plain rounding repeats it to the last
 digits, one by a method is below it; `PLAIN_FACTOR` is room for a method that gains elsewhere and
-loses on these few pictures. A number for each width of bits would have to suit the tensors that
+loses on these few images. A number for each width of bits would have to suit the tensors that
 round worst, and lets a thousand times as much pass in the others.
 Is it still the model? A choice can cost too much with nothing wrong in how it was carried out.
 `USABLE_NATS` is where the bundle gives what the source says half of its probability, in the
@@ -111,7 +111,7 @@ def encoder_gates(
             is no longer in memory.
 
     Returns:
-        The gates, and the features of every picture.
+        The gates, and the features of every image.
     """
     encoder = MLProgramEncoder(package, references[0].pixels.shape[-1])
     magnitude = Magnitude()
@@ -150,7 +150,7 @@ def mlx_encoder_gates(
     output is held to the same floor.
 
     Returns:
-        The gates, and the features of every picture.
+        The gates, and the features of every image.
     """
     encoder = RoundedEncoder(bundle, options.dtype)
     features = [encoder(r.pixels) for r in references]
@@ -179,7 +179,7 @@ def gates_of_sizes(
         references: by size; the default one first, and where there are more, their gates say it.
 
     Returns:
-        The gates, and the features of every picture at the default size.
+        The gates, and the features of every image at the default size.
     """
     gates: list[Gate] = []
     of_default: list[np.ndarray] | None = None
@@ -200,11 +200,11 @@ def gates_of_sizes(
 
 
 def _own_pixels(bundle: Bundle, references: Sequence[Reference]) -> list[Reference]:
-    """The pixels that the bundle's own settings make of each picture; the features stay the
+    """The pixels that the bundle's own settings make of each image; the features stay the
     source's."""
     config = bundle.config
     process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
-    return [replace(r, pixels=process(r.picture.image)) for r in references]
+    return [replace(r, pixels=process(r.sample.image)) for r in references]
 
 
 def _take_stored(module: FastViTHD, constants: Mapping[str, torch.Tensor]) -> float:
@@ -241,11 +241,11 @@ def answer_gates(
     options: ExportOptions,
     source_bundle: Bundle | None = None,
 ) -> list[Gate]:
-    """KL divergence, agreement and the largest magnitude, over every picture with questions.
+    """KL divergence, agreement and the largest magnitude, over every image with questions.
 
     Args:
         tokenizer: the source's; the bundle's own must give the same ids.
-        features: the bundle's own, for the same pictures as `references`.
+        features: the bundle's own, for the same images as `references`.
         source_bundle: read in place of the checkpoint's language model, as it may be quantized.
 
     Raises:
@@ -266,7 +266,7 @@ def answer_gates(
     written = qwen2.BundleWeights(bundle)
     divergence, expected, agreed, decided, largest = [], [], [], [], 0.0
     for reference, found in zip(references, features, strict=True):
-        if not reference.picture.questions:
+        if not reference.sample.questions:
             continue
         dialogue = _dialogue(checkpoint, bundle, tokenizer, reference)
         seen = torch.from_numpy(found)
@@ -314,7 +314,7 @@ def _agreement(agreed: torch.Tensor, options: ExportOptions) -> Gate:
 def _dialogue(
     checkpoint: Checkpoint, bundle: Bundle, tokenizer: Tokenizer, reference: Reference
 ) -> qwen2.Dialogue:
-    """The questions about a picture in the source's ids, which must be the bundle's.
+    """The questions about an image in the source's ids, which must be the bundle's.
 
     Raises:
         BundleError: they are not.
@@ -323,7 +323,7 @@ def _dialogue(
 
     own = bundle.tokenizer()
     sides = [
-        qwen2.Dialogue.build(each, reference.picture.questions, placeholder, vision.num_tokens)
+        qwen2.Dialogue.build(each, reference.sample.questions, placeholder, vision.num_tokens)
         for each, placeholder, vision in (
             (tokenizer, placeholder_id(tokenizer, bundle), checkpoint.config.vision),
             (own, placeholder_id(own, bundle), bundle.config.vision),

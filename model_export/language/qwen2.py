@@ -137,10 +137,10 @@ class BundleWeights:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One picture and several questions with their answers, in one sequence.
+    """One image and several questions with their answers, in one sequence.
 
-    Each question is a branch: it sees the system prompt, the picture and itself, at the positions
-    it would have alone. One pass over the picture serves them all, and no answer reads another.
+    Each question is a branch: it sees the system prompt, the image and itself, at the positions
+    it would have alone. One pass over the image serves them all, and no answer reads another.
 
     Attributes:
         ids: [L]. positions: [L]. visible: bool [L, L], row may attend to column.

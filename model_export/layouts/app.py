@@ -177,7 +177,7 @@ def _check_app(bundle: Bundle, info: PackageInfo) -> None:
         raise RuleError(
             f"the encoder is {bundle.package.name}, expected {PACKAGE}, the Swift class's"
         )
-    # A picture is for apps that hand over pixel buffers, which the unmodified one does not.
+    # An image is for apps that hand over pixel buffers, which the unmodified one does not.
     takes = IMAGE if [f.dtype for f in info.inputs] == [IMAGE] else "float32"
     _check_feature(info.inputs, INPUT_NAME, takes, (1, 3, size, size))
     features = (1, bundle.config.vision.num_tokens, config["mm_hidden_size"])

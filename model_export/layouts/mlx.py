@@ -146,7 +146,7 @@ CONFIG_RULES: dict[str, Callable[[Any], bool]] = {
     "mm_hidden_size": _is(int),
     "tokenizer_model_max_length": _is(int),
     "tokenizer_padding_side": lambda value: value in ("left", "right"),
-    # Written into both processors; the tokens of the prompt's picture are compared with it.
+    # Written into both processors; the tokens of the prompt's image are compared with it.
     "image_token_index": lambda value: value == REFERENCE_IMAGE_TOKEN_INDEX,
 }
 VISION_RULES: dict[str, Callable[[Any], bool]] = {

@@ -2,7 +2,7 @@
 
 Memory is counted from shapes: the exporter's own count of the weights, mlx-lm's cache, the largest
 sum of live tensors. Time is a roofline (`roofline.py`). Both are of the running bundle: loading,
-Core ML's compilation and the camera's pictures come on top, which is why a phone's limit counts as
+Core ML's compilation and the camera's images come on top, which is why a phone's limit counts as
 safe only up to `SAFE_SHARE`.
 """
 
@@ -180,7 +180,7 @@ def forecast(subject: Subject, device: str, context: int, kv_bits: int | None) -
     """`subject` on one of `DEVICES`.
 
     Raises:
-        OptionError: the context does not hold the picture and a question, or is beyond the model.
+        OptionError: the context does not hold the image and a question, or is beyond the model.
     """
     check_context(subject, context, kv_bits)
     chip, decoder = CHIPS[DEVICES[device].chip], subject.decoder
@@ -205,7 +205,7 @@ def check_context(subject: Subject, context: int, kv_bits: int | None) -> None:
     longest = subject.config.text.max_position_embeddings
     if not subject.prompt_tokens < context <= longest:
         raise OptionError(
-            f"--context is {context:,}: expected more than a picture and a question, "
+            f"--context is {context:,}: expected more than an image and a question, "
             f"{subject.prompt_tokens:,} tokens, and at most the model's {longest:,}"
         )
     if kv_bits is not None and kv_bits not in KV_BITS:

@@ -94,7 +94,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of FastViTHD for one picture, by kind."""
+    """Multiply-accumulates of FastViTHD for one image, by kind."""
 
     dense: int
     depthwise: int

@@ -187,7 +187,7 @@ def _gates(manifest: Mapping[str, Any], repository: str) -> str:
     against = "the bundle converted" if "converted_from" in manifest else "the source"
     return (
         f"## What was checked\n\n{table}\n\nMeasured on these files against {against}: encoder "
-        "features in signal-to-noise ratio, answers to questions about pictures in KL divergence "
+        "features in signal-to-noise ratio, answers to questions about images in KL divergence "
         f"of the next token. `{MANIFEST}` holds every file's SHA-256 and the source's; `fastvlm "
         f"verify {name} --checkpoint …` repeats the figures."
     )

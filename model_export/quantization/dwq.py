@@ -72,7 +72,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A picture and its questions.
+    """An image and its questions.
 
     Attributes:
         hidden: [1, L, D], what the first layer reads.

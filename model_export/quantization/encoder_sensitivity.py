@@ -1,4 +1,4 @@
-"""What an error in each of the encoder's weights does to its output, measured on pictures.
+"""What an error in each of the encoder's weights does to its output, measured on images.
 
 Small errors of independent tensors add up as powers, so that one figure for each weight says what
 any rounding of it costs. Backwards from a random direction of the output, the squared gradient of
@@ -30,7 +30,7 @@ _TOKENS = 1024
 _PROBE_PIXELS = 2**21
 _MIRRORS = ((3,), (2,), (2, 3))
 _SEED = 0
-# What the pictures do not show still counts, as a share of the mean.
+# What the images do not show still counts, as a share of the mean.
 _UNSEEN = 0.05
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -47,14 +47,14 @@ class Sensitivity:
 
     @property
     def importance(self) -> Tensor:
-        """[O, I·kH·kW]; an input or output that no picture excites is not free to be anything."""
+        """[O, I·kH·kW]; an input or output that no image excites is not free to be anything."""
         rows = self.rows + _UNSEEN * self.rows.mean()
         return rows[:, None] * (self.columns + _UNSEEN * self.columns.mean())
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [I] and covariance [I, I] of what a 1×1 convolution reads, over pictures and pixels."""
+    """Mean [I] and covariance [I, I] of what a 1×1 convolution reads, over images and pixels."""
 
     mean: Tensor
     covariance: Tensor
@@ -66,7 +66,7 @@ def calibration_pixels(
     """float32 [1, 3, S, S] each, as many as make a thousand tokens; mirrored if there are few."""
     process = ImageProcessor(vision.image_size, aspect_ratio)
     count = -(-_TOKENS // vision.num_tokens)
-    pixels = [process(picture.image) for picture in calibration.spread(count)]
+    pixels = [process(sample.image) for sample in calibration.spread(count)]
     views = [np.ascontiguousarray(np.flip(p, axis)) for axis in _MIRRORS for p in pixels]
     return (pixels + views)[:count]
 
@@ -130,7 +130,7 @@ def _forward(module: FastViTHD, images: Tensor) -> Tensor:
 
 
 def moments(module: FastViTHD, pixels: Sequence[np.ndarray]) -> dict[str, Moments]:
-    """Of what each 1×1 convolution reads; those that see one pixel a picture are left out.
+    """Of what each 1×1 convolution reads; those that see one pixel an image are left out.
 
     Holds a square matrix for each: 0.8 GB for the published encoder.
     """
@@ -144,7 +144,7 @@ def moments(module: FastViTHD, pixels: Sequence[np.ndarray]) -> dict[str, Moment
         if x.shape[1] == 1:
             return
         if name not in shifts:
-            # The first picture's mean: what is left to subtract at the end is small.
+            # The first image's mean: what is left to subtract at the end is small.
             shifts[name] = x.mean(1, keepdim=True)
             sums[name], products[name] = x.new_zeros(len(x)), x.new_zeros(len(x), len(x))
             counts[name] = 0

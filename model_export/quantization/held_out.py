@@ -2,10 +2,10 @@
 
 And whether a method loses less than plain rounding. Losses have a heavy tail: one question may
 carry nearly all of a mean, and which of two roundings gets that one wrong is chance. So the two are
-compared picture by picture, by Wilcoxon's signed-rank test, in which a picture counts by the rank
-of its difference and not by its size; a picture and not a question, as what is asked about one
-picture is answered from the same features. Plain rounding is left for what gains at this level and
-in the mean too: a small gain on most pictures does not pay for a large loss on one.
+compared image by image, by Wilcoxon's signed-rank test, in which an image counts by the rank
+of its difference and not by its size; an image and not a question, as what is asked about one
+image is answered from the same features. Plain rounding is left for what gains at this level and
+in the mean too: a small gain on most images does not pay for a large loss on one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from model_export.samples.images import Reference
 
 # Of taking a method for better that is not.
 LEVEL = 0.05
-# With fewer pictures chance alone gives every one of them a gain more often than that.
-LEAST_PICTURES = ceil(-log2(LEVEL))
+# With fewer images chance alone gives every one of them a gain more often than that.
+LEAST_IMAGES = ceil(-log2(LEVEL))
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats that a candidate loses, the mean over a picture's answers for each picture."""
+    """Nats that a candidate loses, the mean over an image's answers for each image."""
 
-    by_picture: tuple[float, ...]
+    by_sample: tuple[float, ...]
 
     @property
     def summary(self) -> dict[str, float | None]:
         """Mean, median and standard deviation; None where a training diverged: JSON has no NaN."""
-        nats = self.by_picture
+        nats = self.by_sample
         if not all(map(isfinite, nats)):
             return dict.fromkeys(("mean", "median", "standard_deviation"))
         return {"mean": fmean(nats), "median": median(nats), "standard_deviation": pstdev(nats)}
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        each = [nats if isfinite(nats) else None for nats in self.by_picture]
-        return {**self.summary, "by_picture": each}
+        each = [nats if isfinite(nats) else None for nats in self.by_sample]
+        return {**self.summary, "by_sample": each}
 
     def __str__(self) -> str:
         mean, middle, deviation = self.summary.values()
@@ -91,7 +91,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Plain rounding and a method on the same pictures."""
+    """Plain rounding and a method on the same images."""
 
     rounding: Losses
     method: Losses
@@ -101,7 +101,7 @@ class Verdict:
         """How often chance alone would favour the method as much, one-sided, exact."""
         from scipy.stats import wilcoxon
 
-        pairs = zip(self.rounding.by_picture, self.method.by_picture, strict=True)
+        pairs = zip(self.rounding.by_sample, self.method.by_sample, strict=True)
         gains = [plain - found for plain, found in pairs]
         # A training that diverges ends in NaN. What is equal speaks for neither.
         if not all(map(isfinite, gains)) or not any(gains):
@@ -113,7 +113,7 @@ class Verdict:
     @property
     def less(self) -> bool:
         """In the mean."""
-        return fmean(self.method.by_picture) < fmean(self.rounding.by_picture)
+        return fmean(self.method.by_sample) < fmean(self.rounding.by_sample)
 
     @property
     def gains(self) -> bool:
@@ -138,7 +138,7 @@ def divergences(
     `references`: float64 [candidates, places].
 
     Args:
-        references: pictures with questions, and what the source's encoder makes of them.
+        references: images with questions, and what the source's encoder makes of them.
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     weights: list[qwen2.Weights] = [qwen2.SourceWeights(checkpoint), *candidates]
@@ -146,7 +146,7 @@ def divergences(
     for reference in references:
         dialogue = qwen2.Dialogue.build(
             tokenizer.tokenizer,
-            reference.picture.questions,
+            reference.sample.questions,
             tokenizer.image_token_id,
             checkpoint.config.vision.num_tokens,
         )
@@ -165,5 +165,5 @@ def losses(
 ) -> list[Losses]:
     """Of each candidate; as `divergences`."""
     found = divergences(checkpoint, tokenizer, references, candidates)
-    by_picture = torch.stack([lost.mean(1) for lost in found], 1)
-    return [Losses(tuple(row)) for row in by_picture.tolist()]
+    by_sample = torch.stack([lost.mean(1) for lost in found], 1)
+    return [Losses(tuple(row)) for row in by_sample.tolist()]

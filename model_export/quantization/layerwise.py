@@ -1,9 +1,9 @@
-"""AWQ, GPTQ and DWQ of the language model's layers, a layer at a time, on pictures and questions.
+"""AWQ, GPTQ and DWQ of the language model's layers, a layer at a time, on images and questions.
 
-The pictures go through the source's encoder and projector once. Then each layer is loaded, reads
+The images go through the source's encoder and projector once. Then each layer is loaded, reads
 what comes out of those before it, is quantized, and is put into a file where the writer finds its
 tensors. Resident are one layer in float32, what it reads, and the second moments of that. DWQ goes
-through all of them many times. Some pictures are kept back: where nothing is gained on those, plain
+through all of them many times. Some images are kept back: where nothing is gained on those, plain
 rounding is what the bundle gets.
 
 mlx-lm has these, over whole models in MLX; on a CPU MLX takes hours for them. Ours are in torch, on
@@ -48,7 +48,7 @@ Finished = dict[str, list[mx.array]]
 
 @dataclass
 class Sample:
-    """A picture and its questions on their way through the layers.
+    """An image and its questions on their way through the layers.
 
     Attributes:
         hidden: [1, L, D], what the next layer reads.
@@ -121,21 +121,21 @@ def quantize(
         CheckpointError, OptionError: as `llm.convert`.
     """
     method, name = options.method, options.method.upper()
-    seen, judges = split(calibration, checkpoint.config.vision.image_size, held_out.LEAST_PICTURES)
+    seen, judges = split(calibration, checkpoint.config.vision.image_size, held_out.LEAST_IMAGES)
     facts: dict[str, Any] = {
         "sha256": calibration.digest,
         "skipped": list(calibration.skipped),
         "level": held_out.LEVEL,
     }
-    if len(judges) < held_out.LEAST_PICTURES:
-        facts |= {"method": "rtn", "pictures": 0}
+    if len(judges) < held_out.LEAST_IMAGES:
+        facts |= {"method": "rtn", "images": 0}
         return Calibrated({}, facts, (_too_few(name, len(seen) + len(judges)),))
     facts |= {
-        "pictures": len(seen),
+        "images": len(seen),
         "calibrated_on": record(seen),
         "judged_on": record(judges),
     }
-    progress("calibration pictures", None)
+    progress("calibration images", None)
     looked_at = each_reference(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
     # Only features are read from here on.
     references = [replace(each, pixels=each.pixels[:0].copy()) for each in looked_at]
@@ -159,7 +159,7 @@ def quantize(
         "p_value": verdict.p_value,
     }
     note = (
-        f"{name} loses {found} on the {len(judges)} pictures that judge it and plain rounding "
+        f"{name} loses {found} on the {len(judges)} images that judge it and plain rounding "
         f"{rounding}; {verdict}"
     )
     if verdict.gains:
@@ -168,11 +168,11 @@ def quantize(
 
 
 def _too_few(name: str, count: int) -> str:
-    found = "one picture is" if count == 1 else f"{count} pictures are"
+    found = "one image is" if count == 1 else f"{count} images are"
     return (
         f"{found} too few to calibrate {name} on some and tell on others whether it gains: the "
-        f"bundle has plain rounding; give --calibration {2 * held_out.LEAST_PICTURES} different "
-        "pictures or more, or leave it out"
+        f"bundle has plain rounding; give --calibration {2 * held_out.LEAST_IMAGES} different "
+        "images or more, or leave it out"
     )
 
 
@@ -324,7 +324,7 @@ def samples_of(
     references: Sequence[Reference],
     weights: qwen2.Weights,
 ) -> list[Sample]:
-    """What the first layer reads of each picture and its questions.
+    """What the first layer reads of each image and its questions.
 
     Args:
         weights: the embedding and the projector.
@@ -335,7 +335,7 @@ def samples_of(
     for reference in references:
         dialogue = qwen2.Dialogue.build(
             tokenizer.tokenizer,
-            reference.picture.questions,
+            reference.sample.questions,
             tokenizer.image_token_id,
             vision.num_tokens,
         )

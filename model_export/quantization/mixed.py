@@ -59,7 +59,7 @@ def mixed(
     """
     costs = sensitivities(module, pixels)
     progress(0.3)
-    # The gate sees one input for each picture: too few for a covariance, and for what it costs.
+    # The gate sees one input for each image: too few for a covariance, and for what it costs.
     seen = {n: m for n, m in moments(module, pixels).items() if _GATE not in n}
     feedback = {n: Feedback.of(m) for n, m in seen.items()}
     progress(0.7)

@@ -2,7 +2,7 @@
 
 Every matrix is measured alone in every form that it may get, and the assignments that lose least
 by that are solved exactly. Losses do not add up where bits are few, so these assignments, and the
-plain choices that fit the size, are measured whole before one is taken, on pictures that were kept
+plain choices that fit the size, are measured whole before one is taken, on images that were kept
 back.
 """
 
@@ -26,21 +26,21 @@ from model_export.quantization.candidates import Candidate, Space, a_little_abov
 from model_export.quantization.measurements import Measurements
 from model_export.quantization.sensitivity import Losses
 from model_export.samples.calibration import Calibration
-from model_export.samples.images import GatePicture, Reference, reference_features
+from model_export.samples.images import Reference, Sample, reference_features
 
 # Part of the name under which losses are kept: of another way to measure them nothing is reused.
 METHOD = 2
-# Matrices are compared with each other on smaller pictures and few questions: the tokens of large
+# Matrices are compared with each other on smaller images and few questions: the tokens of large
 # ones would take most of the time, and all matrices see the same.
 MEASURED_SIZE = 512
 QUESTIONS = 2
 # Operations, two for each weight and token, that measuring matrices and choosing among whole models
-# may each take, as far as there are pictures: some minutes on two cores.
+# may each take, as far as there are images: some minutes on two cores.
 MEASURING = 4e13
 CHOOSING = 2e13
-MEASURED_PICTURES = 8
-DECIDING_PICTURES = 24
-# Of a picture's questions with their answers; for an estimate of the time.
+MEASURED_IMAGES = 8
+DECIDING_IMAGES = 24
+# Of an image's questions with their answers; for an estimate of the time.
 TEXT_TOKENS = 80
 # Whole models that are at least measured on what was kept back.
 FINALISTS = 8
@@ -70,9 +70,9 @@ class Found:
     """An assignment of bits, what it was found from, and what it loses.
 
     Attributes:
-        tried: what was measured whole on the pictures that decide, the one taken first.
+        tried: what was measured whole on the images that decide, the one taken first.
         larger: plain choices a little above the size, measured with them.
-        measured_on, chosen_on: names of pictures.
+        measured_on, chosen_on: names of images.
     """
 
     scheme: Scheme
@@ -126,7 +126,7 @@ class Found:
         if set(self.measured_on) & set(self.chosen_on):
             said.append(
                 "--llm-bpw was decided on what its bits were measured on: give --calibration two "
-                "pictures or more"
+                "images or more"
             )
         return said
 
@@ -150,14 +150,14 @@ def search(
     asked = _asked(space, target)
     size = checkpoint.config.vision.image_size
     small, whole = (_cost(checkpoint, side) for side in (min(size, MEASURED_SIZE), size))
-    pictures = calibration.pictures
+    samples = calibration.samples
     # A matrix that is measured alone is the source's up to its layer, half of the way in the mean.
     rows = sum(map(len, asked.values())) / 2
-    some = _few(pictures[::2], min(MEASURED_PICTURES, int(MEASURING / small / rows)))
-    seen = [replace(picture, questions=picture.questions[:QUESTIONS]) for picture in some]
+    some = _few(samples[::2], min(MEASURED_IMAGES, int(MEASURING / small / rows)))
+    seen = [replace(sample, questions=sample.questions[:QUESTIONS]) for sample in some]
     room = int(CHOOSING / whole)
-    judges = _few(pictures[1::2] or pictures, min(DECIDING_PICTURES, room // FINALISTS))
-    progress("calibration pictures", None)
+    judges = _few(samples[1::2] or samples, min(DECIDING_IMAGES, room // FINALISTS))
+    progress("calibration images", None)
     state = checkpoint.encoder_state()
     references = reference_features(state, checkpoint, seen, min(size, MEASURED_SIZE))
     deciding = reference_features(state, checkpoint, judges)
@@ -197,8 +197,8 @@ def search(
         tried=tuple(_tried(space, *pair) for pair in tried),
         larger=tuple(map(partial(_tried, space), larger, lost[len(fitting) :])),
         calibration=calibration,
-        measured_on=tuple(picture.name for picture in seen),
-        chosen_on=tuple(picture.name for picture in judges),
+        measured_on=tuple(sample.name for sample in seen),
+        chosen_on=tuple(sample.name for sample in judges),
     )
 
 
@@ -217,17 +217,17 @@ def _asked(space: Space, target: float) -> Asked:
 
 
 def _cost(checkpoint: Checkpoint, image_size: int) -> float:
-    """Operations that a whole model takes for a picture of so many pixels and its questions."""
+    """Operations that a whole model takes for an image of so many pixels and its questions."""
     tokens = (image_size // checkpoint.config.vision.patch_size) ** 2
     return 2.0 * checkpoint.llm_parameters * (tokens + TEXT_TOKENS)
 
 
-def _few(pictures: Sequence[GatePicture], count: int) -> tuple[GatePicture, ...]:
-    return Calibration(tuple(pictures), ()).spread(max(1, count))
+def _few(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
+    return Calibration(tuple(samples), ()).spread(max(1, count))
 
 
-def _measurements(checkpoint: Checkpoint, seen: Sequence[GatePicture], dtype: str) -> Measurements:
-    """What is kept of losses that depend on the same: weights, pictures, type and method."""
+def _measurements(checkpoint: Checkpoint, seen: Sequence[Sample], dtype: str) -> Measurements:
+    """What is kept of losses that depend on the same: weights, images, type and method."""
     config, digest = checkpoint.config, Calibration(tuple(seen), ()).digest
     facts = [config.text.vocab_size, config.vision.image_size, MEASURED_SIZE, dtype, METHOD]
     text = json.dumps([checkpoint.source(), digest, *facts], sort_keys=True)

@@ -32,7 +32,7 @@ def measure(
     """Nats that each matrix of `asked` loses in each form, the mean over the answers' tokens.
 
     Args:
-        references: pictures with questions, and what the source's encoder makes of them.
+        references: images with questions, and what the source's encoder makes of them.
         dtype: of scales and biases.
         progress: called with the share that is done.
     """

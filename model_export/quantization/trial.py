@@ -38,7 +38,7 @@ _FIRST, _SECOND = PROJECTOR + "linear_0", PROJECTOR + "linear_2"
 
 @dataclass
 class _Sample:
-    """A picture with its questions on its way through the layers.
+    """An image with its questions on its way through the layers.
 
     Attributes:
         source: [1, L, D], what the next layer reads in the source.
@@ -64,7 +64,7 @@ def divergences(
     float64 [schemes, places].
 
     Args:
-        references: pictures with questions, and what the source's encoder makes of them, of any
+        references: images with questions, and what the source's encoder makes of them, of any
             number of tokens.
         schemes: a matrix that one does not name, or leaves unquantized, is the source's.
         dtype: of scales and biases, as a bundle stores them.
@@ -215,9 +215,9 @@ def _start(
     forms: _Forms,
     rows: Sequence[Scheme],
 ) -> _Sample:
-    """A picture and its questions embedded, as the source has them and as each assignment."""
+    """An image and its questions embedded, as the source has them and as each assignment."""
     features = torch.from_numpy(reference.features)
-    questions, image_id = reference.picture.questions, tokenizer.image_token_id
+    questions, image_id = reference.sample.questions, tokenizer.image_token_id
     dialogue = Dialogue.build(tokenizer.tokenizer, questions, image_id, features.shape[1])
     # Many rows have the same before the first layer.
     made: dict[tuple[Format | None, ...], Tensor] = {}

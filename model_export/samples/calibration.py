@@ -1,6 +1,6 @@
-"""Pictures and questions that quantization is measured and calibrated on.
+"""Images and questions that quantization is measured and calibrated on.
 
-The user's own, a directory of pictures or JSON lines of image, prompt and answer; else generated
+The user's own, a directory of images or JSON lines of image, prompt and answer; else generated
 scenes for a small encoder; for a large one a photograph, scenes and documents. None of them is
 among the gates'.
 """
@@ -21,13 +21,13 @@ from fastvlm_mlx.bundle.files import MB, inside, left_behind, read_bytes
 from fastvlm_mlx.errors import ImageError, OptionError
 from fastvlm_mlx.image.preprocess import load_image
 from model_export.samples import documents, scenes
-from model_export.samples.images import GATE_PIXELS, GatePicture, photographs
+from model_export.samples.images import GATE_PIXELS, Sample, photographs
 
 T = TypeVar("T")
 
 MAX_LINES_BYTES = 100 * MB
 
-# Asked about a picture that comes without questions. The beginning of an answer is given: what is
+# Asked about an image that comes without questions. The beginning of an answer is given: what is
 # looked at is the next token's distribution after each of its tokens, not whether it is right.
 OPENINGS = (
     ("Describe the image.", "The image shows a"),
@@ -48,14 +48,14 @@ SAMPLES = 24
 # One of so many is a scene, the others are the kinds of documents in turn; where every fourth is
 # kept back, so is every kind.
 SCENE_EVERY = 5
-# About each of these scenes; the search reckons with about as many for each picture.
+# About each of these scenes; the search reckons with about as many for each image.
 SCENE_QUESTIONS = 5
 # Of a larger collection, as many are read, evenly over it.
-MAX_PICTURES = 32
-# What the encoder looks at: so many pictures at 1024×1024, or the same pixels in smaller ones.
-PICTURES = 16
+MAX_IMAGES = 32
+# What the encoder looks at: so many images at 1024×1024, or the same pixels in smaller ones.
+IMAGES = 16
 JUDGES = 8
-# One picture in so many is kept back, and more of a few.
+# One image in so many is kept back, and more of a few.
 KEPT_BACK = 4
 # Longer than any message needs; the rest is counted.
 LISTED = 5
@@ -63,23 +63,23 @@ LISTED = 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """Pictures with questions and answers.
+    """Images with questions and answers.
 
     Attributes:
         skipped: what could not be read, one sentence each.
         digest: SHA-256 of all that is in it.
     """
 
-    pictures: tuple[GatePicture, ...]
+    samples: tuple[Sample, ...]
     skipped: tuple[str, ...]
 
     @property
     def digest(self) -> str:
-        return digest(self.pictures)
+        return digest(self.samples)
 
-    def spread(self, count: int) -> tuple[GatePicture, ...]:
-        """At most `count` of the pictures, evenly over all of them."""
-        return tuple(_spread(self.pictures, count))
+    def spread(self, count: int) -> tuple[Sample, ...]:
+        """At most `count` of the images, evenly over all of them."""
+        return tuple(_spread(self.samples, count))
 
     def notes(self) -> list[str]:
         """What was skipped, in one line; nothing if nothing was."""
@@ -90,52 +90,50 @@ class Calibration:
         return [f"calibration: {len(self.skipped)} skipped ({listed}{more})"]
 
 
-def digest(pictures: Sequence[GatePicture]) -> str:
+def digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of pixels, questions and answers."""
     hashed = hashlib.sha256()
-    for picture in pictures:
-        hashed.update(repr((picture.image.size, picture.questions)).encode())
-        hashed.update(picture.image.tobytes())
+    for sample in samples:
+        hashed.update(repr((sample.image.size, sample.questions)).encode())
+        hashed.update(sample.image.tobytes())
     return hashed.hexdigest()
 
 
-def record(pictures: Sequence[GatePicture]) -> dict[str, Any]:
+def record(samples: Sequence[Sample]) -> dict[str, Any]:
     """Which these are, for the manifest."""
-    names = [picture.name for picture in pictures]
-    return {"count": len(names), "names": names, "sha256": digest(pictures)}
+    names = [sample.name for sample in samples]
+    return {"count": len(names), "names": names, "sha256": digest(samples)}
 
 
 def split(
     calibration: Calibration, image_size: int, least: int
-) -> tuple[tuple[GatePicture, ...], tuple[GatePicture, ...]]:
-    """The pictures that a method looks at, and others that its result is judged by.
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """The images that a method looks at, and others that its result is judged by.
 
-    A picture that is there twice is used once.
+    An image that is there twice is used once.
 
     Args:
         least: so many are kept back, more than a quarter, as far as half of all are enough.
     """
 
-    def some(
-        pictures: Sequence[GatePicture], at_1024: int, least: int = 1
-    ) -> tuple[GatePicture, ...]:
+    def some(samples: Sequence[Sample], at_1024: int, least: int = 1) -> tuple[Sample, ...]:
         count = max(least, at_1024 * GATE_PIXELS // image_size**2)
-        return Calibration(tuple(pictures), ()).spread(count)
+        return Calibration(tuple(samples), ()).spread(count)
 
-    pictures = list({digest([replace(p, questions=())]): p for p in calibration.pictures}.values())
-    count = len(pictures)
+    samples = list({digest([replace(p, questions=())]): p for p in calibration.samples}.values())
+    count = len(samples)
     kept_back = max(count // KEPT_BACK, min(least, count // 2))
     places = {(i + 1) * count // kept_back - 1 for i in range(kept_back)}
-    seen = [picture for i, picture in enumerate(pictures) if i not in places]
-    judges = [pictures[i] for i in sorted(places)]
-    return some(seen, PICTURES), some(judges, JUDGES, least)
+    seen = [sample for i, sample in enumerate(samples) if i not in places]
+    judges = [samples[i] for i in sorted(places)]
+    return some(seen, IMAGES), some(judges, JUDGES, least)
 
 
 def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:
     """Read the user's calibration data, or make what there is without any.
 
     Args:
-        path: a directory of pictures, below it too, or a JSONL file whose lines have `image`
+        path: a directory of images, below it too, or a JSONL file whose lines have `image`
             (relative to the file), `prompt` and `answer`.
 
     Raises:
@@ -145,50 +143,50 @@ def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibrati
         return Calibration(tuple(_own(vision)), ())
     path = Path(path).expanduser()
     if path.is_dir():
-        pictures, skipped = _directory(path, 2 * vision.image_size)
+        samples, skipped = _directory(path, 2 * vision.image_size)
     elif path.is_file():
-        pictures, skipped = _lines(path, 2 * vision.image_size)
+        samples, skipped = _lines(path, 2 * vision.image_size)
     else:
         raise OptionError(
-            f"--calibration {path} does not exist: expected a directory of pictures, or a JSONL "
+            f"--calibration {path} does not exist: expected a directory of images, or a JSONL "
             "file of image, prompt and answer"
         )
-    found = Calibration(tuple(pictures), tuple(skipped))
-    if not pictures:
+    found = Calibration(tuple(samples), tuple(skipped))
+    if not samples:
         raise OptionError(
-            f"--calibration {path} holds no picture that can be used"
+            f"--calibration {path} holds no image that can be used"
             + "".join(f" ({note})" for note in found.notes())
-            + ": expected pictures, or JSON lines of image, prompt and answer"
+            + ": expected images, or JSON lines of image, prompt and answer"
         )
     return found
 
 
-def _own(vision: VisionConfig) -> list[GatePicture]:
+def _own(vision: VisionConfig) -> list[Sample]:
     size = vision.image_size
     if size**2 <= GATE_PIXELS // 2:
         return [_scene(seed, size) for seed in range(FIRST_SEED, FIRST_SEED + SCENES)]
     photos = [p for p in photographs() if p.name == "flower.jpg"]
-    pictures = [replace(photo, questions=FLOWER_QUESTIONS) for photo in photos]
-    return pictures + [_generated(number, size) for number in range(SAMPLES - len(pictures))]
+    samples = [replace(photo, questions=FLOWER_QUESTIONS) for photo in photos]
+    return samples + [_generated(number, size) for number in range(SAMPLES - len(samples))]
 
 
-def _generated(number: int, size: int) -> GatePicture:
+def _generated(number: int, size: int) -> Sample:
     turn, kind = divmod(number, SCENE_EVERY)
     if not kind:
         scene = _scene(FIRST_SEED + turn, size)
         return replace(scene, questions=scene.questions[:SCENE_QUESTIONS])
     seed = FIRST_SEED + turn * (SCENE_EVERY - 1) + kind - 1
     document = documents.generate(seed)
-    return GatePicture(f"document {seed}", document.draw(size), document.questions())
+    return Sample(f"document {seed}", document.draw(size), document.questions())
 
 
-def _scene(seed: int, size: int) -> GatePicture:
+def _scene(seed: int, size: int) -> Sample:
     scene = scenes.generate(seed, held_out=False)
     questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
-    return GatePicture(f"scene {seed}", scene.draw(size), questions)
+    return Sample(f"scene {seed}", scene.draw(size), questions)
 
 
-def _directory(directory: Path, size: int) -> tuple[list[GatePicture], list[str]]:
+def _directory(directory: Path, size: int) -> tuple[list[Sample], list[str]]:
     Image.init()
     files = [f for f in directory.rglob("*") if f.suffix.lower() in Image.EXTENSION and f.is_file()]
     names = (file.relative_to(directory) for file in sorted(files))
@@ -196,8 +194,8 @@ def _directory(directory: Path, size: int) -> tuple[list[GatePicture], list[str]
     return _read(directory, asked, size)
 
 
-def _lines(file: Path, size: int) -> tuple[list[GatePicture], list[str]]:
-    """Lines about the same picture make one picture with several questions."""
+def _lines(file: Path, size: int) -> tuple[list[Sample], list[str]]:
+    """Lines about the same image make one image with several questions."""
     questions: dict[str, list[tuple[str, str]]] = {}
     skipped = []
     for number, line in enumerate(_text(file).splitlines(), 1):
@@ -216,24 +214,24 @@ def _lines(file: Path, size: int) -> tuple[list[GatePicture], list[str]]:
             continue
         questions.setdefault(entry["image"], []).append((entry["prompt"], entry["answer"]))
     asked = {name: tuple(pairs) for name, pairs in questions.items()}
-    pictures, unreadable = _read(file.parent, asked, size)
-    return pictures, skipped + unreadable
+    samples, unreadable = _read(file.parent, asked, size)
+    return samples, skipped + unreadable
 
 
 def _read(
     directory: Path, asked: Mapping[str, tuple[tuple[str, str], ...]], size: int
-) -> tuple[list[GatePicture], list[str]]:
-    """Pictures by name, none larger than `size` pixels a side: the encoder reads no more."""
-    pictures, skipped = [], []
-    for name in _spread(list(asked), MAX_PICTURES):
+) -> tuple[list[Sample], list[str]]:
+    """Images by name, none larger than `size` pixels a side: the encoder reads no more."""
+    samples, skipped = [], []
+    for name in _spread(list(asked), MAX_IMAGES):
         try:
             image = load_image(inside(None, directory / name, ImageError))
         except ImageError as error:
             skipped.append(str(error))
             continue
         image.thumbnail((size, size))
-        pictures.append(GatePicture(name, image, asked[name]))
-    return pictures, skipped
+        samples.append(Sample(name, image, asked[name]))
+    return samples, skipped
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -247,5 +245,5 @@ def _text(file: Path) -> str:
     except (OptionError, UnicodeDecodeError) as error:
         raise OptionError(
             f"--calibration {file} can't be read as text ({error}): expected a directory of "
-            "pictures, or a JSONL file of image, prompt and answer"
+            "images, or a JSONL file of image, prompt and answer"
         ) from error

@@ -1,11 +1,11 @@
 """Documents: a page of text, a table, a bar chart or a line chart, and questions about each.
 
-What one says is decided by a seed, and every answer can be read off the picture. Text is drawn in
+What one says is decided by a seed, and every answer can be read off the image. Text is drawn in
 the font that Pillow brings, one size for the same pixels everywhere, so that nothing is shipped and
-the same seed gives the same picture.
+the same seed gives the same image.
 
     >>> document = generate(2)
-    >>> picture = document.draw(1024)
+    >>> image = document.draw(1024)
     >>> document.questions()[0]
     ('What is the title of the chart?', 'Litres of milk')
 """
@@ -67,7 +67,7 @@ MEASURES = (
 
 class Document(Protocol):
     def draw(self, size: int) -> Image.Image:
-        """RGB picture of `size`×`size` pixels, the same at every call."""
+        """RGB image of `size`×`size` pixels, the same at every call."""
 
     def questions(self) -> Questions: ...
 

@@ -1,4 +1,4 @@
-"""What the gates look at: pictures, questions about them, and what the source makes of each."""
+"""What the gates look at: images, questions about them, and what the source makes of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model_export.samples import scenes
 if TYPE_CHECKING:
     import torch
 
-# A photograph, and as many scenes as together have the pixels of one picture at 1024×1024.
+# A photograph, and as many scenes as together have the pixels of one image at 1024×1024.
 GATE_PIXELS = 2**20
 MAX_SCENES = 8
 PHOTOGRAPH_QUESTIONS = (
@@ -30,8 +30,8 @@ PHOTOGRAPH_QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class GatePicture:
-    """A picture the gates look at, and questions about it with their answers."""
+class Sample:
+    """An image the gates look at, and questions about it with their answers."""
 
     name: str
     image: Image.Image
@@ -40,14 +40,14 @@ class GatePicture:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source makes of a picture: pixels [1, 3, S, S] in, features [1, N, C] out."""
+    """What the source makes of an image: pixels [1, 3, S, S] in, features [1, N, C] out."""
 
-    picture: GatePicture
+    sample: Sample
     pixels: np.ndarray
     features: np.ndarray
 
 
-def gate_pictures(vision: VisionConfig) -> list[GatePicture]:
+def gate_samples(vision: VisionConfig) -> list[Sample]:
     """Scenes, which have questions with answers, and last a photograph.
 
     A large encoder sees the photograph alone, and is asked about it; where scenes fit, the
@@ -58,15 +58,15 @@ def gate_pictures(vision: VisionConfig) -> list[GatePicture]:
     count = min(MAX_SCENES, GATE_PIXELS // size**2 - len(photograph))
     if count < 1 and photograph:
         return [replace(photograph[0], questions=PHOTOGRAPH_QUESTIONS)]
-    pictures = []
+    samples = []
     for seed in range(max(1, count)):
         scene = scenes.generate(seed, held_out=True)
         questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
-        pictures.append(GatePicture(f"scene {seed}", scene.draw(size), questions))
-    return pictures + photograph
+        samples.append(Sample(f"scene {seed}", scene.draw(size), questions))
+    return samples + photograph
 
 
-def photographs() -> list[GatePicture]:
+def photographs() -> list[Sample]:
     """china.jpg and flower.jpg from scikit-learn's wheel, CC BY 2.0, 640×427; none without it."""
     spec = find_spec("sklearn")
     files = [
@@ -74,31 +74,31 @@ def photographs() -> list[GatePicture]:
         for folder in ((spec.submodule_search_locations or ()) if spec else ())
         for name in ("china.jpg", "flower.jpg")
     ]
-    return [GatePicture(file.name, load_image(file)) for file in files if file.is_file()]
+    return [Sample(file.name, load_image(file)) for file in files if file.is_file()]
 
 
 def reference_features(
     state: dict[str, torch.Tensor],
     checkpoint: Checkpoint,
-    pictures: Sequence[GatePicture],
+    samples: Sequence[Sample],
     image_size: int | None = None,
 ) -> list[Reference]:
-    """The unfolded module of the source weights on every picture, in float32.
+    """The unfolded module of the source weights on every image, in float32.
 
     Args:
         state: FastViTHD's state dict, from `Checkpoint.encoder_state`.
         image_size: in pixels, in place of the checkpoint's own.
     """
-    return list(each_reference(state, checkpoint, pictures, image_size))
+    return list(each_reference(state, checkpoint, samples, image_size))
 
 
 def each_reference(
     state: dict[str, torch.Tensor],
     checkpoint: Checkpoint,
-    pictures: Sequence[GatePicture],
+    samples: Sequence[Sample],
     image_size: int | None = None,
 ) -> Iterator[Reference]:
-    """`reference_features` one at a time: the pixels of many pictures are hundreds of megabytes."""
+    """`reference_features` one at a time: the pixels of many images are hundreds of megabytes."""
     import torch
 
     from model_export.encoder.reference import FastViTHD
@@ -109,22 +109,22 @@ def each_reference(
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     process = ImageProcessor(image_size or config.vision.image_size, config.image_aspect_ratio)
-    for picture in pictures:
-        pixels = process(picture.image)
+    for sample in samples:
+        pixels = process(sample.image)
         with torch.inference_mode():
             images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
             features = module(images).contiguous().numpy()
-        yield Reference(picture, pixels, features)
+        yield Reference(sample, pixels, features)
 
 
 def references_of_sizes(
     state: dict[str, torch.Tensor], checkpoint: Checkpoint, other_sizes: Sequence[int] = ()
 ) -> dict[int, list[Reference]]:
-    """`reference_features` of the gates' pictures at each size, the checkpoint's own first."""
+    """`reference_features` of the gates' images at each size, the checkpoint's own first."""
     vision = checkpoint.config.vision
     return {
         size: reference_features(
-            state, checkpoint, gate_pictures(replace(vision, image_size=size)), size
+            state, checkpoint, gate_samples(replace(vision, image_size=size)), size
         )
         for size in (vision.image_size, *other_sizes)
     }

@@ -6,7 +6,7 @@ which fills the two cells of a row. In a scene no shape and no colour occurs twi
 one number at most, so that each question has one answer.
 
     >>> scene = generate(7)
-    >>> picture = scene.draw(256)
+    >>> image = scene.draw(256)
     >>> question = scene.questions(seed=7)[0]
     >>> is_right(question, question.answer)
     True
@@ -138,7 +138,7 @@ class Scene:
     background: tuple[int, int, int] = BACKGROUNDS[0]
 
     def draw(self, size: int = 256) -> Image.Image:
-        """RGB picture of `size`×`size` pixels, anti-aliased, the same bytes at every call.
+        """RGB image of `size`×`size` pixels, anti-aliased, the same bytes at every call.
 
         Raises:
             ValueError: `size` is not a positive multiple of GRID.
@@ -146,15 +146,15 @@ class Scene:
         if size <= 0 or size % GRID:
             raise ValueError(f"size is {size}: expected a positive multiple of {GRID}")
         side = size // GRID
-        picture = Image.new("RGB", (size, size), self.background)
+        image = Image.new("RGB", (size, size), self.background)
         for item in self.shapes:
             tile = _shape_tile(item.shape, item.colour, item.radius, self.background, side)
-            picture.paste(tile, (item.column * side, item.row * side))
+            image.paste(tile, (item.column * side, item.row * side))
         if self.number is not None:
             for offset, digit in enumerate(divmod(self.number.value, 10)):
                 tile = _digit_tile(digit, self.background, side)
-                picture.paste(tile, ((self.number.column + offset) * side, self.number.row * side))
-        return picture
+                image.paste(tile, ((self.number.column + offset) * side, self.number.row * side))
+        return image
 
     def describe(self) -> str:
         items = [
@@ -259,7 +259,7 @@ def evaluate(
     *,
     size: int = 256,
 ) -> dict[str, Score]:
-    """Ask `answer(picture, prompt)` each question about its scene, drawn at `size` pixels."""
+    """Ask `answer(image, prompt)` each question about its scene, drawn at `size` pixels."""
     pairs = list(pairs)
     return score(pairs, [answer(scene.draw(size), question.prompt) for scene, question in pairs])
 

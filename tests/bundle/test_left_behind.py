@@ -98,13 +98,13 @@ def test_a_checkpoint(demo_checkpoint, tmp_path):
     assert everything() == before
 
 
-def test_pictures_to_calibrate_with(tmp_path):
-    folder = tmp_path / "pictures" / "below"
+def test_images_to_calibrate_with(tmp_path):
+    folder = tmp_path / "images" / "below"
     folder.mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(folder / "a.jpg")
-    before = load_calibration(tmp_path / "pictures", VisionConfig())
-    litter(tmp_path / "pictures")
-    after = load_calibration(tmp_path / "pictures", VisionConfig())
+    before = load_calibration(tmp_path / "images", VisionConfig())
+    litter(tmp_path / "images")
+    after = load_calibration(tmp_path / "images", VisionConfig())
     assert after.digest == before.digest
     assert after.notes() == before.notes() == []
 

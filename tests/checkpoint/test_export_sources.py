@@ -136,10 +136,10 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def one_picture(monkeypatch):
-    """An mlx export's gates look at one picture, not at nine."""
-    every = images.gate_pictures
-    monkeypatch.setattr(images, "gate_pictures", lambda vision: every(vision)[:1])
+def one_sample(monkeypatch):
+    """An mlx export's gates look at one image, not at nine."""
+    every = images.gate_samples
+    monkeypatch.setattr(images, "gate_samples", lambda vision: every(vision)[:1])
 
 
 def answers(bundle, cases=CASES):
@@ -189,7 +189,7 @@ def test_transformers_layout_answers_as_transformers_does(expected):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
-def test_every_kind_of_source_exports_to_layout_mlx(source, tmp_path, hub_cache, one_picture):
+def test_every_kind_of_source_exports_to_layout_mlx(source, tmp_path, hub_cache, one_sample):
     """With its gates, and the answers are transformers' own, as the app bundle's are."""
     reference, options = source(tmp_path)
     result = pipeline.export(reference, tmp_path / "out", EXACT_MLX, **options)
@@ -200,7 +200,7 @@ def test_every_kind_of_source_exports_to_layout_mlx(source, tmp_path, hub_cache,
     assert answers(result.path, cases) == [case["tokens"] for case in cases]
 
 
-def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, one_picture):
+def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, one_sample):
     """Export and verify by the command line: --base, --image-size, and a row for <image>."""
     path, _ = lora(tmp_path)
     base = tmp_path / "base"

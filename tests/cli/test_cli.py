@@ -116,7 +116,7 @@ class TestGenerate:
                 "tokens_per_s",
             } <= set(answer["timings"])
 
-    def test_a_picture_from_standard_input(self, demo_bundle, photo):
+    def test_an_image_from_standard_input(self, demo_bundle, photo):
         command = [sys.executable, "-m", "fastvlm_mlx", "generate", str(demo_bundle)]
         command += ["--prompt", "Describe the image.", "--image"]
         piped = subprocess.run(
@@ -129,12 +129,12 @@ class TestGenerate:
         ("data", "words"),
         [
             (b"", "photo"),
-            (b"not a picture at all", "photo"),
+            (b"not an image at all", "photo"),
             (None, "does not exist"),
             ("half", "photo"),
         ],
     )
-    def test_what_is_no_picture(self, fastvlm, demo_bundle, photo, tmp_path, data, words):
+    def test_what_is_no_image(self, fastvlm, demo_bundle, photo, tmp_path, data, words):
         path = tmp_path / "photo.jpg"
         if data == "half":
             data = photo.read_bytes()[: photo.stat().st_size // 2]
@@ -226,7 +226,7 @@ class TestInspect:
 
 
 class TestPadding:
-    """mlx-vlm pads every picture, whatever the checkpoint asks for."""
+    """mlx-vlm pads every image, whatever the checkpoint asks for."""
 
     @pytest.mark.parametrize("ratio", ["pad", "square"])
     def test_an_mlx_export_says_when_answers_will_differ(
@@ -237,7 +237,7 @@ class TestPadding:
             "export", path, tmp_path / "out", "--layout", "mlx", "--allow-failed-gates", "--json"
         )
         assert status == 0
-        said = "image_aspect_ratio is 'square' and mlx-vlm pads every picture" in err
+        said = "image_aspect_ratio is 'square' and mlx-vlm pads every image" in err
         assert said == (ratio == "square")
 
     def test_nothing_of_the_app_layout(self, demo_bundle, bundle_copy, capsys):
@@ -295,7 +295,7 @@ def test_an_answer_gives_the_terminal_no_commands():
 
 
 def test_standard_input_that_never_ends(demo_bundle):
-    """It is read as far as the largest picture could be."""
+    """It is read as far as the largest image could be."""
     with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as endless:
         command = ["generate", demo_bundle, "--image", "-", "--prompt", "What?"]
         done = subprocess.run(
@@ -307,7 +307,7 @@ def test_standard_input_that_never_ends(demo_bundle):
         )
         endless.kill()
     assert done.returncode == 2
-    assert "bytes: expected one picture" in done.stderr
+    assert "bytes: expected one image" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -143,12 +143,12 @@ class TestHubIds:
         assert "FastVLM-0.5B is a URL: expected a " in said
 
 
-def test_a_picture_s_url(refused, demo_bundle):
+def test_an_image_s_url(refused, demo_bundle):
     # Longer than a name may be.
     url = "https://example.org/cat.jpg?size=large&signature=" + "0" * 400
     said = refused("generate", demo_bundle, "--image", url, "--prompt", "Hm?")
     assert said.startswith(f"{url[:300]}")
-    assert "is a URL: expected the path of a picture, download it first with `curl -LO '" in said
+    assert "is a URL: expected the path of an image, download it first with `curl -LO '" in said
 
 
 @pytest.mark.parametrize(

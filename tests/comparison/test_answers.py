@@ -23,17 +23,17 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def pictures(pairs):
+def images(pairs):
     return [scene.draw(256) for scene, _ in pairs]
 
 
 @pytest.fixture(scope="module")
-def expected(demo_checkpoint, pairs, pictures):
+def expected(demo_checkpoint, pairs, images):
     """PyTorch's answers from the source checkpoint: transformers' Qwen2 on unfolded features."""
     model = DemoModel.load(demo_checkpoint)
     with torch.inference_mode():
         features = torch.cat(
-            [model.encode(to_pixels(pictures[i : i + 50])) for i in range(0, QUESTIONS, 50)]
+            [model.encode(to_pixels(images[i : i + 50])) for i in range(0, QUESTIONS, 50)]
         )
         return model.answer(features, [question.prompt for _, question in pairs])
 
@@ -51,11 +51,11 @@ def bundles(demo_checkpoint, demo_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def features(bundles, pictures):
-    """Every picture as each encoder sees it, computed once for all language models."""
+def features(bundles, images):
+    """Every image as each encoder sees it, computed once for all language models."""
 
     def encode(model):
-        return [model.encoder(model.image_processor(picture)) for picture in pictures]
+        return [model.encoder(model.image_processor(image)) for image in images]
 
     return {"fp16": encode(bundles[4, "fp16"]), "fp32": encode(bundles[16, "fp32"])}
 

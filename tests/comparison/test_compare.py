@@ -66,15 +66,15 @@ def test_fewer_bits_lose_more(rows, demo_bundle, coarse):
 def test_an_answer_has_changed_where_the_runtime_says_another(demo_checkpoint, demo_bundle, coarse):
     """Followed token by token here, decoded freely there."""
     reference = compare.open_model(demo_bundle)
-    pictures = compare.pictures_of(reference, None, COUNT)
-    bench = compare.Bench.of(reference, pictures, silent)
+    samples = compare.samples_of(reference, None, COUNT)
+    bench = compare.Bench.of(reference, samples, silent)
     row = bench.row(compare.open_model(coarse))
     ours, theirs = fastvlm_mlx.load(demo_bundle), fastvlm_mlx.load(coarse)
     changed = 0
-    for picture in pictures:
-        for prompt, _ in picture.questions:
+    for sample in samples:
+        for prompt, _ in sample.questions:
             texts = {
-                model.generate(picture.image, prompt, max_tokens=compare.MAX_TOKENS).text
+                model.generate(sample.image, prompt, max_tokens=compare.MAX_TOKENS).text
                 for model in (ours, theirs)
             }
             changed += len(texts) > 1
@@ -82,15 +82,15 @@ def test_an_answer_has_changed_where_the_runtime_says_another(demo_checkpoint, d
 
 
 def test_wrong_guesses_end_in_the_model_s_own_answer(demo_checkpoint):
-    """The answers that a picture comes with are guesses and nothing else."""
+    """The answers that an image comes with are guesses and nothing else."""
     model = compare.open_model(demo_checkpoint)
-    (picture, *_) = compare.pictures_of(model, None, 1)
-    (features,) = model.encode([picture])
-    dialogue, ended = compare.answers(model, picture, features)
-    guesses = ("", "No.", "The number 7 is everywhere and nowhere.", picture.questions[0][1] * 9)
+    (sample, *_) = compare.samples_of(model, None, 1)
+    (features,) = model.encode([sample])
+    dialogue, ended = compare.answers(model, sample, features)
+    guesses = ("", "No.", "The number 7 is everywhere and nowhere.", sample.questions[0][1] * 9)
     for guess in guesses:
-        asked = tuple((prompt, guess) for prompt, _ in picture.questions)
-        again = compare.GatePicture(picture.name, picture.image, asked)
+        asked = tuple((prompt, guess) for prompt, _ in sample.questions)
+        again = compare.Sample(sample.name, sample.image, asked)
         found, complete = compare.answers(model, again, features)
         assert found.ids.tolist() == dialogue.ids.tolist()
         assert complete == ended
@@ -152,7 +152,7 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert [r.name for r in mark_best(rows) if r.best] == ["a", "b", "e", "f"]
 
 
-def test_the_picture_and_the_table(rows, tmp_path, capsys):
+def test_the_image_and_the_table(rows, tmp_path, capsys):
     plot.draw(rows, tmp_path / "chart.png")
     from PIL import Image
 

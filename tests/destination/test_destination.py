@@ -565,7 +565,7 @@ class TestForeign:
         real.mkdir()
         (real / "thesis.txt").write_text("precious")
         write(out, "old")
-        (out / "fastvithd.mlpackage" / "pictures").mkdir()
+        (out / "fastvithd.mlpackage" / "images").mkdir()
         script = (
             "import pathlib, subprocess, sys\n"
             "from model_export.destination import check_replaceable\n"
@@ -578,7 +578,7 @@ class TestForeign:
         )
         done = subprocess.run(
             ["unshare", "-m", sys.executable, "-c", script]
-            + [str(p) for p in (out, real, out / "fastvithd.mlpackage" / "pictures")],
+            + [str(p) for p in (out, real, out / "fastvithd.mlpackage" / "images")],
             capture_output=True,
             text=True,
             check=False,

@@ -58,7 +58,7 @@ def pixels(checkpoint):
 
 @pytest.fixture(scope="module")
 def references(checkpoint):
-    seen = images.gate_pictures(checkpoint.config.vision)[-2:]
+    seen = images.gate_samples(checkpoint.config.vision)[-2:]
     return images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
@@ -366,7 +366,7 @@ class TestOptions:
             ({"encoder_precision": "mixed", "encoder_bpw": 3.0}, "expected 4 bits or more"),
             ({"encoder_precision": "mixed", "encoder_bpw": float("nan")}, "expected 4 bits"),
             ({"layout": "mlx", "encoder_precision": "mixed"}, "use --dtype"),
-            ({"calibration": "pictures"}, "a --method, or --encoder-precision mixed"),
+            ({"calibration": "images"}, "a --method, or --encoder-precision mixed"),
             ({"layout": "mlx", "deployment_target": "iOS18"}, "leave it out"),
         ],
     )

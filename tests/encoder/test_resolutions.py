@@ -1,4 +1,4 @@
-"""Several input sizes in one encoder, and encoders that take pictures."""
+"""Several input sizes in one encoder, and encoders that take images."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, for pictures."""
-    path = tmp_path_factory.mktemp("pictures") / "both.mlpackage"
+def images_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, for images."""
+    path = tmp_path_factory.mktemp("images") / "both.mlpackage"
     written(path, image_input=True)
     return path
 
@@ -303,21 +303,21 @@ class TestTheBundle:
         assert made.manifest["encoder"]["precision"] == "mixed"
 
 
-class TestPictures:
+class TestImages:
     @pytest.mark.parametrize("size", SIZES)
-    def test_a_picture_gives_what_its_pixels_do(
-        self, package: Path, pictures_package: Path, size: int
+    def test_an_image_gives_what_its_pixels_do(
+        self, package: Path, images_package: Path, size: int
     ) -> None:
-        arrays, pictures = (MLProgramEncoder(p, size) for p in (package, pictures_package))
-        assert pictures.info.inputs[0].dtype == "image"
-        assert pictures.info.inputs[0].shape == (1, 3, size, size)
-        assert "8 bits" in pictures.info.inputs[0].description
-        assert "pictures in" in pictures.info.short_description
-        assert pictures.info.outputs[0].dtype == "float32"
-        found = pictures(pixels(size))
+        arrays, images = (MLProgramEncoder(p, size) for p in (package, images_package))
+        assert images.info.inputs[0].dtype == "image"
+        assert images.info.inputs[0].shape == (1, 3, size, size)
+        assert "8 bits" in images.info.inputs[0].description
+        assert "images in" in images.info.short_description
+        assert images.info.outputs[0].dtype == "float32"
+        found = images(pixels(size))
         assert verify.snr_db(arrays(pixels(size)), found) > 100
         between = pixels(size) + np.float32(0.4 / 255)
-        np.testing.assert_array_equal(pictures(between), found)
+        np.testing.assert_array_equal(images(between), found)
         assert verify.snr_db(arrays(between), found) < 100
 
     @settings(max_examples=30, deadline=None)
@@ -337,7 +337,7 @@ class TestPictures:
     def test_the_bundle_answers_and_the_app_is_told(
         self, demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path
     ) -> None:
-        out = tmp_path / "pictures"
+        out = tmp_path / "images"
         made = export(demo_checkpoint, out, ExportOptions(llm_bits=4, image_input=True))
         assert made.manifest["options"]["image_input"]
         assert made.manifest["fits_unmodified_app"] is False
@@ -348,22 +348,22 @@ class TestPictures:
             found = fastvlm_mlx.load(out).generate(scene, question).text
             assert found == fastvlm_mlx.load(demo_bundle).generate(scene, question).text
 
-    def test_why_the_unmodified_app_does_not_take_it(self, pictures_package: Path) -> None:
-        info = describe(pictures_package)
+    def test_why_the_unmodified_app_does_not_take_it(self, images_package: Path) -> None:
+        info = describe(images_package)
         assert app_misfit(info) == (
             "it makes 9 tokens of 128 channels and the app asserts 256 of 3072"
         )
         released = replace(info, outputs=(replace(info.outputs[0], shape=(1, 256, 3072)),))
-        assert "it takes pictures (--image-input)" in str(app_misfit(released))
+        assert "it takes images (--image-input)" in str(app_misfit(released))
         array = replace(released, inputs=(replace(info.inputs[0], dtype="float32"),))
         assert app_misfit(array) is None
 
-    def test_install_refuses_pictures(
+    def test_install_refuses_images(
         self, demo_checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        reason = "it takes pictures (--image-input) and the app hands over an MLMultiArray"
+        reason = "it takes images (--image-input) and the app hands over an MLMultiArray"
         monkeypatch.setattr(install, "app_misfit", lambda info: reason)
-        with pytest.raises(BundleError, match=r"it takes pictures .* without --image-input"):
+        with pytest.raises(BundleError, match=r"it takes images .* without --image-input"):
             install.plan(bundle, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Calls: pictures of every type, prompts that are no text, features of another model, options."""
+"""Calls: images of every type, prompts that are no text, features of another model, options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.fuzz.case import Case
 from tests.fuzz.mutate import text
-from tests.fuzz.stock import PROMPT, Stock, expected, picture
+from tests.fuzz.stock import PROMPT, Stock, expected, scene_image
 
 _MODELS: dict[str, Any] = {}
 _FEATURES: dict[str, Any] = {}
@@ -26,42 +26,42 @@ def warm(stock: Stock) -> None:
     expected(stock)
     for layout in ("app", "mlx"):
         _MODELS[layout] = fastvlm_mlx.load(stock / layout)
-        _FEATURES[layout] = _MODELS[layout].encode(picture())
+        _FEATURES[layout] = _MODELS[layout].encode(scene_image())
 
 
 def prepare(case: Case) -> None:
     how = case.rng.choice(
-        (_picture, _picture, _prompt, _sampling, _sampling, _sampling, _features, _path, _streams)
+        (_image, _image, _prompt, _sampling, _sampling, _sampling, _features, _path, _streams)
     )
     case.source.mkdir()
-    (case.source / "picture.png").write_bytes(_png())
+    (case.source / "image.png").write_bytes(_png())
     case.facts = {"mutator": how.__name__.strip("_"), "layout": case.rng.choice(("app", "mlx"))}
 
 
 def run(case: Case) -> None:
     how = {
         function.__name__.strip("_"): function
-        for function in (_picture, _prompt, _sampling, _features, _path, _streams)
+        for function in (_image, _prompt, _sampling, _features, _path, _streams)
     }[case.facts["mutator"]]
     how(case, case.rng, _MODELS[case.facts["layout"]])
 
 
 def _png() -> bytes:
     buffer = io.BytesIO()
-    picture().save(buffer, "PNG")
+    scene_image().save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _picture(case: Case, rng: random.Random, model: Any) -> None:
+def _image(case: Case, rng: random.Random, model: Any) -> None:
     """The scene in every form that a user may hold it in; the answer is the same, or an error."""
-    image, png = picture(), _png()
+    image, png = scene_image(), _png()
     array = np.asarray(image)
     cut = Image.open(io.BytesIO(png[: len(png) // 2]))
-    closed = picture()
+    closed = scene_image()
     closed.close()
     shut = io.BytesIO(png)
     shut.close()
-    file = case.source / "picture.png"
+    file = case.source / "image.png"
     same: dict[str, Any] = {
         "array": array,
         "bytes": png,
@@ -91,8 +91,8 @@ def _picture(case: Case, rng: random.Random, model: Any) -> None:
         "two channels": array[..., :2],
         "0×0": Image.new("RGB", (0, 0)),
         "0×5": Image.new("L", (0, 5)),
-        "closed picture": closed,
-        "truncated picture": cut,
+        "closed image": closed,
+        "truncated image": cut,
         "closed file": shut,
         "text file": io.StringIO("x"),
         "number": 3,
@@ -266,7 +266,7 @@ def _path(case: Case, rng: random.Random, model: Any) -> None:
         step = f"load({name}={asked[name]!r})"[:200]
         loaded = case.step(step, lambda: fastvlm_mlx.load(bundle, **{name: asked[name]}))
         if loaded is not None and name == "image_size":
-            case.step(f"{step}.encode", lambda: loaded.encode(picture()).features.shape)
+            case.step(f"{step}.encode", lambda: loaded.encode(scene_image()).features.shape)
 
 
 def _streams(case: Case, rng: random.Random, model: Any) -> None:

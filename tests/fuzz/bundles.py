@@ -24,7 +24,7 @@ from tests.fuzz.mutate import (
     text,
     write_safetensors,
 )
-from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, as_in_the_hub, expected, picture, rehash
+from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, as_in_the_hub, expected, rehash, scene_image
 
 BIG = 4_000_000
 KEYS = (
@@ -113,7 +113,7 @@ def _card(path: Path) -> str:
 def _answer(path: Path) -> tuple[int, ...]:
     import fastvlm_mlx
 
-    found = fastvlm_mlx.load(path).generate(picture(), PROMPT, max_tokens=6)
+    found = fastvlm_mlx.load(path).generate(scene_image(), PROMPT, max_tokens=6)
     return found.tokens
 
 

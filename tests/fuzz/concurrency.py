@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.case import Case
-from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, expected, picture
+from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, expected, scene_image
 
 # Of loads and answers in one case.
 ROUNDS = 6
@@ -51,7 +51,7 @@ def _other(case: Case) -> Path:
 def _ask(path: Path) -> tuple[int, ...]:
     import fastvlm_mlx
 
-    found = fastvlm_mlx.load(path).generate(picture(), PROMPT, max_tokens=6)
+    found = fastvlm_mlx.load(path).generate(scene_image(), PROMPT, max_tokens=6)
     return found.tokens
 
 
@@ -63,7 +63,7 @@ def _after_load(case: Case, rng: random.Random, right: tuple[Any, ...]) -> None:
     if model is None:
         return
     if rng.random() < 0.3:
-        case.step("encode", lambda: model.encode(picture()) and None)
+        case.step("encode", lambda: model.encode(scene_image()) and None)
     how = rng.choice(("directory", "file", "truncate", "delete", "in place"))
     case.facts["note"] = how
     if how == "directory":
@@ -85,7 +85,7 @@ def _after_load(case: Case, rng: random.Random, right: tuple[Any, ...]) -> None:
             os.truncate(file, rng.choice((0, 100, file.stat().st_size // 2)))
     case.step(
         f"answer after {how}",
-        lambda: model.generate(picture(), PROMPT, max_tokens=6).tokens,
+        lambda: model.generate(scene_image(), PROMPT, max_tokens=6).tokens,
         among=right[:1],
     )
 
@@ -182,7 +182,7 @@ def _threads(case: Case, rng: random.Random, right: tuple[Any, ...]) -> None:
         return
     how = rng.choice(("shared", "shared", "each", "features"))
     case.facts["note"] = how
-    features = shared.encode(picture()) if how == "features" else picture()
+    features = shared.encode(scene_image()) if how == "features" else scene_image()
 
     def work() -> None:
         model = fastvlm_mlx.load(case.source) if how == "each" else shared

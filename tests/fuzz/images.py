@@ -1,4 +1,4 @@
-"""Pictures: what Pillow writes, then damaged, enlarged by their headers, mixed, or no picture."""
+"""Images: what Pillow writes, then damaged, enlarged by their headers, mixed, or no image."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def prepare(case: Case) -> None:
         (4, 40, 14, 12, 8, 5, 12, 5),
     )[0]
     data, suffix, note = how(rng, case.stock)
-    name = rng.choice((f"picture{suffix}", "picture", "picture.png", "[red]mark7[red].jpg"))
+    name = rng.choice((f"image{suffix}", "image", "image.png", "[red]mark7[red].jpg"))
     if rng.random() < 0.03:
         name = rng.choice(("a\nb.png", "\x1b[31m.png", "é" * 100, "right\u202eleft.png"))
     (case.source / name).write_bytes(data)
@@ -140,40 +140,40 @@ def _in_range(pixels: np.ndarray) -> bool:
     return bool(np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1)
 
 
-def _picture(rng: random.Random) -> Image.Image:
+def _image(rng: random.Random) -> Image.Image:
     width, height = rng.choice(((1, 1), (7, 5), (33, 20), (64, 64), (3, 200)))
     noise = np.frombuffer(rng.randbytes(width * height * 3), np.uint8)
     return Image.fromarray(noise.reshape(height, width, 3).copy())
 
 
 def _save(
-    rng: random.Random, name: str | None = None, picture: Image.Image | None = None, **more: Any
+    rng: random.Random, name: str | None = None, image: Image.Image | None = None, **more: Any
 ) -> tuple[bytes, str, str]:
-    """A picture in a format, mode and variant; PNG where this Pillow can't write it."""
+    """An image in a format, mode and variant; PNG where this Pillow can't write it."""
     name = name or rng.choice(list(FORMATS))
     modes, variants = FORMATS[name]
     mode, options = rng.choice(modes), rng.choice(variants)
-    picture = picture or _picture(rng)
+    image = image or _image(rng)
     if name == "AVIF" and not features.check("avif"):
         name, mode, options = "PNG", "RGB", {}
     if options.get("compression") in ("group4", "tiff_ccitt"):
         mode = "1"
     buffer = io.BytesIO()
     try:
-        _as_mode(picture, mode).save(buffer, name, **options, **more)
+        _as_mode(image, mode).save(buffer, name, **options, **more)
     # A combination that this build of Pillow does not have.
     except (OSError, ValueError, KeyError, SystemError, RuntimeError):
         buffer, name = io.BytesIO(), "PNG"
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
     return buffer.getvalue(), "." + name.lower(), f"{name} {mode} {options}"
 
 
-def _as_mode(picture: Image.Image, mode: str) -> Image.Image:
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
     if mode == "I;16":
-        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     if mode == "LAB":
-        return Image.merge("LAB", picture.split())
-    return picture.convert(mode)
+        return Image.merge("LAB", image.split())
+    return image.convert(mode)
 
 
 def _encoded(rng: random.Random, stock: Stock) -> tuple[bytes, str, str]:
@@ -215,13 +215,13 @@ def _text(rng: random.Random, stock: Stock) -> tuple[bytes, str, str]:
 
 
 def _frames(rng: random.Random, stock: Stock) -> tuple[bytes, str, str]:
-    pictures = [_picture(rng) for _ in range(rng.choice((2, 3, 30)))]
+    images = [_image(rng) for _ in range(rng.choice((2, 3, 30)))]
     name = rng.choice(("GIF", "TIFF", "WEBP", "PNG", "MPO"))
     buffer = io.BytesIO()
-    first = pictures[0].resize((20, 20))
-    rest = [picture.resize((20, 20)) for picture in pictures[1:]]
+    first = images[0].resize((20, 20))
+    rest = [image.resize((20, 20)) for image in images[1:]]
     first.save(buffer, name, save_all=True, append_images=rest)
-    data, note = buffer.getvalue(), f"{name} of {len(pictures)} frames"
+    data, note = buffer.getvalue(), f"{name} of {len(images)} frames"
     if rng.random() < 0.7:
         data, what = damaged(rng, data)
         note += "; " + what

@@ -18,7 +18,7 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # A path, a file's name, an option on the command line, a field of an API call, a prompt's text.
 _NAMED = re.compile(
     r"/|\.(json|safetensors|bin|mlpackage|jinja|txt|png|jpe?g)\b|--[a-z]|"
-    r"\b(picture|image|prompt|path|option|stop|seed|temperature|top_|min_p|max_tokens|features|"
+    r"\b(image|image|prompt|path|option|stop|seed|temperature|top_|min_p|max_tokens|features|"
     r"compute units|tokenizer|bundle|checkpoint|choice|recipe|array)\b"
 )
 

@@ -57,7 +57,7 @@ def _lines(case: Case, rng: random.Random) -> str:
         entry["image"] = rng.choice(
             (
                 text(rng),
-                # A user's own file may name pictures anywhere.
+                # A user's own file may name images anywhere.
                 str(case.stock / "images" / "small.png"),
                 "../source/small.png",
                 "small.png",
@@ -137,7 +137,7 @@ _FLAGS = ("--json", "--crop", "--help", "--version", "--dry-run", "--overwrite",
 
 def _line(case: Case, rng: random.Random) -> None:
     """A command line, in this process, as the shell would give it."""
-    bundle, picture = str(case.stock / "app"), str(case.stock / "images" / "small.png")
+    bundle, image = str(case.stock / "app"), str(case.stock / "images" / "small.png")
     verb = rng.choice(
         (
             "generate",
@@ -155,7 +155,7 @@ def _line(case: Case, rng: random.Random) -> None:
     odd = [text(rng).split("\0")[0] for _ in range(4)]
     place = rng.choice((bundle, bundle, *odd, str(case.stock / "apple"), "/dev/null"))
     if verb == "generate":
-        arguments += [place, "--image", rng.choice((picture, picture, *odd)), "--max-tokens", "3"]
+        arguments += [place, "--image", rng.choice((image, image, *odd)), "--max-tokens", "3"]
         arguments += ["--prompt", rng.choice(("What?", *odd))]
         for name in rng.sample(_LONG, rng.randint(0, 3)):
             values = ("0", "1", "-1", "nan", "inf", "1e-46", "1e400", "x", "", "9" * 5000, odd[0])

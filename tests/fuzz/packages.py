@@ -27,9 +27,9 @@ WEIGHTS = f"{DATA}/weights/weight.bin"
 
 def warm(stock: Stock) -> None:
     import fastvlm_mlx
-    from tests.fuzz.stock import picture
+    from tests.fuzz.stock import scene_image
 
-    fastvlm_mlx.load(stock / "app").encode(picture())
+    fastvlm_mlx.load(stock / "app").encode(scene_image())
 
 
 def prepare(case: Case) -> None:
@@ -50,7 +50,7 @@ def prepare(case: Case) -> None:
 def run(case: Case) -> None:
     import fastvlm_mlx
     from fastvlm_mlx.vision.package import describe
-    from tests.fuzz.stock import picture
+    from tests.fuzz.stock import scene_image
 
     must_fail = case.facts["must_fail"]
     case.step("describe", lambda: describe(case.source / PACKAGE) and None)
@@ -58,7 +58,7 @@ def run(case: Case) -> None:
     model = case.step("load", lambda: fastvlm_mlx.load(case.source, image_size=size))
     if model is None:
         return
-    encoded = case.step("encode", lambda: model.encode(picture()), must_fail=must_fail)
+    encoded = case.step("encode", lambda: model.encode(scene_image()), must_fail=must_fail)
     if encoded is not None:
         _check(case, encoded.features, model.num_tokens, model.config.vision.hidden_size)
 

@@ -35,7 +35,7 @@ def run(case: Case) -> None:
 
 
 def good_error(case: Case) -> None:
-    raise ImageError(f"{case.source / 'file.png'} is not a picture: give one")
+    raise ImageError(f"{case.source / 'file.png'} is not an image: give one")
 
 
 def good_answer(case: Case) -> int:
@@ -70,7 +70,7 @@ class RawError(ImageError):
 
 
 def two_lines(case: Case) -> None:
-    raise RawError("file.png is\nnot a picture")
+    raise RawError("file.png is\nnot an image")
 
 
 def escapes(case: Case) -> None:
@@ -86,7 +86,7 @@ def nameless(case: Case) -> None:
 
 
 def other_name(case: Case) -> None:
-    raise ImageError("/other.png is not a picture")
+    raise ImageError("/other.png is not an image")
 
 
 def noise(case: Case) -> None:

@@ -183,7 +183,7 @@ def _projector(base: Path, out: Path) -> None:
     (out / "config.json").write_text(text)
 
 
-def picture() -> Any:
+def scene_image() -> Any:
     """A scene that the demo's bundles have something to say about."""
     from model_export.samples import scenes
 
@@ -194,7 +194,7 @@ def answer(bundle: Path, **options: Any) -> tuple[int, ...]:
     """What a bundle says of that scene, as ids; greedy."""
     import fastvlm_mlx
 
-    found = fastvlm_mlx.load(bundle).generate(picture(), PROMPT, max_tokens=6, **options)
+    found = fastvlm_mlx.load(bundle).generate(scene_image(), PROMPT, max_tokens=6, **options)
     return found.tokens
 
 

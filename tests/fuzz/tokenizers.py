@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.fuzz.case import Case
 from tests.fuzz.mutate import damage, edit_json, text
-from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, expected, picture
+from tests.fuzz.stock import LAYOUTS, PROMPT, Stock, expected, scene_image
 
 PROMPTS = (PROMPT, "a" * 300, "<image>", "\0", "é😀" * 20, "aaaa " * 50 + "!", "\n\n   \n")
 
@@ -46,8 +46,8 @@ def run(case: Case) -> None:
     model = case.step("load", lambda: fastvlm_mlx.load(case.source))
     if model is None:
         return
-    case.step("answer", lambda: model.generate(picture(), prompt, max_tokens=6).tokens)
-    case.step("without a picture", lambda: model.generate(None, prompt, max_tokens=2).tokens)
+    case.step("answer", lambda: model.generate(scene_image(), prompt, max_tokens=6).tokens)
+    case.step("without an image", lambda: model.generate(None, prompt, max_tokens=2).tokens)
 
 
 def _edited(case: Case, rng: random.Random) -> str:

@@ -205,6 +205,6 @@ if __name__ == "__main__":
     faulthandler.enable()
     # How the parent asks where a case hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # As the command line does: PIL's remarks on a picture's metadata.
+    # As the command line does: PIL's remarks on an image's metadata.
     warnings.filterwarnings("ignore", module="PIL")
     main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

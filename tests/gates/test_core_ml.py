@@ -16,7 +16,7 @@ def test_one_that_holds_is_enough(demo_bundle, demo_checkpoint, monkeypatch, tmp
     found = {gate.name: gate for gate in gates if "Core ML" in gate.name}
     units = {name: found.pop(f"encoder SNR, Core ML on {name}") for name in ("all", "gpu", "ne")}
     assert 18 < units["ne"].value < 22 < 58 < units["gpu"].value
-    assert "s a picture" in units["gpu"].detail
+    assert "s an image" in units["gpu"].detail
     # What is not judged fails nothing, and is recorded all the same.
     assert all(gate.passed and gate.left_out for gate in units.values())
     assert units["ne"].to_dict()["value"] == units["ne"].value

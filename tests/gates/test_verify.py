@@ -31,7 +31,7 @@ from model_export.samples import images
 @pytest.fixture(scope="module")
 def references(demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
-    seen = images.gate_pictures(checkpoint.config.vision)[:2]
+    seen = images.gate_samples(checkpoint.config.vision)[:2]
     return images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
@@ -206,11 +206,11 @@ def answers(demo_checkpoint, references):
 def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, references, answers):
     """The source on one side and the bundle on the other, each by transformers' whole model."""
     checkpoint, bundle = Checkpoint(demo_checkpoint), Bundle.open(demo_bundle)
-    picture = replace(references[0].picture, questions=references[0].picture.questions[:1])
-    seen = [replace(references[0], picture=picture)]
+    sample = replace(references[0].sample, questions=references[0].sample.questions[:1])
+    seen = [replace(references[0], sample=sample)]
     tokenizer = bundle.tokenizer()
     dialogue = qwen2.Dialogue.build(
-        tokenizer, picture.questions, tokenizer.token_to_id("<image>"), 16
+        tokenizer, sample.questions, tokenizer.token_to_id("<image>"), 16
     )
     rows = bundle.config.text.vocab_size
     source = {spec.name: checkpoint.tensor(spec.source) for spec in checkpoint.llm_specs}
@@ -358,7 +358,7 @@ def test_what_a_method_made_is_what_it_recorded(demo_checkpoint, bundle_copy, tm
     hashes = equality.hash_tensors({names[0]: file})
     assert hashes.keys() == set(names)
     edit_llm = json.loads((bundle_copy / "manifest.json").read_text())["llm"]
-    edit_llm["calibration"] = {"method": "gptq", "pictures": 1}
+    edit_llm["calibration"] = {"method": "gptq", "images": 1}
     edit_json(bundle_copy, "manifest.json", llm=edit_llm | {"tensors": hashes})
     assert tensors_of(bundle_copy, demo_checkpoint).passed
     edit_weights(bundle_copy, nudge_a_scale)
@@ -454,7 +454,7 @@ class TestLimits:
         seen = images.reference_features(
             checkpoint.encoder_state(),
             checkpoint,
-            images.gate_pictures(checkpoint.config.vision)[:1],
+            images.gate_samples(checkpoint.config.vision)[:1],
         )
         gate, *_ = verify.answer_gates(
             checkpoint, bundle, bundle.tokenizer(), seen, [seen[0].features], options
@@ -462,8 +462,8 @@ class TestLimits:
         assert gate.value > gate.limit == pytest.approx(0.693, abs=1e-3)
 
     def test_a_share_of_few_places_is_not_judged(self, demo_bundle, references, answers):
-        picture = replace(references[0].picture, questions=(("What is it?", "A star."),))
-        gate = answers(demo_bundle, [replace(references[0], picture=picture)])["greedy agreement"]
+        sample = replace(references[0].sample, questions=(("What is it?", "A star."),))
+        gate = answers(demo_bundle, [replace(references[0], sample=sample)])["greedy agreement"]
         assert re.search(r"at \d+ places, and a share is judged from 20 on", gate.left_out)
         assert gate.passed
         assert answers(demo_bundle)["greedy agreement"].left_out == ""

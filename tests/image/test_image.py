@@ -1,4 +1,4 @@
-"""Pixels against the slow CLIPImageProcessor's, and every kind of picture that may come."""
+"""Pixels against the slow CLIPImageProcessor's, and every kind of image that may come."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
     return file.getvalue()
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -75,7 +75,7 @@ def test_mean_and_std_as_the_reference_applies_them(geometry: str) -> None:
 
 @pytest.mark.parametrize("aspect_ratio", [None, "square", "crop"])
 def test_all_but_pad_crops(aspect_ratio: str | None) -> None:
-    image = picture(61, 37)
+    image = make_image(61, 37)
     cropped = ImageProcessor(16, "crop")(image)
     assert np.array_equal(ImageProcessor(16, aspect_ratio)(image), cropped)
     assert not np.array_equal(ImageProcessor(16, "pad")(image), cropped)
@@ -117,7 +117,7 @@ edges = st.one_of(st.integers(1, 12), st.integers(1, 400))
 def test_any_shape_is_resized_bit_for_bit(
     width: int, height: int, size: int, pad: bool, mean: float, seed: int
 ) -> None:
-    image = picture(width, height, seed)
+    image = make_image(width, height, seed)
     processor = ImageProcessor(size, "pad" if pad else None, (mean,) * 3, (1.0,) * 3)
     levels = (processor(image)[0].transpose(1, 2, 0) + np.float32(mean)) * 255
     expected = straightforward(image, size, pad, mean)
@@ -127,10 +127,10 @@ def test_any_shape_is_resized_bit_for_bit(
 def test_work_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     processors = [ImageProcessor(32, "pad"), ImageProcessor(32, "crop")]
     shapes = [(70, 90), (90, 70), (5, 300), (300, 5)]
-    whole = [p(picture(*shape)) for p in processors for shape in shapes]
+    whole = [p(make_image(*shape)) for p in processors for shape in shapes]
     monkeypatch.setattr("fastvlm_mlx.image.preprocess._STRIP_PIXELS", 200)
     monkeypatch.setattr(resample, "_BLOCK_PIXELS", 200)
-    blocks = [p(picture(*shape)) for p in processors for shape in shapes]
+    blocks = [p(make_image(*shape)) for p in processors for shape in shapes]
     assert all(np.array_equal(a, b) for a, b in zip(whole, blocks, strict=True))
 
 
@@ -209,7 +209,7 @@ def test_orientation_is_applied_once(orientation: int, format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
-    data = encoded(picture(7, 5), format, exif=exif, **options)
+    data = encoded(make_image(7, 5), format, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     upright = load_image(data)
     assert np.array_equal(np.asarray(upright), expected)
@@ -228,7 +228,7 @@ def test_damaged_exif_is_no_obstacle() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     block = exif.tobytes()
-    data = encoded(picture(7, 5), "JPEG", exif=block[:14] + b"\xff" * (len(block) - 14))
+    data = encoded(make_image(7, 5), "JPEG", exif=block[:14] + b"\xff" * (len(block) - 14))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert load_image(data).size == (7, 5)
@@ -265,7 +265,7 @@ def test_deep_grey_is_scaled(values: np.ndarray, low: float, high: float) -> Non
 
 
 def with_alpha(mode: str) -> Image.Image:
-    image = picture(16, 16).convert(mode.rstrip("Aa"))
+    image = make_image(16, 16).convert(mode.rstrip("Aa"))
     image.putalpha(Image.linear_gradient("L").resize((16, 16)))
     return image
 
@@ -313,27 +313,27 @@ def test_the_first_frame_of_several(format: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    image = picture(9, 7).convert("L" if mode in "IF" else "RGB").convert(mode)
+    image = make_image(9, 7).convert("L" if mode in "IF" else "RGB").convert(mode)
     shown = to_rgb(image)
     assert (shown.mode, shown.size) == ("RGB", (9, 7))
     assert ImageProcessor(8, "pad")(image).shape == (1, 3, 8, 8)
 
 
-# --- where pictures come from
+# --- where images come from
 
 
 def test_sources(tmp_path: Path) -> None:
-    path = tmp_path / "picture with no suffix"
-    path.write_bytes(encoded(picture(5, 4)))
+    path = tmp_path / "image with no suffix"
+    path.write_bytes(encoded(make_image(5, 4)))
     with path.open("rb") as file:
         sources = [str(path), path, path.read_bytes(), io.BytesIO(path.read_bytes()), file]
         images = [np.asarray(load_image(source)) for source in sources]
-    assert all(np.array_equal(image, np.asarray(picture(5, 4))) for image in images)
+    assert all(np.array_equal(image, np.asarray(make_image(5, 4))) for image in images)
 
 
 def test_a_pipe() -> None:
     read, write = os.pipe()
-    data = encoded(picture(5, 4))
+    data = encoded(make_image(5, 4))
     with os.fdopen(write, "wb") as file:
         file.write(data)
     with os.fdopen(read, "rb") as file:
@@ -341,7 +341,7 @@ def test_a_pipe() -> None:
 
 
 def test_threads_share_nothing() -> None:
-    data = encoded(picture(40, 30))
+    data = encoded(make_image(40, 30))
     limit = Image.MAX_IMAGE_PIXELS
     sizes: list[tuple[int, int]] = []
     threads = [
@@ -356,7 +356,7 @@ def test_threads_share_nothing() -> None:
 
 
 def test_a_file_is_read_from_where_it_stands(tmp_path: Path) -> None:
-    data = encoded(picture(5, 4))
+    data = encoded(make_image(5, 4))
     file = io.BytesIO(b"before" + data)
     file.seek(6)
     assert load_image(file).size == (5, 4)
@@ -399,7 +399,7 @@ def test_an_array_is_not_kept() -> None:
     assert image.getextrema() == ((0, 0),) * 3
 
 
-# --- what is no picture
+# --- what is no image
 
 
 def message(source: object, **options: int) -> str:
@@ -418,7 +418,7 @@ def test_bad_paths(tmp_path: Path) -> None:
     assert f"{url} is a URL" in message(url)
     assert f"`curl -LO {url}`" in message(url)
     assert "null byte" in message("a\0b")
-    for data, said in ((b"", "is empty"), (b"hello, world", "is not a picture")):
+    for data, said in ((b"", "is empty"), (b"hello, world", "is not an image")):
         (tmp_path / "file.jpg").write_bytes(data)
         assert f"{tmp_path / 'file.jpg'} {said}" in message(tmp_path / "file.jpg")
 
@@ -428,15 +428,15 @@ def test_bad_paths(tmp_path: Path) -> None:
     [
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
-        (b"%PDF-1.7\n", "is not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a picture"),
-        (encoded(picture(64, 64), "JPEG")[:900], "damaged"),
-        (encoded(picture(64, 64))[:900], "damaged"),
+        (b"%PDF-1.7\n", "is not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
+        (encoded(make_image(64, 64), "JPEG")[:900], "damaged"),
+        (encoded(make_image(64, 64))[:900], "damaged"),
         (png(8, 8), "damaged"),
-        (png(0, 8), "is not a picture"),
+        (png(0, 8), "is not an image"),
     ],
 )
-def test_what_is_no_picture(data: bytes, said: str) -> None:
+def test_what_is_no_image(data: bytes, said: str) -> None:
     assert said in message(data)
 
 
@@ -481,8 +481,8 @@ def test_too_many_pixels_by_the_header_alone() -> None:
     # Between PIL's warning and ours.
     assert DEFAULT_MAX_PIXELS > 120_000_000
     assert "damaged" in message(png(12_000, 10_000))
-    assert "over the limit" in message(encoded(picture(11, 10)), max_pixels=109)
-    assert load_image(encoded(picture(11, 10)), max_pixels=110).size == (11, 10)
+    assert "over the limit" in message(encoded(make_image(11, 10)), max_pixels=109)
+    assert load_image(encoded(make_image(11, 10)), max_pixels=110).size == (11, 10)
 
 
 FORMATS = ("TIFF", "ICO", "ICNS", "GIF", "WEBP", "JPEG2000", "PNG", "BMP", "DDS", "AVIF", "MPO")
@@ -491,8 +491,8 @@ FORMATS = ("TIFF", "ICO", "ICNS", "GIF", "WEBP", "JPEG2000", "PNG", "BMP", "DDS"
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("way", ["bytes", "path", "opened", "decoded"])
 def test_the_limit_holds_in_every_format_and_way(tmp_path: Path, format: str, way: str) -> None:
-    image = picture(128, 128)
-    frames = {"save_all": True, "append_images": [picture(128, 128, 1)]}
+    image = make_image(128, 128)
+    frames = {"save_all": True, "append_images": [make_image(128, 128, 1)]}
     several = format in ("TIFF", "GIF", "WEBP", "AVIF", "MPO")
     sizes = {"sizes": [(128, 128)]} if format == "ICO" else {}
     data = encoded(image, format, **(frames if several else sizes))
@@ -513,8 +513,8 @@ def bomb(side: int) -> bytes:
     return encoded(Image.new("1", (side, side), 1))
 
 
-def test_a_large_picture_inside_a_small_icon() -> None:
-    """By what the inner picture's header says, before PIL decodes it while it opens the icon."""
+def test_a_large_image_inside_a_small_icon() -> None:
+    """By what the inner image's header says, before PIL decodes it while it opens the icon."""
     inner = bomb(6000)
     ico = struct.pack("<HHH", 0, 1, 1) + struct.pack(
         "<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22
@@ -528,7 +528,7 @@ def test_a_large_picture_inside_a_small_icon() -> None:
 
 
 def test_a_large_codestream_inside_a_small_jpeg_2000() -> None:
-    data = encoded(picture(40, 30), "JPEG2000")
+    data = encoded(make_image(40, 30), "JPEG2000")
     at = data.index(b"ihdr") + 4
     data = data[:at] + struct.pack(">II", 3, 4) + data[at + 8 :]
     assert "40×30" in message(data, max_pixels=1000)
@@ -541,7 +541,7 @@ def test_a_large_tile_of_a_small_tiff() -> None:
         struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries
     )
     data = b"II*\0" + struct.pack("<I", 8) + ifd + struct.pack("<I", 0)
-    assert "a tile of the picture is 30000×30000" in message(data)
+    assert "a tile of the image is 30000×30000" in message(data)
 
 
 @pytest.mark.parametrize(
@@ -557,7 +557,7 @@ def test_a_large_tile_of_a_small_tiff() -> None:
         ("~nobody-of-that-name/a.png", "can't be read"),
         ("a\n\x1b[31mb.png", "a\\n\\x1b[31mb.png does not exist"),
         ("x" * 5000, "can't be opened"),
-        (memoryview(b"abc")[::2], "is not a picture"),
+        (memoryview(b"abc")[::2], "is not an image"),
     ],
 )
 def test_what_is_not_even_bytes(source: object, said: str) -> None:
@@ -566,9 +566,9 @@ def test_what_is_not_even_bytes(source: object, said: str) -> None:
 
 
 def test_closed_and_damaged_pil_images(tmp_path: Path) -> None:
-    (tmp_path / "cut.jpg").write_bytes(encoded(picture(64, 64), "JPEG")[:900])
+    (tmp_path / "cut.jpg").write_bytes(encoded(make_image(64, 64), "JPEG")[:900])
     assert "damaged" in message(Image.open(tmp_path / "cut.jpg"))
-    closed = picture(4, 4)
+    closed = make_image(4, 4)
     closed.close()
     assert "was closed" in message(closed)
     file = (tmp_path / "cut.jpg").open("rb")
@@ -594,11 +594,10 @@ def test_a_file_without_an_end() -> None:
 def test_libtiff_writes_nothing_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     """Nor does any other: of each format that PIL writes, damaged in many ways, in two threads."""
     rng = np.random.default_rng(0)
-    sources = [
-        encoded(picture(32, 32), "TIFF", compression=c) for c in ("tiff_lzw", "jpeg", "zstd")
-    ]
-    sources += [encoded(picture(32, 32).convert("1"), "TIFF", compression="group4")]
-    sources += [encoded(picture(32, 32), name) for name in ("JPEG", "PNG", "WEBP", "JPEG2000")]
+    image = make_image(32, 32)
+    sources = [encoded(image, "TIFF", compression=c) for c in ("tiff_lzw", "jpeg", "zstd")]
+    sources += [encoded(make_image(32, 32).convert("1"), "TIFF", compression="group4")]
+    sources += [encoded(make_image(32, 32), name) for name in ("JPEG", "PNG", "WEBP", "JPEG2000")]
 
     def damage(seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -74,7 +74,7 @@ class TestPutOff:
         answer = model.generate(second, "What is it?", max_tokens=1)
         assert answer.timings.load_s == model.load_s >= second.timings.load_s
 
-    def test_a_question_without_a_picture_makes_no_encoder(self, demo_bundle):
+    def test_a_question_without_an_image_makes_no_encoder(self, demo_bundle):
         model = fastvlm_mlx.load(demo_bundle)
         assert model.generate(None, "Hello", max_tokens=1).image_tokens == 0
         assert "_encoder" not in vars(model)
@@ -119,7 +119,7 @@ class TestFoundAtLoad:
         with pytest.raises(EncoderError, match="has 1000 bytes and no room for"):
             fastvlm_mlx.load(bundle_copy)
 
-    def test_an_operation_that_is_not_known_is_named_at_the_first_picture(
+    def test_an_operation_that_is_not_known_is_named_at_the_first_image(
         self, bundle_copy, monkeypatch
     ):
         monkeypatch.setattr("sys.platform", "linux")

@@ -166,7 +166,7 @@ def test_verify_repeats_the_gates(mlx_bundle, demo_checkpoint):
 def test_the_written_side_has_pixels_of_its_own_settings(copy, demo_checkpoint):
     """A photograph that is not square, once padded and once cropped."""
     checkpoint = Checkpoint(demo_checkpoint)
-    seen = images.gate_pictures(checkpoint.config.vision)[-1:]
+    seen = images.gate_samples(checkpoint.config.vision)[-1:]
     references = images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
     edit_json(copy, "config.json", image_aspect_ratio="square")
     gates, _ = verify.gates_of_sizes(
@@ -186,7 +186,7 @@ def test_an_answer_ends_with_the_turn_whatever_the_files_say(copy, scene):
 
 def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
-    seen = images.gate_pictures(checkpoint.config.vision)[:1]
+    seen = images.gate_samples(checkpoint.config.vision)[:1]
     references = images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
     name = "vision_tower.vision_model.network.4.0.token_mixer.reparam_conv.weight"
 

@@ -96,23 +96,23 @@ def checkpoint(demo_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    file = tmp_path_factory.mktemp("picture") / "scene.png"
+def image(tmp_path_factory):
+    file = tmp_path_factory.mktemp("image") / "scene.png"
     scenes.generate(3, held_out=True).draw(256).save(file)
     return file
 
 
 @pytest.fixture
-def one_picture(monkeypatch):
-    """The gates look at one picture, not at nine."""
-    every = images.gate_pictures
-    monkeypatch.setattr(images, "gate_pictures", lambda vision: every(vision)[:1])
+def one_sample(monkeypatch):
+    """The gates look at one image, not at nine."""
+    every = images.gate_samples
+    monkeypatch.setattr(images, "gate_samples", lambda vision: every(vision)[:1])
 
 
-def drive(mlx_vlm, bundle, picture, pixels, folder, *own_shape):
-    """What mlx-vlm computes from `pixels` and makes of `picture`, and its answer."""
+def drive(mlx_vlm, bundle, image, pixels, folder, *own_shape):
+    """What mlx-vlm computes from `pixels` and makes of `image`, and its answer."""
     np.save(folder / "pixels.npy", pixels)
-    files = [str(bundle), str(picture), str(folder / "pixels.npy"), str(folder / "out.npz")]
+    files = [str(bundle), str(image), str(folder / "pixels.npy"), str(folder / "out.npz")]
     done = subprocess.run(
         [mlx_vlm, str(DRIVER), *files, PROMPT, str(MAX_TOKENS), *own_shape],
         check=True,
@@ -124,9 +124,9 @@ def drive(mlx_vlm, bundle, picture, pixels, folder, *own_shape):
     return np.load(folder / "out.npz"), json.loads(done.stdout.splitlines()[-1])
 
 
-def generate_command(mlx_vlm, bundle, picture, folder):
+def generate_command(mlx_vlm, bundle, image, folder):
     command = [mlx_vlm, "-m", "mlx_vlm", "generate", "--model", str(bundle)]
-    command += ["--image", str(picture), "--prompt", PROMPT]
+    command += ["--image", str(image), "--prompt", PROMPT]
     command += ["--temperature", "0", "--max-tokens", str(MAX_TOKENS)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=folder, env=clean_environment()
@@ -136,15 +136,15 @@ def generate_command(mlx_vlm, bundle, picture, folder):
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_the_published_encoder_s_shape_as_it_is(
-    name, mlx_vlm, checkpoint, picture, tmp_path, one_picture
+    name, mlx_vlm, checkpoint, image, tmp_path, one_sample
 ):
     options, floor = BUNDLES[name]
     result = export(checkpoint, tmp_path / "bundle", options)
     assert result.manifest["fits_unmodified_mlx_vlm"]
     ours = fastvlm_mlx.load(result.path)
-    seen = ours.encode(picture)
-    pixels = ours.image_processor(load_image(picture))
-    theirs, text = drive(mlx_vlm, result.path, picture, pixels, tmp_path)
+    seen = ours.encode(image)
+    pixels = ours.image_processor(load_image(image))
+    theirs, text = drive(mlx_vlm, result.path, image, pixels, tmp_path)
     # mlx-vlm goes through 8 bits once more after scaling: one step down for some values.
     assert np.abs(theirs["pixels"] - pixels).max() <= 1 / 255 + 1e-6
 
@@ -162,7 +162,7 @@ def test_the_published_encoder_s_shape_as_it_is(
 
     answer = ours.generate(seen, PROMPT, max_tokens=MAX_TOKENS).text.strip()
     assert text.strip() == answer
-    assert generate_command(mlx_vlm, result.path, picture, tmp_path).strip() == answer
+    assert generate_command(mlx_vlm, result.path, image, tmp_path).strip() == answer
     if options.llm_bits != 4:
         # A random projector's answer hangs on little, and 4 bits change it.
         features = torch.from_numpy(expected)
@@ -170,17 +170,17 @@ def test_the_published_encoder_s_shape_as_it_is(
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_the_trained_checkpoint(name, mlx_vlm, demo_checkpoint, picture, tmp_path, one_picture):
+def test_the_trained_checkpoint(name, mlx_vlm, demo_checkpoint, image, tmp_path, one_sample):
     options, floor = BUNDLES[name]
     result = export(demo_checkpoint, tmp_path / "bundle", options)
     ours = fastvlm_mlx.load(result.path)
-    pixels = ours.image_processor(load_image(picture))
-    theirs, text = drive(mlx_vlm, result.path, picture, pixels, tmp_path, "own-shape")
+    pixels = ours.image_processor(load_image(image))
+    theirs, text = drive(mlx_vlm, result.path, image, pixels, tmp_path, "own-shape")
     source = DemoModel.load(demo_checkpoint)
     with torch.inference_mode():
         expected = source.encode(torch.from_numpy(pixels))
     assert verify.snr_db(expected.numpy(), theirs["features"]) > floor
-    answer = ours.generate(picture, PROMPT, max_tokens=MAX_TOKENS).text
+    answer = ours.generate(image, PROMPT, max_tokens=MAX_TOKENS).text
     assert text == answer == source.answer(expected, [PROMPT], max_tokens=MAX_TOKENS)[0]
 
 
@@ -224,7 +224,7 @@ def untied(demo_checkpoint, tmp_path_factory):
 
 
 def test_every_form_is_loaded_and_answers_alike(
-    mlx_vlm, demo_checkpoint, untied, picture, tmp_path, one_picture, monkeypatch
+    mlx_vlm, demo_checkpoint, untied, image, tmp_path, one_sample, monkeypatch
 ):
     """As they are written, in one process of mlx-vlm's: its answers are our runtime's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -239,15 +239,15 @@ def test_every_form_is_loaded_and_answers_alike(
         options = ExportOptions(layout="mlx", max_kl_nats=9.0, min_agreement=0.0, **given)
         source = untied if name in heads else demo_checkpoint
         bundles[name] = export(source, tmp_path / name.replace(" ", "-"), options).path
-    found = answers_of_all(mlx_vlm, bundles.values(), picture, tmp_path)
+    found = answers_of_all(mlx_vlm, bundles.values(), image, tmp_path)
     for name, path in bundles.items():
-        ours = fastvlm_mlx.load(path).generate(picture, PROMPT, max_tokens=MAX_TOKENS).text
+        ours = fastvlm_mlx.load(path).generate(image, PROMPT, max_tokens=MAX_TOKENS).text
         assert found[str(path)].strip() == ours.strip(), name
 
 
-def answers_of_all(mlx_vlm, bundles, picture, folder):
+def answers_of_all(mlx_vlm, bundles, image, folder):
     done = subprocess.run(
-        [mlx_vlm, str(ANSWERER), str(picture), PROMPT, str(MAX_TOKENS), *map(str, bundles)],
+        [mlx_vlm, str(ANSWERER), str(image), PROMPT, str(MAX_TOKENS), *map(str, bundles)],
         check=True,
         cwd=folder,
         env=clean_environment(),
@@ -258,17 +258,17 @@ def answers_of_all(mlx_vlm, bundles, picture, folder):
 
 
 def test_its_own_conversion_becomes_an_app_bundle(
-    mlx_vlm, checkpoint, picture, tmp_path, monkeypatch
+    mlx_vlm, checkpoint, image, tmp_path, monkeypatch
 ):
     """Quantized as it does by default, the projector included; answers stay what they were."""
     command = [mlx_vlm, "-m", "mlx_vlm", "convert", "--hf-path", str(checkpoint), "-q"]
     command += ["--mlx-path", str(tmp_path / "theirs")]
     subprocess.run(command, check=True, cwd=tmp_path, env=clean_environment())
-    every = images.gate_pictures
-    monkeypatch.setattr(images, "gate_pictures", lambda vision: every(vision)[:1])
+    every = images.gate_samples
+    monkeypatch.setattr(images, "gate_samples", lambda vision: every(vision)[:1])
     result = convert(tmp_path / "theirs", tmp_path / "ours", "app")
     assert result.manifest["llm"]["bits"] == 4
     assert result.manifest["llm"]["left_unquantized"] == {}
     models = [fastvlm_mlx.load(tmp_path / name) for name in ("theirs", "ours")]
-    answers = [model.generate(picture, PROMPT, max_tokens=MAX_TOKENS).text for model in models]
+    answers = [model.generate(image, PROMPT, max_tokens=MAX_TOKENS).text for model in models]
     assert answers[0] == answers[1]

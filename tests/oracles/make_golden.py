@@ -144,7 +144,7 @@ def expand2square(image: Image.Image, background: tuple[int, ...]) -> Image.Imag
 def reference_pixels(
     path: Path, size: int, pad: bool, mean: tuple[float, ...] = (0, 0, 0), std=(1, 1, 1)
 ) -> np.ndarray:
-    """float32 [3, S, S] by LLaVA's process_images, on the upright picture."""
+    """float32 [3, S, S] by LLaVA's process_images, on the upright image."""
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
@@ -225,7 +225,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def reference_ids(tokenizer: Qwen2Tokenizer, prompt: str) -> list[int]:
-    """llava/mm_utils.py, tokenizer_image_token: one picture is one id, -200."""
+    """llava/mm_utils.py, tokenizer_image_token: one image is one id, -200."""
     before, after = CONVERSATION.format(prompt=prompt).split(IMAGE_TOKEN)
     return [*tokenizer(before).input_ids, -200, *tokenizer(after).input_ids]
 
@@ -281,8 +281,8 @@ def build_model() -> FastVlmForConditionalGeneration:
                 # Neither a control token nor the padding of the vocabulary is ever chosen.
                 value[BASE_VOCABULARY:] *= 0.1
             else:
-                # The encoder's channels multiply what a picture changes: less gain, and every
-                # picture makes nearly the same features; more, and they leave fp16's range.
+                # The encoder's channels multiply what an image changes: less gain, and every
+                # image makes nearly the same features; more, and they leave fp16's range.
                 gain = 2.5 if "vision_tower" in name else 1.5
                 value = normal(tensor, (gain / tensor[0].numel()) ** 0.5)
             tensor.copy_(value.bfloat16())

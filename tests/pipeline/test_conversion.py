@@ -61,10 +61,10 @@ def copy(mlx_bundle, tmp_path):
 
 
 @pytest.fixture
-def few_pictures(monkeypatch):
-    """The gates look at one picture, not at nine."""
-    every = images.gate_pictures
-    monkeypatch.setattr(images, "gate_pictures", lambda vision: every(vision)[:1])
+def few_samples(monkeypatch):
+    """The gates look at one image, not at nine."""
+    every = images.gate_samples
+    monkeypatch.setattr(images, "gate_samples", lambda vision: every(vision)[:1])
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_the_bundle_as_a_checkpoint_is_its_own(mlx_bundle, demo_checkpoint):
         assert np.allclose(np.array(whole), unpacked, rtol=0, atol=2e-3 * np.abs(unpacked).max())
 
 
-def test_a_source_that_the_bundle_s_type_rounds(edit_checkpoint, tmp_path, few_pictures):
+def test_a_source_that_the_bundle_s_type_rounds(edit_checkpoint, tmp_path, few_samples):
     """What the first export rounded is told apart from what the conversion changed."""
     generator = np.random.default_rng(0)
 
@@ -265,7 +265,7 @@ def test_bits_of_single_parts_stay_recorded(demo_checkpoint, tmp_path, quick, no
         assert verify.recorded_options(Bundle.open(tmp_path / f"app-{told}")).projector_bits == 4
 
 
-def test_a_conversion_of_mlx_vlm_s(copy, scene, tmp_path, few_pictures):
+def test_a_conversion_of_mlx_vlm_s(copy, scene, tmp_path, few_samples):
     """As mlx-vlm writes them: no manifest, no `<image>`, one file for processors, the projector
     and the encoder's matrices quantized too."""
     processor = {
@@ -399,11 +399,11 @@ def test_weights_of_another_shape(copy, tmp_path):
 
 def test_other_pixels_are_refused(copy, tmp_path):
     edit_json(copy, "preprocessor_config.json", lambda data: data.update(image_mean=[0.5] * 3))
-    with pytest.raises(BundleError, match=r"normalizes pictures \(mean \(0\.5.* from 0 to 1"):
+    with pytest.raises(BundleError, match=r"normalizes images \(mean \(0\.5.* from 0 to 1"):
         convert(copy, tmp_path / "out", "app")
 
 
-def test_an_embedding_without_a_row_for_the_picture(copy, tmp_path):
+def test_an_embedding_without_a_row_for_the_image(copy, tmp_path):
     rows = json.loads((copy / "config.json").read_text())["vocab_size"]
 
     def fill(data):

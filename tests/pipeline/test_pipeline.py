@@ -95,11 +95,11 @@ def test_two_exports_are_the_same_bytes(demo_checkpoint, demo_bundle, tmp_path, 
 
 def test_calibration_that_can_t_be_read_is_told(demo_checkpoint, tmp_path, quick):
     """Whoever looks at it; here it is the encoder's measuring."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    Image.new("RGB", (40, 30), "red").save(pictures / "red.png")
-    (pictures / "broken.png").write_bytes(b"no picture")
-    options = ExportOptions(encoder_precision="mixed", calibration=str(pictures))
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (40, 30), "red").save(images / "red.png")
+    (images / "broken.png").write_bytes(b"no image")
+    options = ExportOptions(encoder_precision="mixed", calibration=str(images))
     (note,) = export(demo_checkpoint, tmp_path / "out", options).notes
     assert note.startswith("calibration: 1 skipped")
     assert "broken.png" in note

@@ -282,7 +282,7 @@ def test_a_search_takes_no_more_than_is_planned(demo_checkpoint, layout):
         ("--preset", "phone"),
         ("--preset", "balanced", "--layout", "mlx"),
         ("--encoder-precision", "mixed", "--encoder-bpw", "5"),
-        ("--method", "gptq", "--calibration", "pictures"),
+        ("--method", "gptq", "--calibration", "images"),
         ("--deployment-target", "iOS18"),
         ("--image-sizes", "128,256"),
         ("--image-input",),
@@ -481,7 +481,7 @@ def test_without_a_device_all_of_them(demo_bundle, capsys, monkeypatch):
     ("arguments", "sentence"),
     [
         (("--device", "pixel"), "--device pixel is not known"),
-        (("--context", "40"), "--context is 40: expected more than a picture and a question"),
+        (("--context", "40"), "--context is 40: expected more than an image and a question"),
         (("--context", "4096"), "at most the model's 2,048"),
         (("--kv-bits", "5"), "--kv-bits is 5: expected 4 or 8"),
         (("--kv-bits", "4"), "heads are 32 wide"),

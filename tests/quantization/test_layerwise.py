@@ -26,7 +26,7 @@ from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization import awq, dwq, held_out, layerwise
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import gate_pictures, reference_features
+from model_export.samples.images import gate_samples, reference_features
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,19 @@ def demo(demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     tokenizer = export_tokenizer(checkpoint)
     vision = checkpoint.config.vision
-    references = reference_features(checkpoint.encoder_state(), checkpoint, gate_pictures(vision))
+    references = reference_features(checkpoint.encoder_state(), checkpoint, gate_samples(vision))
     judged = [
         (
             torch.from_numpy(reference.features),
             qwen2.Dialogue.build(
                 tokenizer.tokenizer,
-                reference.picture.questions,
+                reference.sample.questions,
                 tokenizer.image_token_id,
                 vision.num_tokens,
             ),
         )
         for reference in references
-        if reference.picture.questions
+        if reference.sample.questions
     ]
     return SimpleNamespace(
         checkpoint=checkpoint,
@@ -62,7 +62,7 @@ def demo(demo_checkpoint):
 def brief(demo, monkeypatch):
     """The same with few scenes and steps: for what does not hang on how well a method does."""
     monkeypatch.setattr(dwq, "STEPS", 8)
-    few = replace(demo.calibration, pictures=demo.calibration.pictures[:10])
+    few = replace(demo.calibration, samples=demo.calibration.samples[:10])
     return SimpleNamespace(**vars(demo) | {"calibration": few})
 
 
@@ -179,8 +179,8 @@ def test_the_same_input_gives_the_same_bytes(brief, tmp_path):
 def test_awq_changes_nothing_before_rounding(demo):
     """The scaled model in float32 is the source."""
     source = qwen2.SourceWeights(demo.checkpoint)
-    state, pictures = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
-    references = reference_features(state, demo.checkpoint, pictures)
+    state, samples = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
+    references = reference_features(state, demo.checkpoint, samples)
     samples = layerwise.samples_of(demo.checkpoint, demo.tokenizer, references, source)
     layer = qwen2.decoder_layer(demo.checkpoint.config.text)
     formats = dict.fromkeys(layerwise.MATRICES, Format(3, 64))
@@ -233,9 +233,9 @@ def test_what_is_judged_is_what_is_written(demo, tmp_path):
     asked = ExportOptions(method="gptq", **options)
     chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
     ready = quantize(demo, chosen, asked, tmp_path).ready
-    state, pictures = demo.checkpoint.encoder_state(), gate_pictures(demo.checkpoint.config.vision)
+    state, samples = demo.checkpoint.encoder_state(), gate_samples(demo.checkpoint.config.vision)
     references = [
-        r for r in reference_features(state, demo.checkpoint, pictures) if r.picture.questions
+        r for r in reference_features(state, demo.checkpoint, samples) if r.sample.questions
     ]
     source = qwen2.SourceWeights(demo.checkpoint)
     candidates = [held_out.Candidate(source, chosen, made) for made in ({}, ready)]
@@ -246,7 +246,7 @@ def test_what_is_judged_is_what_is_written(demo, tmp_path):
         assert float(mean) == pytest.approx(divergence(demo, files), rel=0.02), method
     losses = held_out.losses(demo.checkpoint, demo.tokenizer, references, candidates)
     for i, each in enumerate(losses):
-        assert each.by_picture == pytest.approx([float(lost[i].mean()) for lost in found])
+        assert each.by_sample == pytest.approx([float(lost[i].mean()) for lost in found])
 
 
 SMALL = (1e-6, 3e-6, 2e-6, 5e-6, 4e-6, 8e-6, 7e-6, 6e-6, 9e-6)
@@ -255,7 +255,7 @@ SMALL = (1e-6, 3e-6, 2e-6, 5e-6, 4e-6, 8e-6, 7e-6, 6e-6, 9e-6)
 @pytest.mark.parametrize(
     ("rounding", "method", "gains", "words"),
     [
-        # One picture carries 99.99 % of the loss and of the gain; on the others either may win.
+        # One image carries 99.99 % of the loss and of the gain; on the others either may win.
         ((0.5, *SMALL), (0.1, *reversed(SMALL)), False, "no gain that chance would not give"),
         # It carries them the other way, and the rest gains.
         ((0.1, *SMALL), (0.5, *(x / 2 for x in SMALL)), False, "and not in the mean"),
@@ -294,7 +294,7 @@ def test_the_p_value_is_the_share_of_all_signs_that_gain_as_much(gains):
 
 def test_losses_are_summed_up():
     found = held_out.Losses((1.0, 2.0, 9.0)).to_dict()
-    assert found.pop("by_picture") == [1.0, 2.0, 9.0]
+    assert found.pop("by_sample") == [1.0, 2.0, 9.0]
     assert found == {
         "mean": 4.0,
         "median": 2.0,
@@ -303,30 +303,30 @@ def test_losses_are_summed_up():
     assert str(held_out.Losses((1.0, 2.0, 9.0))) == "4 nats (median 2, standard deviation 3.56)"
 
 
-def test_of_too_few_pictures_nothing_is_made_and_it_is_told(demo, tmp_path):
+def test_of_too_few_images_nothing_is_made_and_it_is_told(demo, tmp_path):
     asked = ExportOptions(llm_bits=2, method="gptq")
     chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
-    copies = demo.calibration.pictures[:9] * 2
-    for pictures, words in ((copies[:1], "one picture is"), (copies, "9 pictures are")):
-        few = replace(demo.calibration, pictures=pictures)
+    copies = demo.calibration.samples[:9] * 2
+    for samples, words in ((copies[:1], "one image is"), (copies, "9 images are")):
+        few = replace(demo.calibration, samples=samples)
         made = quantize(
             SimpleNamespace(**vars(demo) | {"calibration": few}), chosen, asked, tmp_path
         )
-        assert (made.ready, made.facts["method"], made.facts["pictures"]) == ({}, "rtn", 0)
+        assert (made.ready, made.facts["method"], made.facts["images"]) == ({}, "rtn", 0)
         assert made.notes[0].startswith(f"{words} too few to calibrate GPTQ")
         assert "the bundle has plain rounding; give --calibration 10" in made.notes[0]
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command(demo_checkpoint, tmp_path):
-    """A bundle on the user's own pictures: gates, manifest, what could not be read."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """A bundle on the user's own images: gates, manifest, what could not be read."""
+    samples = tmp_path / "images"
+    samples.mkdir()
     for i in range(10):
-        Image.new("RGB", (300, 200), (25 * i, 200, 0)).save(pictures / f"{i}.png")
-    (pictures / "broken.png").write_bytes(b"no picture")
+        Image.new("RGB", (300, 200), (25 * i, 200, 0)).save(samples / f"{i}.png")
+    (samples / "broken.png").write_bytes(b"no image")
     command = ["export", str(demo_checkpoint), str(tmp_path / "out"), "--llm-bits", "4"]
-    command += ["--method", "gptq", "--calibration", str(pictures)]
+    command += ["--method", "gptq", "--calibration", str(samples)]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0
     assert "calibration: 1 skipped" in done.stderr
@@ -345,14 +345,14 @@ def test_the_command(demo_checkpoint, tmp_path):
     assert losses == [tuple(f"{value:.3g}" for value in each) for each in values]
     gains = recorded["p_value"] <= 0.05 and values[0] < values[1]
     assert recorded["method"] == ("gptq" if gains else "rtn")
-    assert recorded["pictures"] == recorded["calibrated_on"]["count"] == 5
+    assert recorded["images"] == recorded["calibrated_on"]["count"] == 5
     assert recorded["judged_on"]["count"] == 5
     names = [*recorded["calibrated_on"]["names"], *recorded["judged_on"]["names"]]
     assert sorted(names) == [f"{i}.png" for i in range(10)]
     assert recorded["calibrated_on"]["sha256"] != recorded["judged_on"]["sha256"]
     assert "broken.png" in recorded["skipped"][0]
     vision = bundle.config.vision
-    assert recorded["sha256"] == load_calibration(pictures, vision).digest
+    assert recorded["sha256"] == load_calibration(samples, vision).digest
     assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir() and p.suffix != ".mlpackage"]
     facts = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
     assert facts["llm"]["method"] == recorded["method"]
@@ -374,13 +374,13 @@ def test_a_weight_that_can_t_be_stored_is_named(demo, edit_checkpoint, tmp_path,
     ("options", "words"),
     [
         ({"method": "nf4"}, "--method is nf4: expected one of rtn, awq, gptq, dwq"),
-        ({"calibration": "pictures"}, "nothing looks at it: add --llm-bpw, a --method, or"),
+        ({"calibration": "images"}, "nothing looks at it: add --llm-bpw, a --method, or"),
         ({"method": "gptq", "llm_bits": 16}, "--method gptq is given and no layer is quantized"),
         (
             {"method": "awq", "llm_mode": "mxfp4", "layout": "mlx"},
             "--method awq can't quantize to mxfp4 in groups of 32: it is for affine bits",
         ),
-        ({"method": "awq", "calibration": "{empty}"}, "holds no picture that can be used"),
+        ({"method": "awq", "calibration": "{empty}"}, "holds no image that can be used"),
         ({"method": "gptq", "calibration": "{gone}"}, "does not exist"),
     ],
 )

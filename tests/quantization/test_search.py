@@ -102,7 +102,7 @@ def _divergence(checkpoint, tokenizer, references, path, form):
     total, places = 0.0, 0
     for reference in references:
         dialogue = qwen2.Dialogue.build(
-            tokenizer.tokenizer, reference.picture.questions, tokenizer.image_token_id, 16
+            tokenizer.tokenizer, reference.sample.questions, tokenizer.image_token_id, 16
         )
         features = torch.from_numpy(reference.features)
         sides = [
@@ -164,7 +164,7 @@ def test_whole_assignments_are_measured_as_the_judge_measures_them(
 
 
 def test_no_plain_choice_of_the_size_loses_less(demo_checkpoint):
-    """On pictures that nothing was measured on; `python -m benchmarks.search` has all sizes."""
+    """On images that nothing was measured on; `python -m benchmarks.search` has all sizes."""
     found = benchmark.rows(demo_checkpoint, 64, [3.55], count=12)
     assert [(row.layout, row.worse_than) for row in found] == [("app", ()), ("mlx", ())]
     assert all(row.bits_per_weight <= row.target for row in found)
@@ -175,7 +175,7 @@ def test_a_tie_is_what_the_errors_do_not_tell_apart():
     theirs = torch.tensor([0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     assert benchmark.worse(theirs * 1.1, theirs, places)
     assert not benchmark.worse(theirs, theirs * 1.1, places)
-    # One picture alone makes the difference; and less than 1e-5 nats is none.
+    # One image alone makes the difference; and less than 1e-5 nats is none.
     assert not benchmark.worse(theirs + torch.tensor([0, 0, 0, 0.5]), theirs, places)
     assert not benchmark.worse(theirs * (1 + 1e-4), theirs, places)
 
@@ -205,7 +205,7 @@ def test_what_decides_is_kept_back(checkpoint, tokenizer, calibration):
     names = [each.name for each in found.tried]
     assert any(name.startswith("layers at 2 bits, ") for name in names)
     assert "search" in names
-    one = Calibration(calibration.pictures[:1], ())
+    one = Calibration(calibration.samples[:1], ())
     alone = searched(checkpoint, tokenizer, one, llm_bpw=3.0, layout="mlx")
     assert alone.measured_on == alone.chosen_on
     assert any("give --calibration two" in note for note in alone.notes())
@@ -294,7 +294,7 @@ def test_an_export_is_measured_once_and_says_what_on(demo_checkpoint, tmp_path, 
         ({"llm_bpw": 4.5, "recipe": "mixed_4_6"}, "given with --recipe"),
         ({"llm_bpw": 4.5, "embed_bits": 8}, "given with --embed-bits"),
         ({"llm_bpw": 4.5, "llm_mode": "mxfp4"}, "given with --llm-mode"),
-        ({"calibration": "pictures"}, "add --llm-bpw"),
+        ({"calibration": "images"}, "add --llm-bpw"),
         ({"llm_bpw": 4.5, "calibration": "nowhere"}, "nowhere does not exist"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Documents: what is answered is what the picture shows, measured on its pixels."""
+"""Documents: what is answered is what the image shows, measured on its pixels."""
 
 import hashlib
 import os
@@ -30,14 +30,14 @@ def of(kind):
     return [found for found in map(generate, SEEDS) if isinstance(found, kind)]
 
 
-def places(picture, words, height, paper, ink=INK):
+def places(image, words, height, paper, ink=INK):
     """Where `words` are drawn: the centres of the boxes around them that are equal pixel by pixel,
     as (x, y)."""
     font = documents.font(SIZE, height)
     left, top, right, bottom = font.getbbox(words)
     wanted = Image.new("RGB", (right - left, bottom - top), paper)
     ImageDraw.Draw(wanted).text((-left, -top), words, ink, font)
-    whole, part = (np.asarray(image).astype(np.int32) for image in (picture, wanted))
+    whole, part = (np.asarray(image).astype(np.int32) for image in (image, wanted))
     whole, part = (a[..., 0] * 65_536 + a[..., 1] * 256 + a[..., 2] for a in (whole, part))
     rows, columns = (a.ravel() for a in np.mgrid[: SIZE - len(part), : SIZE - part.shape[1]])
     # Ink first, which is rare.
@@ -54,11 +54,11 @@ def place(*arguments):
     return found
 
 
-def painted(picture, colour):
-    return (np.asarray(picture) == colour).all(2)
+def painted(image, colour):
+    return (np.asarray(image) == colour).all(2)
 
 
-def test_the_same_seed_is_the_same_picture_in_any_process():
+def test_the_same_seed_is_the_same_image_in_any_process():
     code = (
         "import hashlib; from model_export import documents as d; print(hashlib.sha256("
         "b''.join(d.generate(s).draw(96).tobytes() + repr(d.generate(s).questions()).encode() "
@@ -89,9 +89,9 @@ def test_the_kinds_come_in_turn_and_no_two_are_alike():
 def test_any_size_has_it_all_within_its_margins(size):
     for seed in range(20 if size == 300 else 4):
         document = generate(seed)
-        picture = document.draw(size)
-        assert picture.size == (size, size)
-        inner = np.asarray(picture).copy()
+        image = document.draw(size)
+        assert image.size == (size, size)
+        inner = np.asarray(image).copy()
         edge = size // 40
         inner[edge:-edge, edge:-edge] = document.paper
         assert painted(inner, document.paper).all()
@@ -100,14 +100,14 @@ def test_any_size_has_it_all_within_its_margins(size):
 def test_a_page_says_what_is_answered():
     """Each answer is a whole line, or stands in a paragraph whose lines are all drawn, in order."""
     for page in of(Page):
-        picture, answers = page.draw(SIZE), dict(page.questions())
-        ys = [place(picture, answers["What is the heading of this page?"], TITLE, page.paper)[1]]
+        image, answers = page.draw(SIZE), dict(page.questions())
+        ys = [place(image, answers["What is the heading of this page?"], TITLE, page.paper)[1]]
         sheet = documents._Sheet(SIZE, page.paper)
         for paragraph in page.paragraphs:
             lines = list(sheet.wrapped(paragraph, TEXT, documents.UNITS - 2 * documents.MARGIN))
             assert " ".join(lines) == paragraph
-            ys += [place(picture, line, TEXT, page.paper)[1] for line in lines]
-        ys.append(place(picture, answers["Who signed the notice?"][:-1], TEXT, page.paper)[1])
+            ys += [place(image, line, TEXT, page.paper)[1] for line in lines]
+        ys.append(place(image, answers["Who signed the notice?"][:-1], TEXT, page.paper)[1])
         assert ys == sorted(ys)
         day = answers[f"On which day is the {page.place} closed?"].removeprefix("On ")[:-1]
         assert f"closed on {day} while" in page.paragraphs[0]
@@ -119,13 +119,13 @@ def test_a_page_says_what_is_answered():
 
 def test_a_table_s_answers_are_in_its_rows():
     for table in of(Table):
-        picture, answers = table.draw(SIZE), dict(table.questions())
-        place(picture, answers.pop("What is the title of the table?"), TITLE, table.paper)
+        image, answers = table.draw(SIZE), dict(table.questions())
+        place(image, answers.pop("What is the title of the table?"), TITLE, table.paper)
         found = {}
         for name, price, stock in table.rows:
-            x, y = place(picture, name, TEXT, table.paper)
+            x, y = place(image, name, TEXT, table.paper)
             cells = [
-                [at for at in places(picture, str(n), TEXT, table.paper) if abs(at[1] - y) < 12]
+                [at for at in places(image, str(n), TEXT, table.paper) if abs(at[1] - y) < 12]
                 for n in (price, stock)
             ]
             assert all(cells)
@@ -143,16 +143,16 @@ def test_a_table_s_answers_are_in_its_rows():
 
 def test_the_tallest_bar_is_the_answer():
     for chart in of(Bars):
-        picture, answers = chart.draw(SIZE), dict(chart.questions())
-        place(picture, answers["What is the title of the chart?"], TITLE, chart.paper)
-        columns = painted(picture, chart.accent).sum(0)
+        image, answers = chart.draw(SIZE), dict(chart.questions())
+        place(image, answers["What is the title of the chart?"], TITLE, chart.paper)
+        columns = painted(image, chart.accent).sum(0)
         edges = np.flatnonzero(np.diff(columns > 0, prepend=False, append=False))
         heights = {}
         for start, stop in edges.reshape(-1, 2):
             (name,) = (
                 name
                 for name, _ in chart.values
-                if start < place(picture, name, SMALL, chart.paper)[0] < stop
+                if start < place(image, name, SMALL, chart.paper)[0] < stop
             )
             heights[name] = columns[start]
         assert len(heights) == len(chart.values)
@@ -166,15 +166,15 @@ def test_the_tallest_bar_is_the_answer():
         assert all(abs(heights[name] * scale - values[name]) < 0.5 for name in values)
         (asked,) = (q for q in answers if q.startswith("What is the value of"))
         name = asked.split()[-1][:-1]
-        written = places(picture, answers[asked][:-1], SMALL, chart.paper)
-        assert abs(place(picture, name, SMALL, chart.paper)[0] - written[0][0]) <= 1
+        written = places(image, answers[asked][:-1], SMALL, chart.paper)
+        assert abs(place(image, name, SMALL, chart.paper)[0] - written[0][0]) <= 1
 
 
 def test_the_highest_point_is_the_answer():
     for chart in of(Line):
-        picture, answers = chart.draw(SIZE), dict(chart.questions())
-        ys, xs = np.nonzero(painted(picture, chart.accent))
-        labels = {n: place(picture, n, SMALL, chart.paper)[0] for n, _ in chart.values}
+        image, answers = chart.draw(SIZE), dict(chart.questions())
+        ys, xs = np.nonzero(painted(image, chart.accent))
+        labels = {n: place(image, n, SMALL, chart.paper)[0] for n, _ in chart.values}
 
         def month(x, labels=labels):
             short = min(labels, key=lambda name: abs(labels[name] - x))
@@ -187,5 +187,5 @@ def test_the_highest_point_is_the_answer():
         course = "higher" if ends[1] < ends[0] else "lower"
         assert f"ends {course} in" in answers["Describe the image."]
         (asked,) = (q for q in answers if q.startswith("What is the value of"))
-        written = places(picture, answers[asked][:-1], SMALL, chart.paper)
+        written = places(image, answers[asked][:-1], SMALL, chart.paper)
         assert month(written[0][0]) == asked.split()[-1][:-1]

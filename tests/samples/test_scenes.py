@@ -71,7 +71,7 @@ def test_a_background_or_a_radius_does_not_move_a_scene_between_the_two():
             assert Scene(shapes, scene.number, background).held_out == scene.held_out
 
 
-def test_the_same_seed_gives_the_same_scene_and_picture():
+def test_the_same_seed_gives_the_same_scene_and_image():
     scene = generate(7)
     assert scene == generate(7)
     assert scene == Scene(
@@ -118,7 +118,7 @@ def test_is_right_minds_words_and_not_stops(text, right):
 
 
 @pytest.mark.parametrize("size", [64, 256, 1024])
-def test_a_picture_shows_its_scene_at_any_size(size):
+def test_an_image_shows_its_scene_at_any_size(size):
     scene = generate(11)
     pixels = np.asarray(scene.draw(size)).reshape(GRID, size // GRID, GRID, size // GRID, 3)
     assert scene.draw(size).mode == "RGB"
@@ -163,8 +163,8 @@ def test_scores_are_counted_by_kind():
     by_prompt = {question.prompt: question.answer for _, question in pairs[:2]}
     sizes = set()
 
-    def answer(picture, prompt):
-        sizes.add(picture.size)
+    def answer(image, prompt):
+        sizes.add(image.size)
         return by_prompt[prompt]
 
     assert evaluate(answer, pairs[:2], size=512)["all"].share == 1

@@ -153,16 +153,16 @@ class TestUnits:
         assert units.snr_db(np.ones(3), np.array([1, np.nan, 1])) == -float("inf")
 
     def test_the_probe_has_structure_at_every_scale(self):
-        picture = units.probe(64)
-        assert (picture.shape, picture.dtype) == ((1, 3, 64, 64), np.float32)
-        assert (picture.min(), picture.max()) == (0, 1)
-        np.testing.assert_array_equal(picture, units.probe(64))
+        image = units.probe(64)
+        assert (image.shape, image.dtype) == ((1, 3, 64, 64), np.float32)
+        assert (image.min(), image.max()) == (0, 1)
+        np.testing.assert_array_equal(image, units.probe(64))
         for step in (1, 8, 32):
-            assert np.abs(picture[..., step:] - picture[..., :-step]).mean() > 0.01
+            assert np.abs(image[..., step:] - image[..., :-step]).mean() > 0.01
 
 
-def test_core_ml_is_asked_for_a_function_and_given_a_picture(core_ml, tmp_path):
-    package = tmp_path / "pictures.mlpackage"
+def test_core_ml_is_asked_for_a_function_and_given_an_image(core_ml, tmp_path):
+    package = tmp_path / "images.mlpackage"
     module = fold(encoder_state_dict(CONFIG), CONFIG)
     sizes = [replace(CONFIG, image_size=128), CONFIG]
     form = Form("fp32", METADATA, target="iOS18", image_input=True)

@@ -127,7 +127,7 @@ def test_other_weights_are_refused(edit, words):
         FastViTHD(arrays, SMALL)
 
 
-def test_a_picture_of_another_size_is_refused():
+def test_an_image_of_another_size_is_refused():
     encoder = FastViTHD(mlx_arrays(encoder_state_dict(SMALL)), SMALL)
     with pytest.raises(EncoderError, match=r"shape \[1, 3, 64, 64\], expected \[1, 3, 128, 128\]"):
         encoder(np.zeros((1, 3, 64, 64), np.float32))
