@@ -23,7 +23,7 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.image.preprocess import ImageProcessor
-from model_export.bundle_plan import Job, Written
+from model_export.bundle_spec import Job, Written
 from model_export.checkpoint import names
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.sources import Source

@@ -11,7 +11,7 @@ from typing import Any
 from fastvlm_mlx.bundle.config import fits_mlx_vlm
 from fastvlm_mlx.bundle.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
-from model_export.bundle_plan import Job, Written
+from model_export.bundle_spec import Job, Written
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.gates.gate import Gate
 from model_export.language import recipes

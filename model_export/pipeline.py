@@ -24,7 +24,7 @@ from fastvlm_mlx.bundle.manifest import MANIFEST
 from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError
 from fastvlm_mlx.vision.package import PackageInfo
-from model_export.bundle_plan import Job, Written
+from model_export.bundle_spec import Job, Written
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer, extended
 from model_export.destination.destination import (
