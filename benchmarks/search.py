@@ -37,14 +37,15 @@ from model_export.language.recipes import Scheme
 from model_export.options import LAYOUTS, ExportOptions
 from model_export.quantization import search, trial
 from model_export.quantization.candidates import Candidate, Space, alternatives
-from model_export.samples import scenes
+from model_export.samples import documents, scenes
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import Sample, gate_samples, reference_features
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
-# Scenes that were drawn for no other purpose, where the encoder is small.
-FIRST_SEED, UNSEEN = 500, 32
+# Drawn for no other purpose: scenes where the encoder is small, and one document of each kind, beside
+# a photograph, where it is large.
+FIRST_SEED, UNSEEN, UNSEEN_DOCUMENTS = 500, 32, 4
 SMALL_PIXELS = 512
 # Below it, nothing is said of an answer; and standard errors of a paired difference.
 TIE_NATS, TIE_ERRORS = 1e-5, 2.0
@@ -70,13 +71,18 @@ class Row:
 
 def unseen(vision: VisionConfig) -> list[Sample]:
     """Images with questions that are neither calibration's nor, of scenes, the gates'."""
-    if vision.image_size > SMALL_PIXELS:
-        return [sample for sample in gate_samples(vision) if sample.questions]
+    size = vision.image_size
+    if size > SMALL_PIXELS:
+        samples = [sample for sample in gate_samples(vision) if sample.questions]
+        for seed in range(FIRST_SEED, FIRST_SEED + UNSEEN_DOCUMENTS):
+            document = documents.generate(seed)
+            samples.append(Sample(f"document {seed}", document.draw(size), document.questions()))
+        return samples
     samples = []
     for seed in range(FIRST_SEED, FIRST_SEED + UNSEEN):
         scene = scenes.generate(seed, held_out=True)
         questions = tuple((q.prompt, q.answer) for q in scene.questions(seed))
-        samples.append(Sample(f"scene {seed}", scene.draw(vision.image_size), questions))
+        samples.append(Sample(f"scene {seed}", scene.draw(size), questions))
     return samples
 
 
