@@ -43,7 +43,7 @@ from model_export.samples.images import Sample, gate_samples, reference_features
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
-# Drawn for no other purpose: scenes where the encoder is small, and one document of each kind, beside
+# Drawn for no other purpose: scenes where the encoder is small; one document of each kind beside
 # a photograph, where it is large.
 FIRST_SEED, UNSEEN, UNSEEN_DOCUMENTS = 500, 32, 4
 SMALL_PIXELS = 512
