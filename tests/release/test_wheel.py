@@ -150,7 +150,11 @@ def test_the_metadata_is_pyproject_s(wheel):
     metadata = archive.read(f"fastvlm_mlx-{VERSION}.dist-info/METADATA").decode()
     head, _, description = metadata.partition("\n\n")
     assert f"Version: {VERSION}" in head.splitlines()
-    for line in ("License-Expression: MIT", "License-File: LICENSE", "Requires-Python: <3.14,>=3.11"):
+    for line in (
+        "License-Expression: MIT",
+        "License-File: LICENSE",
+        "Requires-Python: <3.14,>=3.11",
+    ):
         assert line in head.splitlines()
     assert "Description-Content-Type: text/markdown" in head.splitlines()
     assert description.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
