@@ -16,6 +16,7 @@ import pytest
 from distributions import closure, link
 from packaging.requirements import Requirement
 
+from fastvlm_mlx import __version__
 from fastvlm_mlx.vision.package import describe
 from model_export.publish.card import model_card
 
@@ -158,6 +159,11 @@ def test_the_metadata_is_pyproject_s(wheel):
         assert line in head.splitlines()
     assert "Description-Content-Type: text/markdown" in head.splitlines()
     assert description.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_the_changelog_s_first_entry_is_of_this_version():
+    entries = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert entries[0] == __version__
 
 
 def test_the_demo_runs_from_the_wheel(run, environment):
