@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastvlm_mlx.fastvlm import FastVLM, ImageFeatures, load
     from fastvlm_mlx.language.generate import Generation, GenerationResult, SamplingOptions, Timings
 
+# The one place where the version is written. The build reads it without running this file.
 __version__ = "0.1.0"
 
 _HOME = {

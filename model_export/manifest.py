@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastvlm_mlx import __version__
 from fastvlm_mlx.bundle.config import fits_mlx_vlm
 from fastvlm_mlx.bundle.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
@@ -17,7 +18,6 @@ from model_export.gates.gate import Gate
 from model_export.language import recipes
 
 TOOLS = (
-    "fastvlm-mlx",
     "mlx",
     "mlx-lm",
     "coremltools",
@@ -75,7 +75,8 @@ def make_manifest(
         "gates": [gate.to_dict() for gate in gates if not gate.left_out],
         "gates_left_out": {gate.name: gate.left_out for gate in gates if gate.left_out},
         "gates_passed": all(gate.passed for gate in gates),
-        "versions": {name: version(name) for name in TOOLS}
+        "versions": {"fastvlm-mlx": __version__}
+        | {name: version(name) for name in TOOLS}
         | {"python": platform.python_version(), "platform": platform.platform()},
         "files": hash_tree(directory),
     }

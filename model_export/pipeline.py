@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastvlm_mlx import __version__
 from fastvlm_mlx.bundle.bundle import PACKAGE, Bundle
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.bundle.files import read_bytes
@@ -270,7 +270,7 @@ def _export_encoder(job: Job, package: Path, progress: Progress) -> _ExportedEnc
     compression = _compression(job, module, progress)
     progress("Core ML encoder", 0.0 if options.other_sizes else None)
     metadata = coreml.EncoderMetadata(
-        source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
+        source=checkpoint.name, license=checkpoint.license, version=__version__
     )
     form = coreml.Form(
         precision="fp32" if options.encoder_precision == "fp32" else "fp16",

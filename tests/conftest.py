@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
+from sharing import Shared, convert_once
 
 # Read when torch is first imported, here and in the processes that tests start. On the demo's tiny
 # layers a second thread gains nothing, and on a busy machine costs ten times the work.
@@ -24,7 +25,31 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 
-DEMO = Path(__file__).parent.parent / "model_export" / "demo" / "checkpoint"
+TESTS = Path(__file__).parent
+DEMO = TESTS.parent / "model_export" / "demo" / "checkpoint"
+# The files whose tests take longest, the longest first: where each stands in the order.
+LONGEST = {
+    file: place
+    for place, file in enumerate(
+        (
+            "cli/test_readme.py",
+            "encoder/test_resolutions.py",
+            "encoder/test_compression.py",
+            "encoder/test_coreml.py",
+            "test_fuzz.py",
+            "checkpoint/test_export_sources.py",
+            "quantization/test_layerwise.py",
+            "pipeline/test_conversion.py",
+            "language/test_recipes.py",
+            "test_threads.py",
+            "planning/test_plan.py",
+            "pipeline/test_pipeline.py",
+            "gates/test_verify.py",
+            "comparison/test_compare.py",
+            "comparison/test_answers.py",
+        )
+    )
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,6 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if absent & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    # A long file that is begun last leaves the other cores waiting for its end.
+    items.sort(key=lambda item: LONGEST.get(os.path.relpath(item.path, TESTS), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -43,19 +70,33 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint exported as most will: fp16 encoder, 4-bit LLM. Not to be written to."""
-    out = tmp_path_factory.mktemp("export") / "bundle"
-    export(DEMO, out, ExportOptions(llm_bits=4))
-    return out
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Directories that are made once, whichever of the run's processes needs them first."""
+    return Shared(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def mlx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_bundle(shared: Shared) -> Path:
+    """The demo checkpoint exported as most will: fp16 encoder, 4-bit LLM. Not to be written to."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        convert_once(shared, monkeypatch)
+        options = ExportOptions(llm_bits=4)
+        return shared.get("app", "bundle", lambda out: export(DEMO, out, options))
+
+
+@pytest.fixture(scope="session")
+def mlx_bundle(shared: Shared) -> Path:
     """The demo checkpoint as an `mlx` bundle at 4 bits, its gates passed. Not to be written to."""
-    out = tmp_path_factory.mktemp("mlx") / "bundle"
-    export(DEMO, out, ExportOptions(llm_bits=4, layout="mlx"))
-    return out
+    options = ExportOptions(llm_bits=4, layout="mlx")
+    return shared.get("mlx", "bundle", lambda out: export(DEMO, out, options))
+
+
+@pytest.fixture(scope="module")
+def converted_once(shared: Shared) -> Iterator[None]:
+    """Convert no encoder twice: for tests that export and look at something else."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        convert_once(shared, monkeypatch)
+        yield
 
 
 @pytest.fixture

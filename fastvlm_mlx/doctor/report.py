@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx import machine
+from fastvlm_mlx import __version__, machine
 from fastvlm_mlx.errors import FastVLMError, printable
 
 if TYPE_CHECKING:
@@ -128,9 +128,8 @@ def checked(name: str, check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
 
 def versions() -> Iterator[Line]:
     """Python's, ours, and of every package that we require, against what we ask for."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "fastvlm-mlx": __version__}
     try:
-        found["fastvlm-mlx"] = version("fastvlm-mlx")
         requirements = requires("fastvlm-mlx") or []
     except PackageNotFoundError:
         requirements = [f"{name}>=0" for name in ("mlx", "mlx-lm", "coremltools", "numpy")]

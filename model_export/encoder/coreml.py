@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastvlm_mlx import __version__
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import DestinationError, GateError, OptionError
 from fastvlm_mlx.vision.package import (
@@ -266,20 +267,13 @@ def _write_metadata(spec: Any, config: VisionConfig, form: Form) -> None:
         "image_size": str(size),
         "tokens": str(tokens),
         "vision_config": json.dumps(config.to_dict(), sort_keys=True),
-        "fastvlm_mlx": _own_version(),
+        "fastvlm_mlx": __version__,
         "coremltools": version("coremltools"),
         "torch": version("torch"),
         "python": platform.python_version(),
     }
     for key, value in entries.items():
         about.userDefined[key] = value
-
-
-def _own_version() -> str:
-    try:
-        return version("fastvlm-mlx")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "source"
 
 
 def normalize(spec: Any, package: Path) -> None:

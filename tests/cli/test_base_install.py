@@ -5,10 +5,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from distributions import closure, link
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -18,41 +18,13 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def base_distributions():
-    """The names of all that the base dependencies bring, but torch, which Linux alone has there."""
-    wanted = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name != "torch"]
-    found = {}
-    while wanted:
-        requirement = wanted.pop()
-        # Of a marker that names an extra, "" is the one that nobody asked for.
-        extras = ("", *requirement.extras)
-        needed = requirement.marker
-        if needed is not None and not any(needed.evaluate({"extra": e}) for e in extras):
-            continue
-        name = requirement.name.lower().replace("_", "-")
-        if extras[1:] or name not in found:
-            try:
-                found[name] = distribution(name)
-            except PackageNotFoundError:
-                continue
-            for text in found[name].requires or ():
-                inner = Requirement(text)
-                marker = inner.marker
-                if marker is None or any(marker.evaluate({"extra": e}) for e in extras):
-                    inner.marker = None
-                    wanted.append(inner)
-    return found
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Run `fastvlm` where only those distributions are: a directory of links to them."""
     packages = tmp_path_factory.mktemp("base")
-    for found in base_distributions().values():
-        for top in {file.parts[0] for file in found.files or () if file.parts[0] != ".."}:
-            source = Path(str(found.locate_file(top)))
-            if not (packages / top).exists() and source.exists() and top != "__pycache__":
-                (packages / top).symlink_to(source)
+    # Torch is a base dependency on Linux alone.
+    required = map(Requirement, PROJECT["dependencies"])
+    link(closure(r for r in required if r.name != "torch"), packages)
     environment = os.environ | {
         "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}",
         "HF_HUB_OFFLINE": "1",
