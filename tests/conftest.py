@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
-from sharing import Shared, convert_once
+from sharing import Shared
 
 # Read when torch is first imported, here and in the processes that tests start. On the demo's tiny
 # layers a second thread gains nothing, and on a busy machine costs ten times the work.
@@ -78,10 +78,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 @pytest.fixture(scope="session")
 def demo_bundle(shared: Shared) -> Path:
     """The demo checkpoint exported as most will: fp16 encoder, 4-bit LLM. Not to be written to."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        convert_once(shared, monkeypatch)
-        options = ExportOptions(llm_bits=4)
-        return shared.get("app", "bundle", lambda out: export(DEMO, out, options))
+    options = ExportOptions(llm_bits=4)
+    return shared.get("app", "bundle", lambda out: export(DEMO, out, options))
 
 
 @pytest.fixture(scope="session")
@@ -89,14 +87,6 @@ def mlx_bundle(shared: Shared) -> Path:
     """The demo checkpoint as an `mlx` bundle at 4 bits, its gates passed. Not to be written to."""
     options = ExportOptions(llm_bits=4, layout="mlx")
     return shared.get("mlx", "bundle", lambda out: export(DEMO, out, options))
-
-
-@pytest.fixture(scope="module")
-def converted_once(shared: Shared) -> Iterator[None]:
-    """Convert no encoder twice: for tests that export and look at something else."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        convert_once(shared, monkeypatch)
-        yield
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,24 +45,3 @@ class Shared:
             # Given back by the system if the process ends.
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def convert_once(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let exports take an encoder that the run has converted already, where nothing differs."""
-    from model_export.encoder import multifunction
-
-    convert = multifunction.export_sizes
-
-    def copied(module: Any, configs: Sequence[Any], package: Path, form: Any, *rest: Any) -> Any:
-        # How the weights are stored is not told by its printed form alone.
-        if form.compression.formats:
-            return convert(module, configs, package, form, *rest)
-        key = hashlib.sha256(repr((configs, form)).encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            key.update(name.encode() + tensor.numpy().tobytes())
-        name = f"encoder-{key.hexdigest()}"
-        kept = shared.get(name, "it.mlpackage", lambda new: convert(module, configs, new, form))
-        shutil.copytree(kept, package)
-        return multifunction.describe(package)
-
-    monkeypatch.setattr(multifunction, "export_sizes", copied)

@@ -17,7 +17,6 @@ from fastvlm_mlx.errors import GateError
 from model_export.demo.checkup import exporter
 
 VERDICTS = {OK, WARNING, PROBLEM, ABSENT}
-pytestmark = pytest.mark.usefixtures("converted_once")
 
 
 def lines_of(bundle, given=None):

@@ -15,7 +15,6 @@ from model_export.pipeline import export
 from model_export.samples import scenes
 
 QUESTIONS = 250
-pytestmark = pytest.mark.usefixtures("converted_once")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from model_export.options import ExportOptions
 from model_export.pipeline import export
 
 COUNT = 12
-pytestmark = pytest.mark.usefixtures("converted_once")
 
 
 def silent(stage, done):

@@ -18,7 +18,6 @@ from model_export.presets import PRESETS, preset
 
 LAYER = "language_model.model.layers."
 QUESTION = "Describe the image."
-pytestmark = pytest.mark.usefixtures("converted_once")
 
 
 @pytest.fixture(scope="module")

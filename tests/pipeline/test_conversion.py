@@ -42,7 +42,6 @@ QUESTION = "Describe the image."
 TOWER = "vision_tower.vision_model."
 DOWN = "language_model.model.layers.0.mlp.down_proj"
 EMBEDDING = "language_model.model.embed_tokens.weight"
-pytestmark = pytest.mark.usefixtures("converted_once")
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,6 @@ from model_export.quantization import awq, dwq, held_out, layerwise
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import gate_samples, reference_features
 
-pytestmark = pytest.mark.usefixtures("converted_once")
-
 
 @pytest.fixture(scope="module")
 def demo(demo_checkpoint):
