@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.common import Json, print_json
+from fastvlm_mlx.cli.common import Json, argument, print_json
+from fastvlm_mlx.cli.verbs import Additions
 from fastvlm_mlx.errors import GateError
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.doctor.report import Exporter
 
 
 def doctor(
+    call: typer.Context,
     bundle: Annotated[
         Path | None,
-        typer.Argument(metavar="[BUNDLE]", help="A bundle's directory; else the demo is exported."),
+        argument(
+            "[BUNDLE]", "The directory of a bundle; without one the demo is exported and checked."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is here and whether it works: packages, chip, encoder, language model, answers."""
-    from fastvlm_mlx import __version__
-    from fastvlm_mlx.doctor.report import PROBLEM, diagnose, worst
-    from model_export.demo.checkup import exporter
+    """Each line names a thing that was looked at, says whether it works, and what to do if it does
+    not: the packages, the chip, the encoder, the language model and its answers."""
+    additions: Additions = call.obj
+    examine(bundle, additions.exporter(), as_json=as_json)
 
+
+def examine(bundle: Path | None, exporter: Exporter, *, as_json: bool) -> None:
+    """Print every line about this machine and a bundle.
+
+    Raises:
+        BundleError: there is no bundle at all; one that is broken has lines of its own.
+        GateError: some lines are problems.
+    """
+    from fastvlm_mlx import __version__
+    from fastvlm_mlx.bundle.bundle import Bundle
+    from fastvlm_mlx.bundle.kind import is_bundle
+    from fastvlm_mlx.doctor.report import PROBLEM, diagnose, worst
+
+    if bundle is not None and not is_bundle(bundle):
+        # Says what is there in place of one. A damaged bundle is what the doctor is for.
+        Bundle.open(bundle)
     lines = []
-    for line in diagnose(bundle, exporter()):
+    for line in diagnose(bundle, exporter):
         lines.append(line)
         if not as_json:
             print(line.text(), flush=True)

@@ -167,12 +167,12 @@ def test_an_mlx_bundle_answers(base, mlx_bundle, tmp_path):
 
 LATE = """
 import sys
-from fastvlm_mlx import cli, report
-def inspect(path):
+from fastvlm_mlx.cli import inspect, main
+def facts_of(*arguments):
     import MODULE
-report.inspect = inspect
+inspect.facts_of = facts_of
 sys.argv = ["fastvlm", "inspect", "."]
-cli.main()
+main.main()
 """
 
 
