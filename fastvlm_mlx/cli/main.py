@@ -51,7 +51,6 @@ class Fastvlm(Verbs):
 
 app = typer.Typer(
     cls=Fastvlm,
-    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "obj": ADDITIONS},
     help="FastVLM: any checkpoint in, one verified bundle out, the same answers everywhere.",
@@ -106,10 +105,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    call: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if call.invoked_subcommand is None:
-        typer.echo(call.get_help())
+    pass

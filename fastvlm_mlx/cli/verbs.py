@@ -92,6 +92,13 @@ class Verbs(TyperGroup):
     def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
         return self.table[cmd_name].command() if cmd_name in self.table else None
 
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Without arguments the list of the verbs is what is wanted, and no mistake."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: Context, args: list[str]
     ) -> tuple[str | None, Command | None, list[str]]:

@@ -155,7 +155,7 @@ def test_an_image_s_url(refused, demo_bundle):
     ("line", "sentence"),
     [
         ("exprot a b", "exprot is no verb of fastvlm: use export"),
-        ("xyzzy", "xyzzy is no verb of fastvlm: expected one of export, generate, verify, "),
+        ("xyzzy", "xyzzy is no verb of fastvlm: expected one of export, convert, sweep, "),
         (
             "--verison",
             "--verison is no option of `fastvlm`: use --version, or see `fastvlm --help`",
