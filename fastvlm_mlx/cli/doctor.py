@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from fastvlm_mlx.cli.common import Json, argument, print_json
 from fastvlm_mlx.cli.verbs import Additions
-from fastvlm_mlx.errors import GateError
+from fastvlm_mlx.errors import FastVLMError, GateError
 
 if TYPE_CHECKING:
     from fastvlm_mlx.doctor.report import Exporter
@@ -39,13 +40,10 @@ def examine(bundle: Path | None, exporter: Exporter, *, as_json: bool) -> None:
         GateError: some lines are problems.
     """
     from fastvlm_mlx import __version__
-    from fastvlm_mlx.bundle.bundle import Bundle
-    from fastvlm_mlx.bundle.kind import is_bundle
     from fastvlm_mlx.doctor.report import PROBLEM, diagnose, worst
 
-    if bundle is not None and not is_bundle(bundle):
-        # Says what is there in place of one. A damaged bundle is what the doctor is for.
-        Bundle.open(bundle)
+    if bundle is not None:
+        _check_there(bundle)
     lines = []
     for line in diagnose(bundle, exporter):
         lines.append(line)
@@ -66,3 +64,19 @@ def examine(bundle: Path | None, exporter: Exporter, *, as_json: bool) -> None:
             f"{len(problems)} of {len(lines)} lines are problems ({', '.join(problems)}): expected "
             "none, do what they say"
         )
+
+
+def _check_there(path: Path) -> None:
+    """Raises BundleError, ConfigError: there is nothing, or something that is no bundle. One that
+    is damaged may be there: it is what the doctor is for."""
+    from fastvlm_mlx.bundle.bundle import Bundle
+    from fastvlm_mlx.bundle.kind import is_bundle
+
+    try:
+        Bundle.open(path)
+    except FastVLMError:
+        # What is no path at all.
+        with suppress(OSError, ValueError, RuntimeError):
+            if is_bundle(path.expanduser()):
+                return
+        raise

@@ -41,6 +41,7 @@ def compare(
     from model_export.comparison import RESULTS
 
     check_plot(plot)
+    early.check_samples("--questions", questions)
     # What a sweep leaves beside its bundles, which `sweep/*` names too.
     models = [p for p in paths if (name := Path(p).name) != RESULTS and not left_behind(name)]
     for model in (*models, *([reference] if reference else [])):

@@ -91,10 +91,7 @@ def export(
     from model_export.cli import early
 
     options = export_options(call.params, OWN)
-    early.check_destination(out, overwrite=overwrite)
-    early.check_checkpoint(
-        checkpoint, base=base, revision=revision, image_size=options.default_size
-    )
+    early.check_export(checkpoint, out, options, base=base, revision=revision)
     from model_export.pipeline import export as run
 
     with show.stages() as progress:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastvlm_mlx.cli.common import Json, option
+from fastvlm_mlx.errors import OptionError
 from model_export.cli.compare import check_plot, deliver
 from model_export.cli.options import CheckpointReference, Count, Plot, Questions
 from model_export.options import LAYOUTS, unknown
@@ -44,6 +45,11 @@ def sweep(
     check_plot(plot)
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
+    if choices is not None and not choices.expanduser().is_file():
+        raise OptionError(
+            f'--choices {choices} is no file: expected JSON such as {{"small": {{"llm_bits": 4}}}}'
+        )
+    early.check_samples("--questions", questions)
     early.check_checkpoint(checkpoint)
     from model_export.comparison.sweep import read_choices
     from model_export.comparison.sweep import sweep as run
