@@ -37,7 +37,7 @@ def usage_sentence(error: UsageError, arguments: list[str]) -> str:
 def _options(error: UsageError) -> list[str]:
     command = error.ctx.command if error.ctx is not None else None
     params = command.get_params(error.ctx) if command is not None and error.ctx is not None else []
-    return [o for param in params for o in (*param.opts, *param.secondary_opts) if o[:1] == "-"]
+    return [o for param in params for o in (*param.opts, *param.secondary_opts) if o[:2] == "--"]
 
 
 def _name(error: BadParameter) -> str:
