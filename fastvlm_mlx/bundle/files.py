@@ -157,6 +157,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def shown_bytes(count: int) -> str:
+    """A size for people: 2.6 MB, 856.3 kB."""
+    return f"{count / MB:,.1f} MB" if count >= MB else f"{count / KB:,.1f} kB"
+
+
 def _homes(root: Path) -> tuple[Path, ...]:
     real = root.resolve()
     # huggingface_hub's cache: models--owner--name/{blobs,refs,snapshots/COMMIT}.

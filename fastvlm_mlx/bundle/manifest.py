@@ -129,6 +129,14 @@ def check_manifest(file: Path, data: dict[str, Any]) -> None:
         )
 
 
+def gate_cells(gate: dict[str, Any]) -> tuple[str, str, str, str]:
+    """A gate of a manifest as a row for people: name, figure, limit, whether it passed."""
+    value = f"{float(gate['value']):.4g} {gate['unit']}"
+    limit = f"{'≥' if gate['at_least'] else '≤'} {gate['limit']:g} {gate['unit']}"
+    judged = "passed" if gate["passed"] else "FAILED"
+    return gate["name"], value, limit, "not judged" if gate.get("left_out") else judged
+
+
 def hash_tree(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below `directory` but the manifest, by relative name.
 

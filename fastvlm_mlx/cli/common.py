@@ -1,10 +1,11 @@
-"""What the verbs have in common: options, the exporter's packages, JSON."""
+"""What the verbs share: how an option is declared, the `export` extra, JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +21,57 @@ EXTRA = {
     "matplotlib": "matplotlib",
     "scipy": "scipy",
 }
+INSTALL_EXTRA = 'pip install "fastvlm-mlx[export]"'
+# The groups of options that more than one verb has.
+OUTPUT = "Output"
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Out = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")]
-Base = Annotated[
-    str | None, typer.Option(help="What an adapter adapts, if not the base that it names.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-MinSnr = Annotated[
-    float | None, typer.Option(help="Floor of the encoder's signal-to-noise ratio, dB.")
-]
-MaxKl = Annotated[float | None, typer.Option(help="Ceiling of the KL divergence, nats.")]
-MinAgreement = Annotated[float | None, typer.Option(help="Floor of the greedy agreement, 0 to 1.")]
+
+def option(
+    text: str,
+    *names: str,
+    group: str,
+    value: str = "",
+    choices: Iterable[object] = (),
+    default: object = None,
+) -> Any:
+    """An option, for `Annotated`.
+
+    Args:
+        text: a sentence that says what the option does.
+        names: beside the one that the parameter's name makes; for a flag its only one.
+        group: the heading that the help shows it under.
+        value: what the help calls the value that it takes.
+        choices: the values that there are, in place of `value`. They are shown and completed, and
+            checked where all options are, which also knows what fits together.
+        default: what holds where the option is not given, if the parameter's default is None.
+    """
+    words = tuple(map(str, choices))
+    return typer.Option(
+        *names,
+        help=text,
+        metavar="|".join((*words, *([value] if value else []))) or None,
+        rich_help_panel=group,
+        show_default=True if default is None else str(default),
+        autocompletion=_completing(words) if words else None,
+    )
+
+
+def argument(name: str, text: str) -> Any:
+    """An argument, for `Annotated`, which the help calls `name`."""
+    return typer.Argument(metavar=name, help=text, show_default=False)
+
+
+def _completing(words: tuple[str, ...]) -> Callable[[], list[str]]:
+    return lambda: list(words)
+
+
+Json = Annotated[bool, option("Print the result as one JSON object.", "--json", group=OUTPUT)]
+BundlePath = Annotated[Path, argument("BUNDLE", "The directory of a bundle.")]
+
+
+def missing_extra() -> list[str]:
+    """The packages of the `export` extra that are not installed. None of them is imported."""
+    return [package for module, package in EXTRA.items() if find_spec(module) is None]
 
 
 @contextmanager
@@ -46,7 +86,7 @@ def needs_export_extra() -> Iterator[None]:
             raise
         raise OptionError(
             f"this needs {EXTRA[name]} of the `export` extra, which is not installed: run "
-            'pip install "fastvlm-mlx[export]"'
+            f"{INSTALL_EXTRA}"
         ) from error
 
 

@@ -7,29 +7,9 @@ from difflib import get_close_matches
 
 # What typer raises of all these but one is not among its public names; pyproject.toml holds its
 # minor version.
-from typer._click import Command, Context
 from typer._click.exceptions import BadParameter, MissingParameter, NoSuchOption, UsageError
-from typer.core import TyperGroup
 
-from fastvlm_mlx.errors import OptionError
-
-# How much two words have in common for one to be meant by the other; difflib's default is 0.6.
-NEAR = 0.5
-
-
-class Verbs(TyperGroup):
-    """The group of all verbs, which tells an unknown one in our words."""
-
-    def resolve_command(
-        self, ctx: Context, args: list[str]
-    ) -> tuple[str | None, Command | None, list[str]]:
-        """Raises OptionError: `args` begin with no verb."""
-        verbs, given = self.list_commands(ctx), args[0]
-        if given not in verbs and not given.startswith("-"):
-            near = get_close_matches(given, verbs, 1, NEAR)
-            hint = f"use {near[0]}" if near else f"expected one of {', '.join(verbs)}"
-            raise OptionError(f"{given} is no verb of {ctx.command_path}: {hint}")
-        return super().resolve_command(ctx, args)
+from fastvlm_mlx.cli.verbs import NEAR
 
 
 def usage_sentence(error: UsageError, arguments: list[str]) -> str:
@@ -57,7 +37,7 @@ def usage_sentence(error: UsageError, arguments: list[str]) -> str:
 def _options(error: UsageError) -> list[str]:
     command = error.ctx.command if error.ctx is not None else None
     params = command.get_params(error.ctx) if command is not None and error.ctx is not None else []
-    return [o for param in params for o in (*param.opts, *param.secondary_opts) if o[:1] == "-"]
+    return [o for param in params for o in (*param.opts, *param.secondary_opts) if o[:2] == "--"]
 
 
 def _name(error: BadParameter) -> str:

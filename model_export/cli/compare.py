@@ -1,89 +1,71 @@
-"""`fastvlm compare` and `fastvlm sweep`: the verbs, and what they print."""
+"""`fastvlm compare`: the verb, and the table that it and `fastvlm sweep` print."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from fastvlm_mlx.bundle.files import left_behind
-from fastvlm_mlx.cli.common import print_json
+from fastvlm_mlx.cli.common import Json, argument, option, print_json
+from model_export.cli.options import QUESTIONS, Count, Plot, Questions
 
 if TYPE_CHECKING:
     from model_export.comparison.compare import Row
 
-Questions = Annotated[
-    str | None,
-    typer.Option(help="A directory of images, or JSON lines of image, prompt and answer."),
-]
-Count = Annotated[int, typer.Option(help="How many of the scenes' questions, at least.")]
-Plot = Annotated[
-    Path | None, typer.Option(help="Draw size against loss into this file (.png, .svg, .pdf).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
 
 def compare(
     paths: Annotated[
-        list[str], typer.Argument(metavar="A B [C…]", help="Bundles, checkpoints or hub ids.")
+        list[str],
+        argument("A B [C…]", "The directories of bundles and checkpoints, or hub ids of these."),
     ],
     reference: Annotated[
         str | None,
-        typer.Option(help="What all are held to; else a checkpoint among them, or the largest."),
+        option(
+            "The bundle or checkpoint that all are compared with.",
+            group=QUESTIONS,
+            value="PATH",
+            default="the first checkpoint among them, or the largest bundle",
+        ),
     ] = None,
     questions: Questions = None,
     count: Count = 200,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Hold bundles and checkpoints to one of them: sizes, losses, answers changed."""
+    """All are asked the same questions, and given the answers of the reference token by token. The
+    table says how much larger the loss is and how many answers would change; a dot marks what no
+    other is both smaller and nearer than."""
+    from fastvlm_mlx.bundle.files import left_behind
     from fastvlm_mlx.cli import show
-    from model_export.comparison import plot as chart
-    from model_export.comparison.compare import compare as run
-    from model_export.comparison.sweep import RESULTS
+    from model_export.cli import early
+    from model_export.comparison import RESULTS
 
-    if plot is not None:
-        chart.check(plot)
+    check_plot(plot)
+    early.check_samples("--questions", questions)
     # What a sweep leaves beside its bundles, which `sweep/*` names too.
     models = [p for p in paths if (name := Path(p).name) != RESULTS and not left_behind(name)]
+    for model in (*models, *([reference] if reference else [])):
+        early.check_model(model)
+    from model_export.comparison.compare import compare as run
+
     with show.stages() as progress:
         rows = run(models, reference, questions, count, progress)
-    _deliver(rows, plot, as_json, {})
+    deliver(rows, plot, {}, as_json=as_json)
 
 
-def sweep(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's directory, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="Where the bundles and sweep.json are kept.")],
-    layout: Annotated[str, typer.Option(help="As for export.")] = "app",
-    choices: Annotated[
-        Path | None, typer.Option(help='A JSON file: {"name": {"llm_bits": 4}, …}; else our own.')
-    ] = None,
-    questions: Questions = None,
-    count: Count = 200,
-    plot: Plot = None,
-    as_json: Json = False,
-) -> None:
-    """Export a checkpoint in many ways and compare them all; run again, it goes on."""
-    from fastvlm_mlx.cli import show
-    from model_export.comparison import plot as chart
-    from model_export.comparison.sweep import read_choices
-    from model_export.comparison.sweep import sweep as run
-
+def check_plot(plot: Path | None) -> None:
+    """Raises OptionError, DestinationError: it can't be drawn into."""
     if plot is not None:
+        from model_export.comparison import plot as chart
+
         chart.check(plot)
-    wanted = read_choices(choices, layout)
-    with show.stages() as progress:
-        rows, refused = run(checkpoint, out, wanted, layout, questions, count, progress)
-    _deliver(rows, plot, as_json, {"refused": refused})
-    for name, reason in refused.items():
-        show.note(f"{name}: {reason}")
 
 
-def _deliver(rows: list[Row], plot: Path | None, as_json: bool, more: dict[str, Any]) -> None:
-    from model_export.comparison import plot as chart
-
+def deliver(rows: Sequence[Row], plot: Path | None, more: dict[str, Any], *, as_json: bool) -> None:
+    """Draw the rows where a plot is wanted, and print them with `more`, which is for programs."""
     if plot is not None:
+        from model_export.comparison import plot as chart
+
         chart.draw(rows, plot)
     if as_json:
         print_json({"rows": [row.to_dict() for row in rows], **more})
@@ -91,12 +73,13 @@ def _deliver(rows: list[Row], plot: Path | None, as_json: bool, more: dict[str, 
         print_rows(rows)
 
 
-def print_rows(rows: list[Row]) -> None:
+def print_rows(rows: Sequence[Row]) -> None:
     """A row for each model; • stands before what no other is both smaller and nearer than."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
+    from fastvlm_mlx.cli import show
     from fastvlm_mlx.errors import printable
 
     right = ("encoder", "LLM", "bpw", "SNR", "LLM KL", "KL", "median", "sd", "top-1", "changed")
@@ -112,11 +95,11 @@ def print_rows(rows: list[Row]) -> None:
         table.add_row("•" if row.best else "", Text(printable(row.name)), *_cells(row))
     # Wider than the terminal rather than cut.
     width = Console(width=1000).measure(table).maximum
-    Console(width=max(Console().width, width), highlight=False).print(table)
+    show.print_table(table, max(Console().width, width))
 
 
 def _cells(row: Row) -> list[str]:
-    from fastvlm_mlx.cli.show import shown_bytes
+    from fastvlm_mlx.bundle.files import shown_bytes
 
     sizes = [shown_bytes(row.bytes["encoder"]), shown_bytes(row.bytes["llm"])]
     sizes.append(f"{row.bits_per_weight:.2f}")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from fastvlm_mlx.cli.common import print_json
+from fastvlm_mlx.cli.common import BundlePath, Json, option, print_json
+from model_export.cli.options import BUNDLE, Out, Overwrite
 
 
 def convert(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's directory.")],
-    out: Annotated[Path, typer.Argument(help="Where the new bundle appears.")],
-    layout: Annotated[str, typer.Option(help="The new bundle's: app, from one of layout mlx.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    bundle: BundlePath,
+    out: Out,
+    layout: Annotated[str, option("The layout of the new bundle.", group=BUNDLE, choices=("app",))],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Turn an mlx bundle into an app bundle, checked against it; needs no checkpoint."""
+    """The new bundle is checked against the one that it is made from. There is no way back from app
+    to mlx, because a Core ML encoder has its weights folded."""
+    from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.cli import show
+    from fastvlm_mlx.inspection import inspect_bundle
+    from model_export.cli import early
+
+    early.check_destination(out, overwrite=overwrite)
+    Bundle.open(bundle)
     from model_export.conversion import convert as run
 
     with show.stages() as progress:
@@ -26,4 +31,4 @@ def convert(
     if as_json:
         print_json({"bundle": str(out), **result.manifest})
     else:
-        show.print_bundle(show.inspect_bundle(out))
+        show.print_facts(inspect_bundle(out))

@@ -2,91 +2,114 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.common import needs_export_extra, print_json
+from fastvlm_mlx.cli.common import Json, argument, option, print_json
+from model_export.cli.options import (
+    Base,
+    CalibrationSet,
+    DeploymentTarget,
+    Dtype,
+    EmbedBits,
+    EncoderBpw,
+    EncoderPrecision,
+    GroupSize,
+    HeadBits,
+    ImageInput,
+    ImageSize,
+    ImageSizes,
+    Layout,
+    LlmBits,
+    LlmBpw,
+    LlmMode,
+    Method,
+    Preset,
+    ProjectorBits,
+    Recipe,
+    Revision,
+    fields,
+)
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-Whole = Annotated[int | None, typer.Option(help="As for export.")]
-Word = Annotated[str | None, typer.Option(help="As for export.")]
+DEVICE = "Device"
+# What is no field of ExportOptions.
+OWN = ("path", "device", "base", "revision", "context", "kv_bits", "as_json")
 
 
 def plan(
-    context_of_call: typer.Context,
+    call: typer.Context,
     path: Annotated[
         str,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint's or a bundle's directory, or a hub id."
-        ),
+        argument("CHECKPOINT", "The directory of a checkpoint or of a bundle, or a hub id."),
     ],
     device: Annotated[
-        str | None, typer.Option(help="A phone, or a Mac by its chip: iphone-16-pro, m4. Else all.")
+        str | None,
+        option(
+            "A phone, or a Mac by its chip, such as iphone-16-pro or m4.",
+            group=DEVICE,
+            value="NAME",
+            default="all that are known",
+        ),
     ] = None,
-    preset: Word = None,
-    llm_bits: Whole = None,
-    llm_bpw: Annotated[float | None, typer.Option(help="As for export.")] = None,
-    group_size: Whole = None,
-    llm_mode: Word = None,
-    embed_bits: Whole = None,
-    head_bits: Whole = None,
-    projector_bits: Whole = None,
-    recipe: Word = None,
-    method: Word = None,
-    calibration: Word = None,
-    dtype: Word = None,
-    encoder_precision: Word = None,
-    encoder_bpw: Annotated[float | None, typer.Option(help="As for export.")] = None,
-    deployment_target: Word = None,
-    layout: Word = None,
-    image_size: Whole = None,
-    image_sizes: Word = None,
-    image_input: Annotated[bool, typer.Option("--image-input", help="As for export.")] = False,
-    base: Word = None,
-    revision: Word = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens in the KV cache; 2048 if the model has as many.")
+        int | None,
+        option(
+            "How many tokens the KV cache holds.",
+            group=DEVICE,
+            value="TOKENS",
+            default="2048, or all that the model has",
+        ),
     ] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="Of a quantized KV cache: 4 or 8.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    kv_bits: Annotated[
+        int | None,
+        option("Quantize the KV cache to this many bits.", group=DEVICE, choices=(4, 8)),
+    ] = None,
+    preset: Preset = None,
+    layout: Layout = None,
+    llm_bits: LlmBits = None,
+    llm_bpw: LlmBpw = None,
+    group_size: GroupSize = None,
+    llm_mode: LlmMode = None,
+    embed_bits: EmbedBits = None,
+    head_bits: HeadBits = None,
+    projector_bits: ProjectorBits = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    calibration: CalibrationSet = None,
+    dtype: Dtype = None,
+    encoder_precision: EncoderPrecision = None,
+    encoder_bpw: EncoderBpw = None,
+    deployment_target: DeploymentTarget = None,
+    image_size: ImageSize = None,
+    image_sizes: ImageSizes = None,
+    image_input: ImageInput = False,
+    base: Base = None,
+    revision: Revision = None,
+    as_json: Json = False,
 ) -> None:
-    """Foresee memory, time to the first token and speed on a device, without exporting."""
-    with needs_export_extra():
-        from model_export.options import parse_sizes
-        from model_export.planning.plan import run
-        from model_export.presets import preset as with_preset
+    """It takes the options of `fastvlm export` and reads headers only. The prediction has the
+    memory of each part, the limit of the device, the time to the first token, the tokens per
+    second, and what would make the model fit if it does not."""
+    from model_export.planning.plan import run
 
-    own = ("path", "device", "base", "revision", "context", "kv_bits", "as_json")
-    # An option that is not given is None, a flag False.
-    given = {
-        name: value
-        for name, value in context_of_call.params.items()
-        if value is not None and value is not False and name not in own
-    }
-    if image_sizes is not None:
-        given["image_sizes"] = parse_sizes(image_sizes)
-    if preset is not None:
-        given = with_preset(preset, given)
+    given = fields(call.params, OWN)
     plans = run(path, device, given, base=base, revision=revision, context=context, kv_bits=kv_bits)
     if as_json:
         print_json({"path": path, "devices": plans})
         return
-    from rich.console import Console
-
     if device is None:
-        print_plans(plans, Console())
+        print_plans(plans)
     else:
-        print_plan(plans[0], Console())
+        print_plan(plans[0])
 
 
-def print_plan(plan: dict[str, Any], out: Console) -> None:
+def print_plan(plan: dict[str, Any]) -> None:
     """A forecast as `plan` shows it: memory by part, limits, times, and what would make it fit."""
     from rich.table import Table
 
-    from fastvlm_mlx.cli.show import shown_bytes
+    from fastvlm_mlx.bundle.files import shown_bytes
+    from fastvlm_mlx.cli import show
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for key in ("device", "chip", "prompt_tokens", "context"):
@@ -104,29 +127,26 @@ def print_plan(plan: dict[str, Any], out: Console) -> None:
         table.add_row(key.removesuffix("_s").replace("ttft", "TTFT"), _milliseconds(plan[key]))
     speed = plan["tokens_per_s"]
     table.add_row("tokens per second", "no rate published" if speed is None else f"{speed:.0f}")
-    out.print(table, soft_wrap=True)
+    show.print_table(table)
     if not plan["fits"]:
         changes = " or ".join(plan["remedies"])
-        out.print(
+        print(
             f"It fits with {changes}."
             if changes
-            else "No bits and no context make it fit: take another device or a smaller model.",
-            highlight=False,
-            soft_wrap=True,
+            else "No bits and no context make it fit: take another device or a smaller model."
         )
 
 
-def print_plans(plans: list[dict[str, Any]], out: Console) -> None:
+def print_plans(plans: list[dict[str, Any]]) -> None:
     """A row for each device."""
     from rich.table import Column, Table
 
-    from fastvlm_mlx.cli.show import shown_bytes
+    from fastvlm_mlx.bundle.files import shown_bytes
+    from fastvlm_mlx.cli import show
 
-    out.print(
+    print(
         f"{shown_bytes(plans[0]['memory_bytes']['total'])} resident with "
-        f"{plans[0]['context']:,} tokens of context, prompts of {plans[0]['prompt_tokens']:,}",
-        highlight=False,
-        soft_wrap=True,
+        f"{plans[0]['context']:,} tokens of context, prompts of {plans[0]['prompt_tokens']:,}"
     )
     columns = ("device", "chip", "verdict", "TTFT", "tok/s")
     table = Table(*(Column(name, no_wrap=True) for name in columns), box=None, pad_edge=False)
@@ -139,7 +159,7 @@ def print_plans(plans: list[dict[str, Any]], out: Console) -> None:
             _milliseconds(plan["ttft_s"]),
             "no rate published" if speed is None else f"{speed:.0f}",
         )
-    out.print(table, soft_wrap=True)
+    show.print_table(table)
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.bundle.kind import is_bundle
-from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.fastvlm import image_processor, placeholder_id
+from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.prompt import TURN_END
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ def open_model(path: str | Path) -> Model:
 def _bundle(path: Path) -> Model:
     bundle = Bundle.open(path)
     tokenizer = bundle.tokenizer()
-    facts = show.inspect_bundle(path)
+    facts = inspect_bundle(path)
     size = bundle.config.vision.image_size
     process = image_processor(bundle, size, bundle.config.image_aspect_ratio)
 

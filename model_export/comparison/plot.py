@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastvlm_mlx.errors import DestinationError, OptionError
-from model_export.comparison.compare import Row
+
+if TYPE_CHECKING:
+    from model_export.comparison.compare import Row
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # A logarithmic axis has no zero; what is nearer than float32 tells is drawn there.

@@ -22,14 +22,13 @@ from fastvlm_mlx.bundle.manifest import MANIFEST
 from fastvlm_mlx.bundle.schema import check, read_json
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.comparison import compare
+from model_export.comparison import RESULTS, compare
 from model_export.comparison.compare import Bench, Row, open_model, samples_of
 from model_export.destination.destination import clear_leftovers
 from model_export.interruption import Progress
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 
-RESULTS = "sweep.json"
 # By layout: name, encoder and language model, → options.
 CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "app": {

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from fastvlm_mlx.bundle.manifest import MANIFEST
+from fastvlm_mlx.bundle.files import shown_bytes
+from fastvlm_mlx.bundle.manifest import MANIFEST, gate_cells
 from fastvlm_mlx.bundle.quantization import Format
-from fastvlm_mlx.cli.show import gate_cells, shown_bytes
 from fastvlm_mlx.errors import BundleError
 
 APPLE_LICENSE = "apple-amlr"

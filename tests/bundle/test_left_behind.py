@@ -10,10 +10,11 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.bundle.files import is_empty
 from fastvlm_mlx.bundle.manifest import MANIFEST, hash_tree
-from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.cli.facts import checkpoint_facts
 from model_export.comparison.sweep import _State
 from model_export.conversion import bundle_tensors
 from model_export.layouts import install as installer
@@ -56,7 +57,7 @@ def test_an_app_bundle(bundle_copy, tmp_path, monkeypatch, manifest):
     def everything():
         installation = installer.plan(bundle_copy, app)
         found = {
-            "inspect": show.inspect(bundle_copy),
+            "inspect": inspect_bundle(bundle_copy),
             "plan": plan.run(bundle_copy, "m4", {}),
             "install": (installation.files, installation.bytes, installation.replaces),
             "hashes": hash_tree(bundle_copy),
@@ -78,7 +79,7 @@ def test_an_mlx_bundle(mlx_bundle, tmp_path):
 
     def everything():
         bundle = Bundle.open(copy)
-        return show.inspect(copy), list(bundle_tensors(bundle)), hash_tree(copy)
+        return inspect_bundle(copy), list(bundle_tensors(bundle)), hash_tree(copy)
 
     before = everything()
     litter(copy)
@@ -89,7 +90,7 @@ def test_a_checkpoint(demo_checkpoint, tmp_path):
     copy = Path(shutil.copytree(demo_checkpoint, tmp_path / "checkpoint"))
 
     def everything():
-        return show.inspect(copy), Checkpoint(copy).source(), plan.run(copy, "m4", {})
+        return checkpoint_facts(copy), Checkpoint(copy).source(), plan.run(copy, "m4", {})
 
     before = everything()
     litter(copy)

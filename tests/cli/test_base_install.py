@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from fastvlm_mlx.cli.common import EXTRA
+from fastvlm_mlx.cli.main import Fastvlm
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -123,6 +124,17 @@ def test_every_other_verb_names_the_extra(base, demo_bundle, demo_checkpoint, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_every_verb_is_listed_and_what_needs_the_extra_says_so(base):
+    listed = base().stdout
+    assert all(f"\n  {name} " in listed for name in Fastvlm.table)
+    words = " ".join(listed.split())
+    needing = {verb.name for verb in Fastvlm.table.values() if verb.needs_export}
+    assert needing == {"export", "verify", "compare", "sweep", "convert", "demo"}
+    assert words.count("Needs [export].") == len(needing)
+    assert 'pip install "fastvlm-mlx[export]"' in words
+    assert base("export", "-h").stdout.startswith("Usage: fastvlm export ")
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs the encoder there")
 def test_an_answer_on_linux_misses_torch_in_the_middle_of_work(base, demo_bundle, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -139,12 +151,12 @@ def test_an_mlx_bundle_answers(base, mlx_bundle, tmp_path):
 
 LATE = """
 import sys
-from fastvlm_mlx import cli, report
-def inspect(path):
+from fastvlm_mlx.cli import inspect, main
+def facts_of(*arguments):
     import MODULE
-report.inspect = inspect
+inspect.facts_of = facts_of
 sys.argv = ["fastvlm", "inspect", "."]
-cli.main()
+main.main()
 """
 
 

@@ -10,6 +10,7 @@ from edits import edit_json
 
 from fastvlm_mlx.cli import main, show
 from fastvlm_mlx.errors import DestinationError
+from model_export.cli.export import note_padding
 from model_export.samples import scenes
 
 
@@ -221,8 +222,10 @@ class TestInspect:
     def test_a_hub_id(self, fastvlm):
         status, _, err = fastvlm("inspect", "apple/FastVLM-0.5B")
         assert status == 2
-        assert "apple/FastVLM-0.5B does not exist: expected a bundle's or" in sentence(err)
-        assert "a hub id is for `fastvlm export`" in sentence(err)
+        assert "apple/FastVLM-0.5B does not exist: expected the directory of a" in sentence(err)
+        assert "export, plan, sweep, compare and `verify --checkpoint` take hub ids" in sentence(
+            err
+        )
 
 
 class TestPadding:
@@ -243,7 +246,7 @@ class TestPadding:
     def test_nothing_of_the_app_layout(self, demo_bundle, bundle_copy, capsys):
         edit_json(bundle_copy, "config.json", image_aspect_ratio=None)
         for bundle in (demo_bundle, bundle_copy):
-            show.note_padding(bundle)
+            note_padding(bundle)
         assert capsys.readouterr().err == ""
 
 
@@ -321,11 +324,13 @@ def test_standard_input_that_never_ends(demo_bundle):
     ids=range(4),
 )
 def test_a_demo_over_what_is_not_a_demo_s(tmp_path, files):
-    from model_export.demo.run import run_demo
+    from model_export.demo.run import check_directory, run_demo
 
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(DestinationError, match="is not an earlier demo's"):
-        run_demo(tmp_path, seed=1, llm_bits=4)
+        check_directory(tmp_path)
+    with pytest.raises(DestinationError, match="is not an earlier demo's"):
+        run_demo(tmp_path, lambda stage, done: None, seed=1, llm_bits=4)
     assert {name: (tmp_path / name).read_text() for name in files} == files

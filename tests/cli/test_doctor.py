@@ -80,7 +80,7 @@ class TestTheDemo:
         assert "Apple's chips" in demo_lines["time to the first token"].found
 
     def test_as_json(self, demo_bundle, demo_lines, capsys):
-        cli_doctor.doctor(demo_bundle, as_json=True)
+        cli_doctor.examine(demo_bundle, exporter(), as_json=True)
         report = json.loads(capsys.readouterr().out)
         assert report["verdict"] in (OK, WARNING)
         assert report["bundle"] == str(demo_bundle)
@@ -130,7 +130,7 @@ class TestBroken:
 
     def test_answers_that_are_wrong(self, babbling, capsys):
         with pytest.raises(GateError, match=r"2 of .* problems \(bundle, answers\)") as caught:
-            cli_doctor.doctor(babbling)
+            cli_doctor.examine(babbling, exporter(), as_json=False)
         assert caught.value.exit_status == 2
         lines = capsys.readouterr().out.splitlines()
         [bundle] = [line for line in lines if " bundle: " in line]

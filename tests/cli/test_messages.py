@@ -155,7 +155,7 @@ def test_an_image_s_url(refused, demo_bundle):
     ("line", "sentence"),
     [
         ("exprot a b", "exprot is no verb of fastvlm: use export"),
-        ("xyzzy", "xyzzy is no verb of fastvlm: expected one of export, generate, verify, "),
+        ("xyzzy", "xyzzy is no verb of fastvlm: expected one of export, convert, sweep, "),
         (
             "--verison",
             "--verison is no option of `fastvlm`: use --version, or see `fastvlm --help`",
@@ -176,6 +176,11 @@ def test_an_image_s_url(refused, demo_bundle):
         ("export a b --llm-bpw low", "--llm-bpw is 'low': expected a valid number, see "),
         ("export a b --llm-bits", "option '--llm-bits' requires an argument: see `fastvlm export "),
         ("inspect a --json=3", "option '--json' does not take a value: see `fastvlm inspect "),
+        ("install a", "`fastvlm install` needs APP, which is not given: see `fastvlm install --"),
+        ("install", "`fastvlm install` needs BUNDLE, which is not given: see `fastvlm install "),
+        ("install --unpin-packages", "`fastvlm install` needs APP, which is not given: see "),
+        ("install --unpin-packages no-app", "no-app is not a directory: give the app/ directory"),
+        ("install a no-app --unpin-packages", "no-app is not a directory: give the app/ direct"),
         ("inspect a b", "got unexpected extra argument(s) (b): see `fastvlm inspect --help`"),
     ],
 )

@@ -22,9 +22,9 @@ import fastvlm_mlx
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import VisionConfig
-from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import BundleError, ConfigError, DestinationError, EncoderError, OptionError
 from fastvlm_mlx.image.preprocess import ImageProcessor
+from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, to_bytes
 from fastvlm_mlx.vision.package import (
     PackageInfo,
@@ -211,7 +211,7 @@ class TestTheBundle:
         assert manifest["options"]["image_sizes"] == [128, 256]
         assert manifest["options"]["deployment_target"] == "iOS18"
         assert manifest["encoder"]["image_sizes"] == [128, 256]
-        facts = show.inspect(bundle)
+        facts = inspect_bundle(bundle)
         assert facts["encoder"]["image_sizes"] == [128, 256]
         assert facts["encoder"]["image_size"] == 256
         assert facts["encoder"]["tokens_per_image"] == 16
@@ -226,7 +226,7 @@ class TestTheBundle:
         options = ExportOptions(llm_bits=4, layout="mlx", image_sizes=(128, 256))
         made = export(demo_checkpoint, out, options)
         assert "encoder SNR at 128" in [gate.name for gate in made.gates]
-        assert show.inspect(out)["encoder"]["image_sizes"] == [128, 256]
+        assert inspect_bundle(out)["encoder"]["image_sizes"] == [128, 256]
         names = [g.name for g in verify.verify(out, None, {}, lambda stage, done: None)[1]]
         assert names == ["encoder largest magnitude", "encoder largest magnitude at 128"]
         scene = scenes.generate(3, held_out=True).draw(256)
@@ -341,7 +341,7 @@ class TestImages:
         made = export(demo_checkpoint, out, ExportOptions(llm_bits=4, image_input=True))
         assert made.manifest["options"]["image_input"]
         assert made.manifest["fits_unmodified_app"] is False
-        assert show.inspect(out)["encoder"]["image_input"]
+        assert inspect_bundle(out)["encoder"]["image_input"]
         app.check_app(Bundle.open(out), describe(out / "fastvithd.mlpackage"))
         scene = scenes.generate(3, held_out=True).draw(300)
         for question in QUESTIONS:

@@ -227,8 +227,9 @@ def _features(case: Case, rng: random.Random, model: Any) -> None:
 def _path(case: Case, rng: random.Random, model: Any) -> None:
     """What is asked to be loaded, and how."""
     import fastvlm_mlx
-    from fastvlm_mlx.cli.show import inspect
+    from fastvlm_mlx.cli.inspect import facts_of
     from model_export.checkpoint.checkpoint import Checkpoint
+    from model_export.cli.facts import checkpoint_facts
 
     path: Any = rng.choice(
         (
@@ -257,7 +258,9 @@ def _path(case: Case, rng: random.Random, model: Any) -> None:
     if how == "load":
         case.step(f"load({path!r:.60})", lambda: fastvlm_mlx.load(path), must_fail=True)
     elif how == "inspect":
-        case.step(f"inspect({path!r:.60})", lambda: inspect(path), must_fail=True)
+        case.step(
+            f"inspect({path!r:.60})", lambda: facts_of(path, checkpoint_facts), must_fail=True
+        )
     elif how == "Checkpoint":
         case.step(f"Checkpoint({path!r:.60})", lambda: Checkpoint(path), must_fail=True)
     else:

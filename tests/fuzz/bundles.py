@@ -119,8 +119,9 @@ def _answer(path: Path) -> tuple[int, ...]:
 
 def _inspect(path: Path) -> None:
     from fastvlm_mlx.cli import show
+    from fastvlm_mlx.inspection import inspect_bundle
 
-    show.print_bundle(show.inspect(path))
+    show.print_facts(inspect_bundle(path))
 
 
 def _verify(path: Path) -> None:

@@ -98,9 +98,10 @@ def _describe(path: Path, step: Any) -> None:
     from fastvlm_mlx.cli import show
     from model_export.checkpoint.checkpoint import Checkpoint
     from model_export.checkpoint.tokenizer import export_tokenizer
+    from model_export.cli.facts import checkpoint_facts
 
     checkpoint = step("open", lambda: Checkpoint(path))
-    step("inspect", lambda: show.print_bundle(show.inspect(path)))
+    step("inspect", lambda: show.print_facts(checkpoint_facts(path)))
     if checkpoint is None:
         return
     step("tokenizer", lambda: export_tokenizer(checkpoint))

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 import fastvlm_mlx
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import VisionConfig, fits_mlx_vlm
-from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import placeholder_id
+from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.prompt import CHAT_TEMPLATE
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.gates import verify
@@ -94,7 +94,7 @@ def test_the_manifest_and_inspect_say_what_it_is(mlx_bundle):
         "mm_projector.0.weight",
         "mm_projector.2.weight",
     }
-    facts = show.inspect(mlx_bundle)
+    facts = inspect_bundle(mlx_bundle)
     assert facts["misfit"] == manifest["misfit"]
     assert facts["layout"] == "mlx"
     assert facts["encoder"]["precision"] == "float16"
@@ -147,7 +147,7 @@ def test_a_conversion_that_is_not_ours_loads(copy, mlx_bundle, scene):
     assert Bundle.open(copy).layout == "mlx"
     assert model.tokenizer.token_to_id("<image>") is None
     assert model.generate(scene, QUESTION, max_tokens=16).text[:8] == expected[:8]
-    assert show.inspect(copy)["layout"] == "mlx"
+    assert inspect_bundle(copy)["layout"] == "mlx"
 
 
 def test_verify_repeats_the_gates(mlx_bundle, demo_checkpoint):

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 import fastvlm_mlx
 from fastvlm_mlx.bundle.bundle import Bundle, model_name
-from fastvlm_mlx.cli import main, show
+from fastvlm_mlx.cli import main
 from fastvlm_mlx.errors import (
     BundleError,
     DestinationError,
     GateError,
     OptionError,
 )
+from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.package import describe
 from model_export import pipeline
 from model_export.checkpoint.checkpoint import Checkpoint
@@ -168,7 +169,7 @@ def test_the_manifest_keeps_the_source_and_tells_the_conversion(converted, mlx_b
     assert manifest["gates_passed"]
     about = describe(converted / "fastvithd.mlpackage")
     assert about.license == before["source"]["license"]
-    facts = show.inspect(converted)
+    facts = inspect_bundle(converted)
     assert facts["source"] == "fastvlm-demo"
     assert facts["converted_from"] == {"directory": mlx_bundle.name, "layout": "mlx"}
 

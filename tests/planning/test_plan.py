@@ -21,8 +21,9 @@ from benchmarks import published
 from benchmarks.synthetic import SIZES
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import MODEL_TYPE, FastVLMConfig, VisionConfig
-from fastvlm_mlx.cli import main, show
+from fastvlm_mlx.cli import main
 from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.model import load_model
 from model_export.checkpoint import names
 from model_export.checkpoint.checkpoint import Checkpoint
@@ -162,7 +163,7 @@ def test_a_cache_of_the_released_heads(bits):
 def test_weights_are_the_exporter_s(demo_checkpoint, demo_bundle, layout):
     checkpoint = Checkpoint(demo_checkpoint)
     planned = footprint.of_checkpoint(checkpoint, ExportOptions(llm_bits=4, layout=layout))
-    facts = show.inspect_bundle(demo_bundle)
+    facts = inspect_bundle(demo_bundle)
     assert planned.llm_bytes == facts["llm"]["bytes"]
     if layout == "mlx":
         return

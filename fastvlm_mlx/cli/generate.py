@@ -1,0 +1,166 @@
+"""`fastvlm generate`: the verb."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, BinaryIO
+
+from fastvlm_mlx.cli.common import BundlePath, Json, option, print_json
+from fastvlm_mlx.errors import ImageError
+
+QUESTION, SAMPLING, IMAGE = "Question", "Sampling", "Image and encoder"
+# As `vision.units` and `image.decode` have them, which take as long to import as all of the help.
+COMPUTE_UNITS = ("auto", "all", "cpu", "gpu", "ne")
+MAX_PIXELS = 178_956_970
+
+
+def generate(
+    bundle: BundlePath,
+    image: Annotated[
+        str,
+        option("The image's file; - reads it from standard input.", group=QUESTION, value="FILE"),
+    ],
+    prompt: Annotated[
+        list[str], option("What to ask about the image.", group=QUESTION, value="TEXT")
+    ],
+    max_tokens: Annotated[
+        int, option("End an answer after this many tokens.", group=SAMPLING, value="N")
+    ] = 256,
+    temperature: Annotated[
+        float,
+        option(
+            "How freely tokens are drawn; 0 always takes the likeliest.", group=SAMPLING, value="T"
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        option(
+            "Draw from the likeliest tokens that together have this probability.",
+            group=SAMPLING,
+            value="P",
+        ),
+    ] = 1.0,
+    top_k: Annotated[
+        int,
+        option(
+            "Draw from this many of the likeliest tokens; 0 draws from all.",
+            group=SAMPLING,
+            value="N",
+        ),
+    ] = 0,
+    min_p: Annotated[
+        float,
+        option(
+            "Leave out tokens that have less than this share of the likeliest's probability.",
+            group=SAMPLING,
+            value="P",
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float | None,
+        option("Above 1 it makes recent tokens less likely.", group=SAMPLING, value="X"),
+    ] = None,
+    seed: Annotated[
+        int | None, option("Makes the drawing repeatable.", group=SAMPLING, value="N")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, option("End the answer before this text.", group=SAMPLING, value="TEXT")
+    ] = None,
+    compute_units: Annotated[
+        str,
+        option(
+            "Where Core ML runs the encoder, on macOS only; auto measures and takes the fastest "
+            "that is exact enough.",
+            group=IMAGE,
+            choices=COMPUTE_UNITS,
+        ),
+    ] = "auto",
+    image_size: Annotated[
+        int | None,
+        option(
+            "The input size in pixels, one of those that the bundle's encoder takes.",
+            group=IMAGE,
+            value="PIXELS",
+            default="the bundle's own",
+        ),
+    ] = None,
+    crop: Annotated[
+        bool,
+        option(
+            "Crop the image to its centre, as Apple's demo app does, and do not pad it.",
+            "--crop",
+            group=IMAGE,
+        ),
+    ] = False,
+    max_pixels: Annotated[
+        int | None,
+        option(
+            "Refuse an image that has more pixels.",
+            group=IMAGE,
+            value="N",
+            default=f"{MAX_PIXELS:,}",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The answer goes to standard output as it is written, a line of timings to standard error.
+    Several prompts look at the image once."""
+    from fastvlm_mlx.bundle.bundle import Bundle
+    from fastvlm_mlx.cli import show
+    from fastvlm_mlx.fastvlm import load
+    from fastvlm_mlx.image.decode import (
+        DEFAULT_MAX_PIXELS,
+        ImageSource,
+        check_max_pixels,
+        load_image,
+    )
+    from fastvlm_mlx.language.sampling import SamplingOptions
+
+    options = SamplingOptions(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
+    check_max_pixels(limit)
+    source: ImageSource = _stdin() if image == "-" else image
+    Bundle.open(bundle)
+    decoded = load_image(source, max_pixels=limit)
+    model = load(
+        bundle,
+        compute_units=compute_units,
+        image_size=image_size,
+        crop=crop,
+        max_pixels=limit,
+    )
+    answers = []
+    for generation in model.ask(decoded, prompt, options):
+        for piece in generation:
+            if not as_json:
+                print(show.answer(piece), end="", flush=True)
+        answers.append(generation.result)
+        if not as_json:
+            print(flush=True)
+            print(show.timing_line(generation.result), file=sys.stderr)
+    if as_json:
+        print_json(
+            {
+                "model": str(bundle),
+                "image": image,
+                "answers": [answer.to_dict() for answer in answers],
+                "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
+            }
+        )
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ImageError(
+            "--image - reads an image from standard input, which holds none: pipe one in"
+        )
+    return sys.stdin.buffer

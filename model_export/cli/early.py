@@ -1,0 +1,93 @@
+"""What can be said of a command line before torch is imported, which takes seconds.
+
+The steps of the work look at all of this themselves; here a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.bundle.kind import is_bundle
+from fastvlm_mlx.errors import OptionError
+from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.hub import is_hub_id
+from model_export.destination.destination import check_replaceable, resolve
+from model_export.language import recipes
+from model_export.options import ExportOptions
+
+
+def check_destination(out: Path, *, overwrite: bool) -> None:
+    """Raises DestinationError: something is there that may not be replaced."""
+    check_replaceable(resolve(out), overwrite=overwrite)
+
+
+def check_samples(name: str, path: str | None) -> None:
+    """Raises OptionError: there is nothing at the path of images that the option `name` gives."""
+    if path is not None and not _exists(path):
+        raise OptionError(
+            f"{name} {path} does not exist: expected a directory of images, or a JSONL file of "
+            "image, prompt and answer"
+        )
+
+
+def check_checkpoint(
+    reference: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    image_size: int | None = None,
+) -> Checkpoint | None:
+    """Open a checkpoint, unless it is on the hub: then the result is None.
+
+    Raises:
+        CheckpointError, ConfigError, OptionError: as `Checkpoint`.
+    """
+    hub_ids = [name for name in (reference, base) if name is not None and is_hub_id(name)]
+    # A path that exists wins over a hub id.
+    if not all(_exists(name) for name in hub_ids):
+        return None
+    return Checkpoint(reference, base=base, revision=revision, image_size=image_size)
+
+
+def check_export(
+    reference: str,
+    out: Path,
+    options: ExportOptions,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Look at the destination, at what the options name, and at a checkpoint that is here.
+
+    Raises:
+        DestinationError: something is at `out` that may not be replaced.
+        CheckpointError, ConfigError: there is no whole checkpoint.
+        OptionError: the options don't fit it.
+    """
+    check_destination(out, overwrite=options.overwrite)
+    check_samples("--calibration", options.calibration)
+    size = options.default_size
+    checkpoint = check_checkpoint(reference, base=base, revision=revision, image_size=size)
+    if checkpoint is not None and options.llm_bpw is None:
+        recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+
+
+def check_model(reference: str) -> None:
+    """Open a bundle or a checkpoint, unless it is on the hub.
+
+    Raises:
+        BundleError, CheckpointError, ConfigError: it is neither.
+    """
+    if _exists(reference) and is_bundle(Path(reference).expanduser()):
+        Bundle.open(reference)
+    else:
+        check_checkpoint(reference)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    # A NUL in it, a home that nobody has, or a name that is too long.
+    except (OSError, ValueError, RuntimeError):
+        return False
