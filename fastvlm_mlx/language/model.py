@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict
+from functools import cached_property
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,6 @@ class Model(nn.Module):
         )
 
 
-if TYPE_CHECKING:
-    RunningModel = Model | TorchModel
-
-
 def load_model(bundle: Bundle) -> Model:
     """The bundle's projector and language model, quantized where its weights are.
 
@@ -153,9 +150,45 @@ def for_this_machine(model: Model) -> RunningModel:
         # MLX's half-precision kernels for a CPU are an order of magnitude slower and no more exact.
         model.set_dtype(mx.float32)
         return model
-    from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
+    return CPUModel(model)
 
-    return TorchModel(model, arithmetic(model.parameter_count))
+
+class CPUModel:
+    """What `Model` does, on a CPU in torch, which is imported and filled at the first use."""
+
+    def __init__(self, model: Model):
+        self.config = model.config
+        self.multi_modal_projector = model.multi_modal_projector
+        self._stored: Model | None = model
+
+    @cached_property
+    def _torch(self) -> TorchModel:
+        from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
+
+        stored, self._stored = self._stored, None
+        if stored is None:  # pragma: no cover, an error while it was filled
+            raise RuntimeError("the weights were given up")
+        return TorchModel(stored, arithmetic(stored.parameter_count))
+
+    @property
+    def language_model(self) -> Any:
+        return self._torch.language_model
+
+    @property
+    def compute(self) -> str:
+        """What computes, and in which type the matrices are multiplied."""
+        return self._torch.compute
+
+    def project(self, features: mx.array) -> mx.array:
+        """float32 [1, N, C] → [N, D] in float32."""
+        return self._torch.project(features)
+
+    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
+        """As `Model.embed_inputs`, in float32."""
+        return self._torch.embed_inputs(ids, projected)
+
+
+RunningModel = Model | CPUModel
 
 
 def _check_layers(bundle: Bundle, weights: dict[str, mx.array]) -> None:

@@ -216,7 +216,7 @@ class Qwen2:
 
 
 class TorchModel:
-    """What `Model` does, with torch: the arrays stay `model`'s."""
+    """Projector and language model from the arrays of `model`, which are in memory."""
 
     def __init__(self, model: Model, numbers: Arithmetic):
         self.config: FastVLMConfig = model.config

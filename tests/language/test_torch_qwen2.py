@@ -146,19 +146,35 @@ def test_a_cache_keeps_what_it_held_when_it_grows():
     assert cache.trim(1000) == 600
 
 
-def test_answers_in_bfloat16_are_those_in_float32(bundle):
-    exact = fastvlm_mlx.load(bundle)
-    fast = replace(exact, model=exact.worker.run(lambda: TorchModel(loaded(bundle), FAST)))
-    questions = 0
-    for seed in range(40, 44):
+def test_answers_are_mlx_s(bundle):
+    """On any CPU a model of this size computes in float32; in bfloat16 few answers change."""
+    here = fastvlm_mlx.load(bundle)
+    mlx = here.worker.run(lambda: loaded(bundle))
+    mlx.set_dtype(mx.float32)
+    fast = replace(here, model=here.worker.run(lambda: TorchModel(loaded(bundle), FAST)))
+    exact, changed, questions = replace(here, model=mlx), 0, 0
+    for seed in range(40, 43):
         scene = scenes.generate(seed, held_out=True)
-        features = exact.encode(scene.draw(exact.image_processor.size))
+        features = here.encode(scene.draw(here.image_processor.size))
         for question in scene.questions(seed):
-            found = fast.generate(features, question.prompt)
-            assert found.compute == "torch bfloat16"
-            assert found.tokens == exact.generate(features, question.prompt).tokens
+            expected = exact.generate(features, question.prompt)
+            found = here.generate(features, question.prompt)
+            assert (found.tokens, found.compute) == (expected.tokens, "torch float32")
+            changed += fast.generate(features, question.prompt).tokens != expected.tokens
             questions += 1
     assert questions > 10
+    assert changed <= 2
+
+
+def test_torch_comes_with_the_first_question(demo_bundle):
+    """And what MLX has read is given up as soon as torch has it."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = fastvlm_mlx.load(demo_bundle)
+    loaded_bytes = mx.get_active_memory() - before
+    assert model.generate(None, "What do you see?", max_tokens=2).compute == "torch float32"
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < loaded_bytes
 
 
 def test_a_mac_keeps_mlx(demo_bundle, monkeypatch):
@@ -173,8 +189,3 @@ def test_arithmetic_is_exact_where_that_costs_nothing():
     large = arithmetic(500_000_000)
     assert large.dtype in (torch.bfloat16, torch.float32)
     assert not arithmetic(10**15).keep_dense
-
-
-def test_the_prompt_s_model_says_what_computed(demo_bundle):
-    model = fastvlm_mlx.load(demo_bundle)
-    assert model.generate(None, "What do you see?", max_tokens=2).compute == "torch float32"
