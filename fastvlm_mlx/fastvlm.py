@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,13 +29,16 @@ from fastvlm_mlx.language.generate import (
     check_room,
     generate,
 )
-from fastvlm_mlx.language.model import Model, load_model
+from fastvlm_mlx.language.model import for_this_machine, load_model
 from fastvlm_mlx.language.prompt import encode_prompt
 from fastvlm_mlx.language.sampling import SamplingOptions, chosen
 from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
 from fastvlm_mlx.vision.mlprogram import encoder_shape
 from fastvlm_mlx.vision.package import describe
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.language.model import RunningModel
 
 Seen = ImageSource | ImageFeatures
 
@@ -59,7 +62,7 @@ class FastVLM:
     bundle: Bundle
     config: FastVLMConfig
     num_tokens: int
-    model: Model
+    model: RunningModel
     tokenizer: Tokenizer
     image_processor: ImageProcessor
     eos_token_ids: frozenset[int]
@@ -315,7 +318,7 @@ def load(
     )
 
 
-def _evaluated(bundle: Bundle) -> Model:
+def _evaluated(bundle: Bundle) -> RunningModel:
     """The model with its weights in memory: what is put off belongs to the thread that did it, and
     would read what lies at the path later."""
     model = load_model(bundle)
@@ -328,7 +331,7 @@ def _evaluated(bundle: Bundle) -> Model:
             f"the weights of {bundle.path} can't be read ({error}): export the checkpoint again"
         ) from error
     bundle.check_unchanged()
-    return model
+    return for_this_machine(model)
 
 
 def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:

@@ -99,7 +99,7 @@ def timing_line(result: GenerationResult) -> str:
         f"load {t.load_s:.2f} s | preprocess {t.preprocess_s:.3f} | encode {t.encode_s:.3f} | "
         f"project {t.project_s:.3f} | prefill {t.prefill_s:.3f} | TTFT {t.ttft_s:.3f} s | "
         f"{result.generation_tokens} tokens in {t.decode_s:.3f} s ({t.tokens_per_s:.1f}/s) | "
-        f"peak {result.peak_memory_bytes / 1e9:.2f} GB"
+        f"peak {result.peak_memory_bytes / 1e9:.2f} GB | {result.compute}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,9 @@ from mlx.utils import tree_flatten
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.language.generate import Timings
-from fastvlm_mlx.language.model import Model
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.language.model import RunningModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ImageFeatures:
     model: str = ""
 
 
-def fingerprint(model: Model, num_tokens: int, image_size: int) -> str:
+def fingerprint(model: RunningModel, num_tokens: int, image_size: int) -> str:
     """Of what decides which features suit a model: its projector, and the size of its images."""
     digest = hashlib.blake2b(f"{image_size} {num_tokens}".encode(), digest_size=16)
     arrays = dict(tree_flatten(model.multi_modal_projector.parameters()))

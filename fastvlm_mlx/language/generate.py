@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 import mlx.core as mx
@@ -23,9 +23,11 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.language.detokenizer import Text
-from fastvlm_mlx.language.model import Model
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
 from fastvlm_mlx.language.worker import Worker
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.language.model import RunningModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Timings:
 class GenerationResult:
     """An answer. `finish_reason` is "stop" (end token or stop string) or "length".
 
+    `compute` says what the language model ran on and in which type, such as "MLX float16".
+
     `tokens` are the generated ids without the end token; `generation_tokens` counts what was
     decoded, the end token included. `peak_memory_bytes` is the process's.
     """
@@ -61,6 +65,7 @@ class GenerationResult:
     finish_reason: str
     timings: Timings
     peak_memory_bytes: int
+    compute: str
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -146,7 +151,7 @@ class Generation:
 
 
 def generate(
-    model: Model,
+    model: RunningModel,
     tokenizer: Tokenizer,
     *,
     prompt: str,
@@ -228,6 +233,7 @@ def generate(
             tokens_per_s=(count - 1) / decode_s if count > 1 and decode_s else 0.0,
         ),
         peak_memory_bytes=peak_memory_bytes(),
+        compute=model.compute,
     )
 
 

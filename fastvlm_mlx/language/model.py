@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import asdict
+from functools import cached_property
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +18,9 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.imports import part
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.language.torch_qwen2 import TorchModel
 
 qwen2 = part("mlx_lm.models.qwen2")
 
@@ -61,6 +66,23 @@ class Model(nn.Module):
         )
         self.multi_modal_projector = MultiModalProjector(config)
 
+    @property
+    def compute(self) -> str:
+        """What computes, and in which type between the matrices."""
+        # The bias's: a quantized weight is of integers.
+        dtype = self.multi_modal_projector.linear_0.bias.dtype
+        return f"MLX {str(dtype).removeprefix('mlx.core.')}"
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the language model, quantized or not."""
+        text = self.config.text
+        width, kv = text.hidden_size, text.num_key_value_heads
+        head_dim = width // text.num_attention_heads
+        layer = 2 * width * (width + kv * head_dim) + 3 * width * text.intermediate_size
+        embeddings = text.vocab_size * width * (1 if text.tie_word_embeddings else 2)
+        return text.num_hidden_layers * layer + embeddings
+
     def project(self, features: mx.array) -> mx.array:
         """float32 [1, N, C] → [N, D] in the model's dtype."""
         # The bias's: a quantized weight is of integers.
@@ -90,9 +112,8 @@ class Model(nn.Module):
 def load_model(bundle: Bundle) -> Model:
     """The bundle's projector and language model, quantized where its weights are.
 
-    Weights are read when first used. On a CPU they compute in float32: MLX's half-precision
-    kernels there are an order of magnitude slower and no more exact. MLX's kernel fusion is
-    turned off there, for the whole process.
+    Weights are read when first used. On a CPU MLX's kernel fusion is turned off, for the whole
+    process.
 
     Raises:
         BundleError: a weight is missing, unknown or of the wrong shape.
@@ -110,12 +131,64 @@ def load_model(bundle: Bundle) -> Model:
     _check_names(bundle, dict(tree_flatten(model.parameters())), weights)
     model.load_weights(list(weights.items()))
     if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
         # Fused kernels are C++ that MLX hands to the system's compiler at their first use: half a
         # second each, and no answer on a machine that has none.
         mx.disable_compile()
     model.eval()
     return model
+
+
+def for_this_machine(model: Model) -> RunningModel:
+    """The model as this machine runs it: in torch on a CPU, unless that is a Mac's; else in MLX.
+
+    Args:
+        model: its arrays are in memory.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return model
+    if sys.platform == "darwin":
+        # MLX's half-precision kernels for a CPU are an order of magnitude slower and no more exact.
+        model.set_dtype(mx.float32)
+        return model
+    return CPUModel(model)
+
+
+class CPUModel:
+    """What `Model` does, on a CPU in torch, which is imported and filled at the first use."""
+
+    def __init__(self, model: Model):
+        self.config = model.config
+        self.multi_modal_projector = model.multi_modal_projector
+        self._stored: Model | None = model
+
+    @cached_property
+    def _torch(self) -> TorchModel:
+        from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
+
+        stored, self._stored = self._stored, None
+        if stored is None:  # pragma: no cover, an error while it was filled
+            raise RuntimeError("the weights were given up")
+        return TorchModel(stored, arithmetic(stored.parameter_count))
+
+    @property
+    def language_model(self) -> Any:
+        return self._torch.language_model
+
+    @property
+    def compute(self) -> str:
+        """What computes, and in which type the matrices are multiplied."""
+        return self._torch.compute
+
+    def project(self, features: mx.array) -> mx.array:
+        """float32 [1, N, C] → [N, D] in float32."""
+        return self._torch.project(features)
+
+    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
+        """As `Model.embed_inputs`, in float32."""
+        return self._torch.embed_inputs(ids, projected)
+
+
+RunningModel = Model | CPUModel
 
 
 def _check_layers(bundle: Bundle, weights: dict[str, mx.array]) -> None:

@@ -144,6 +144,7 @@ def test_a_stop_string_stops_the_model(model, image):
 
 def test_the_placeholders_take_the_features_place(model, image):
     """Embedding by hand: text before, N rows of the projector, text after."""
+    from fastvlm_mlx.language.model import load_model
     from fastvlm_mlx.language.prompt import encode_prompt
 
     features = model.encode(image)
@@ -151,7 +152,7 @@ def test_the_placeholders_take_the_features_place(model, image):
     ids = encode_prompt(model.tokenizer, "Hello.", image_token_id=image_id, num_image_tokens=16)
     start = ids.index(image_id)
     embedded = model.model.embed_inputs(mx.array(ids), features.projected)
-    table = model.model.language_model.model.embed_tokens
+    table = load_model(model.bundle).language_model.model.embed_tokens
     assert ids.count(image_id) == 16
     assert mx.array_equal(embedded[start : start + 16], features.projected).item()
     outside = ids[:start] + ids[start + 16 :]

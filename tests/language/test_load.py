@@ -57,8 +57,6 @@ class TestPutOff:
         model = fastvlm_mlx.load(mlx_bundle)
         read = mx.get_active_memory() - before
         assert read > 500_000
-        mx.eval(model.model.parameters())
-        assert mx.get_active_memory() - before == read
         _ = model.encoder
         assert mx.get_active_memory() - before > read + 500_000
 
