@@ -36,6 +36,7 @@ from model_export.destination.destination import (
 )
 from model_export.encoder import compression as compress
 from model_export.encoder import coreml, fastvithd, multifunction
+from model_export.encoder.references import Reference, references_of_sizes
 from model_export.gates import equality, verify
 from model_export.gates.gate import Gate
 from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
@@ -47,7 +48,6 @@ from model_export.quantization import layerwise, search
 from model_export.quantization.encoder_sensitivity import calibration_pixels
 from model_export.quantization.mixed import mixed
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import Reference, references_of_sizes
 
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000

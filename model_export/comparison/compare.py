@@ -29,13 +29,14 @@ from fastvlm_mlx.language.prompt import TURN_END
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.encoder.references import reference_features
 from model_export.gates.mlx_encoder import RoundedEncoder
 from model_export.gates.verify import mean_cosine, snr_db
 from model_export.interruption import Progress
 from model_export.language import qwen2
 from model_export.samples import scenes
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import Sample, gate_samples, reference_features
+from model_export.samples.images import Sample, gate_samples
 
 # Of the scenes' questions; 1 % of them is two.
 QUESTIONS = 200

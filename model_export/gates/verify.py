@@ -58,12 +58,12 @@ from fastvlm_mlx.vision.package import describe
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer, extended
 from model_export.encoder.compression import stored_parameters
+from model_export.encoder.references import Reference, references_of_sizes
 from model_export.gates.core_ml import core_ml_gates
 from model_export.gates.gate import Gate, Magnitude, overflow_gates
 from model_export.gates.mlx_encoder import RoundedEncoder
 from model_export.layouts import app, mlx
 from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
-from model_export.samples.images import Reference, references_of_sizes
 
 if TYPE_CHECKING:
     import torch

@@ -23,9 +23,9 @@ from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tensors import ALL, safe_tensors
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
 from model_export.language.recipes import Scheme
-from model_export.samples.images import Reference
 
 # Of taking a method for better that is not.
 LEVEL = 0.05

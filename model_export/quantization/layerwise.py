@@ -28,6 +28,7 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import LAYER
 from model_export.checkpoint.tensors import from_torch
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference, each_reference
 from model_export.language import llm, qwen2
 from model_export.language.affine import round_weight
 from model_export.language.recipes import PREFIX, Scheme
@@ -35,7 +36,6 @@ from model_export.options import ExportOptions
 from model_export.quantization import awq, dwq, gptq, held_out
 from model_export.quantization.sensitivity import recorded
 from model_export.samples.calibration import Calibration, record, split
-from model_export.samples.images import Reference, each_reference
 
 # AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
 AWQ_TOKENS = 2_048

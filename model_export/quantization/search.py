@@ -19,6 +19,7 @@ from typing import Any
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference, reference_features
 from model_export.language.recipes import Scheme, path_of
 from model_export.options import ExportOptions
 from model_export.quantization import sensitivity, trial
@@ -26,7 +27,7 @@ from model_export.quantization.candidates import Candidate, Space, a_little_abov
 from model_export.quantization.measurements import Measurements
 from model_export.quantization.sensitivity import Losses
 from model_export.samples.calibration import Calibration
-from model_export.samples.images import Reference, Sample, reference_features
+from model_export.samples.images import Sample
 
 # Part of the name under which losses are kept: of another way to measure them nothing is reused.
 METHOD = 2

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference
 from model_export.language.recipes import Scheme
 from model_export.quantization import trial
-from model_export.samples.images import Reference
 
 # Nats lost, by the model's path of a matrix and the format it is in.
 Losses = Mapping[str, Mapping[Format, float]]

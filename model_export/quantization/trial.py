@@ -22,10 +22,10 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import NORM
 from model_export.checkpoint.tensors import row_blocks
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
 from model_export.language.qwen2 import Dialogue, SourceWeights
 from model_export.language.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR, Scheme
-from model_export.samples.images import Reference
 
 # Elements of the widest activation of the rows that go through a layer together.
 CHUNK_ELEMENTS = 2**24

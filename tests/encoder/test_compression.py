@@ -28,6 +28,7 @@ from model_export.encoder.compression import (
     rounded,
     stored_parameters,
 )
+from model_export.encoder.references import reference_features
 from model_export.gates import verify
 from model_export.options import ExportOptions
 from model_export.pipeline import export
@@ -59,7 +60,7 @@ def pixels(checkpoint):
 @pytest.fixture(scope="module")
 def references(checkpoint):
     seen = images.gate_samples(checkpoint.config.vision)[-2:]
-    return images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    return reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
 def write(module, checkpoint, path, compression, target="iOS16"):

@@ -21,6 +21,7 @@ from fastvlm_mlx.vision.package import model_path, read_spec
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer, extended
 from model_export.encoder import coreml, fastvithd
+from model_export.encoder.references import reference_features
 from model_export.gates import equality, verify
 from model_export.gates.verify import Gate
 from model_export.language import llm, qwen2, recipes
@@ -32,7 +33,7 @@ from model_export.samples import images
 def references(demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     seen = images.gate_samples(checkpoint.config.vision)[:2]
-    return images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    return reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
 def folded(checkpoint):
@@ -451,7 +452,7 @@ class TestLimits:
         llm.write(checkpoint, chosen, options, out, lambda count: None)
         bundle, made = Bundle.open(out), equality.Made(chosen, torch.float16)
         assert equality.tensor_gate(checkpoint, bundle, made).passed
-        seen = images.reference_features(
+        seen = reference_features(
             checkpoint.encoder_state(),
             checkpoint,
             images.gate_samples(checkpoint.config.vision)[:1],

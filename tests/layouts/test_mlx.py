@@ -24,6 +24,7 @@ from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.fastvlm import placeholder_id
 from fastvlm_mlx.language.prompt import CHAT_TEMPLATE
 from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.encoder.references import reference_features
 from model_export.gates import verify
 from model_export.layouts import mlx
 from model_export.options import ExportOptions
@@ -167,7 +168,7 @@ def test_the_written_side_has_pixels_of_its_own_settings(copy, demo_checkpoint):
     """A photograph that is not square, once padded and once cropped."""
     checkpoint = Checkpoint(demo_checkpoint)
     seen = images.gate_samples(checkpoint.config.vision)[-1:]
-    references = images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    references = reference_features(checkpoint.encoder_state(), checkpoint, seen)
     edit_json(copy, "config.json", image_aspect_ratio="square")
     gates, _ = verify.gates_of_sizes(
         Bundle.open(copy), None, {256: references}, ExportOptions(layout="mlx")
@@ -187,7 +188,7 @@ def test_an_answer_ends_with_the_turn_whatever_the_files_say(copy, scene):
 def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     seen = images.gate_samples(checkpoint.config.vision)[:1]
-    references = images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    references = reference_features(checkpoint.encoder_state(), checkpoint, seen)
     name = "vision_tower.vision_model.network.4.0.token_mixer.reparam_conv.weight"
 
     def swap_channels(arrays):

@@ -20,13 +20,14 @@ from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tensors import safe_tensors
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.encoder.references import reference_features
 from model_export.gates.verify import recorded_options
 from model_export.language import llm, qwen2, recipes
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization import awq, dwq, held_out, layerwise
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import gate_samples, reference_features
+from model_export.samples.images import gate_samples
 
 
 @pytest.fixture(scope="module")

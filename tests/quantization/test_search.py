@@ -15,6 +15,7 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.encoder.references import reference_features
 from model_export.language import llm, qwen2, recipes
 from model_export.options import ExportOptions
 from model_export.pipeline import export
@@ -22,7 +23,6 @@ from model_export.quantization import held_out, search, sensitivity, trial
 from model_export.quantization.candidates import Space, at_or_below
 from model_export.quantization.measurements import Measurements
 from model_export.samples.calibration import Calibration, load_calibration
-from model_export.samples.images import reference_features
 
 FORMS = [Format(bits, 64) for bits in (2, 3, 4, 8)]
 PATHS = [
