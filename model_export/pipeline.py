@@ -37,7 +37,9 @@ from model_export.destination.destination import (
 from model_export.encoder import compression as compress
 from model_export.encoder import coreml, fastvithd, multifunction
 from model_export.encoder.references import Reference, references_of_sizes
-from model_export.gates import equality, verify
+from model_export.gates import equality
+from model_export.gates.answers import answer_gates
+from model_export.gates.encoder import gates_of_sizes
 from model_export.gates.gate import Gate
 from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
 from model_export.language import llm, recipes
@@ -175,10 +177,10 @@ def build(job: Job, destination: Destination, progress: Progress) -> ExportResul
         _check_layout(bundle, encoder)
         progress("check encoder", None)
         folded = partial(_folded, job.checkpoint)
-        gates, features = verify.gates_of_sizes(bundle, folded, encoder.references, job.limits)
+        gates, features = gates_of_sizes(bundle, folded, encoder.references, job.limits)
         progress("check answers", None)
         seen = encoder.references[job.checkpoint.config.vision.image_size]
-        gates += verify.answer_gates(
+        gates += answer_gates(
             job.checkpoint,
             bundle,
             job.tokenizer.tokenizer,

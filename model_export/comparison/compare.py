@@ -30,8 +30,8 @@ from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
+from model_export.gates.encoder import mean_cosine, snr_db
 from model_export.gates.mlx_encoder import RoundedEncoder
-from model_export.gates.verify import mean_cosine, snr_db
 from model_export.interruption import Progress
 from model_export.language import qwen2
 from model_export.samples import scenes

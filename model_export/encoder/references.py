@@ -14,7 +14,8 @@ import numpy as np
 
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.samples.images import Sample, gate_samples
+from model_export.samples import images
+from model_export.samples.images import Sample
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +68,8 @@ def each_reference(
     for sample in samples:
         pixels = process(sample.image)
         with torch.inference_mode():
-            images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
-            features = module(images).contiguous().numpy()
+            pixel_values = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
+            features = module(pixel_values).contiguous().numpy()
         yield Reference(sample, pixels, features)
 
 
@@ -79,7 +80,7 @@ def references_of_sizes(
     vision = checkpoint.config.vision
     return {
         size: reference_features(
-            state, checkpoint, gate_samples(replace(vision, image_size=size)), size
+            state, checkpoint, images.gate_samples(replace(vision, image_size=size)), size
         )
         for size in (vision.image_size, *other_sizes)
     }
