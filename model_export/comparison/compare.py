@@ -34,6 +34,8 @@ from model_export.gates.encoder import mean_cosine, snr_db
 from model_export.gates.mlx_encoder import RoundedEncoder
 from model_export.interruption import Progress
 from model_export.language import qwen2
+from model_export.language.dialogue import Dialogue, encode_text
+from model_export.language.weights import BundleWeights, SourceWeights, Weights
 from model_export.samples import scenes
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import Sample, gate_samples
@@ -60,7 +62,7 @@ class Model:
     tokenizer: Tokenizer
     placeholder: int
     sizes: dict[str, float]
-    weights: qwen2.Weights
+    weights: Weights
     encode: Callable[[Sequence[Sample]], list[np.ndarray]]
 
     @property
@@ -178,7 +180,7 @@ def _bundle(path: Path) -> Model:
         tokenizer=tokenizer,
         placeholder=placeholder_id(tokenizer, bundle),
         sizes=_sizes(facts["encoder"]["bytes"], facts["llm"]["bytes"], facts["llm"]["parameters"]),
-        weights=qwen2.BundleWeights(bundle),
+        weights=BundleWeights(bundle),
         encode=encode,
     )
 
@@ -207,7 +209,7 @@ def _checkpoint(path: str | Path) -> Model:
         tokenizer=exported.tokenizer,
         placeholder=exported.image_token_id,
         sizes=_sizes(sum(sizes.values()) - llm, llm, checkpoint.llm_parameters),
-        weights=qwen2.SourceWeights(checkpoint),
+        weights=SourceWeights(checkpoint),
         encode=encode,
     )
 
@@ -250,7 +252,7 @@ class Bench:
     reference: Model
     samples: Sequence[Sample]
     features: Sequence[np.ndarray]
-    dialogues: Sequence[qwen2.Dialogue]
+    dialogues: Sequence[Dialogue]
     complete: Sequence[tuple[bool, ...]]
 
     @classmethod
@@ -300,20 +302,20 @@ class Bench:
 
 def answers(
     model: Model, sample: Sample, features: np.ndarray
-) -> tuple[qwen2.Dialogue, tuple[bool, ...]]:
+) -> tuple[Dialogue, tuple[bool, ...]]:
     """The image's questions with the greedy answers of `model`, and which of them have ended.
 
     The answers that the image comes with are guesses: a whole one is checked in one pass, and
     each pass corrects at least one token.
     """
     tokenizer, end_id = model.tokenizer, model.tokenizer.token_to_id(TURN_END)
-    guesses = [qwen2.encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in sample.questions]
+    guesses = [encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in sample.questions]
     ended: list[bool | None] = [None] * len(guesses)
     prompts = [prompt for prompt, _ in sample.questions]
     side = qwen2.Side(model.weights, torch.from_numpy(features))
     while True:
         pairs = list(zip(prompts, guesses, strict=True))
-        dialogue = qwen2.Dialogue.of_ids(
+        dialogue = Dialogue.of_ids(
             tokenizer, pairs, model.placeholder, model.config.vision.num_tokens
         )
         if all(end is not None for end in ended):
@@ -356,7 +358,7 @@ class _Tally:
         self,
         source: torch.Tensor,
         found: torch.Tensor,
-        dialogue: qwen2.Dialogue,
+        dialogue: Dialogue,
         ended: Sequence[bool],
     ) -> None:
         lost = (source.exp() * (source - found)).sum(1, dtype=torch.float64)

@@ -47,7 +47,8 @@ from model_export.options import FLOAT16_MAX, ExportOptions
 if TYPE_CHECKING:
     import torch
 
-    from model_export.language import qwen2
+    from model_export.language.dialogue import Dialogue
+    from model_export.language.weights import BundleWeights, SourceWeights, Weights
 
 DECIDED_NATS = log(2)
 USABLE_NATS = log(2)
@@ -83,13 +84,13 @@ def answer_gates(
     from model_export.language import qwen2
 
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
-    of_checkpoint = qwen2.SourceWeights(checkpoint)
-    source: qwen2.Weights = of_checkpoint
-    plain: qwen2.Weights = equality.PlainWeights(of_checkpoint, equality.Made.shown(bundle))
+    of_checkpoint = SourceWeights(checkpoint)
+    source: Weights = of_checkpoint
+    plain: Weights = equality.PlainWeights(of_checkpoint, equality.Made.shown(bundle))
     if source_bundle is not None:
         # Its tensors are taken over as they are.
-        source = plain = qwen2.BundleWeights(source_bundle)
-    written = qwen2.BundleWeights(bundle)
+        source = plain = BundleWeights(source_bundle)
+    written = BundleWeights(bundle)
     divergence, expected, agreed, decided, largest = [], [], [], [], 0.0
     for reference, found in zip(references, features, strict=True):
         if not reference.sample.questions:
@@ -139,17 +140,16 @@ def _agreement(agreed: torch.Tensor, options: ExportOptions) -> Gate:
 
 def _dialogue(
     checkpoint: Checkpoint, bundle: Bundle, tokenizer: Tokenizer, reference: Reference
-) -> qwen2.Dialogue:
+) -> Dialogue:
     """The questions about an image in the source's ids, which must be the bundle's.
 
     Raises:
         BundleError: they are not.
     """
-    from model_export.language import qwen2
 
     own = bundle.tokenizer()
     sides = [
-        qwen2.Dialogue.build(each, reference.sample.questions, placeholder, vision.num_tokens)
+        Dialogue.build(each, reference.sample.questions, placeholder, vision.num_tokens)
         for each, placeholder, vision in (
             (tokenizer, placeholder_id(tokenizer, bundle), checkpoint.config.vision),
             (own, placeholder_id(own, bundle), bundle.config.vision),

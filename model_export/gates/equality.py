@@ -42,8 +42,9 @@ from model_export.checkpoint.tensors import (
 )
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.gates.gate import Gate
-from model_export.language import affine, qwen2, recipes
+from model_export.language import affine, recipes
 from model_export.language.recipes import Scheme
+from model_export.language.weights import Matrix, SourceWeights, dequantize
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Of the manifest's section on the language model.
@@ -183,7 +184,7 @@ def as_stored(weight: Tensor, form: Format | None, dtype: torch.dtype) -> list[m
 
 
 @dataclass(frozen=True)
-class PlainMatrix(qwen2.Matrix):
+class PlainMatrix(Matrix):
     """A source's weight as plain rounding stores it, and as it is then read."""
 
     rounding: Format | None = None
@@ -193,17 +194,17 @@ class PlainMatrix(qwen2.Matrix):
         stored = as_stored(to_torch(self.weight.read(rows)), self.rounding, self.dtype)
         if self.rounding is None:
             return to_torch(stored[0]).float()
-        return qwen2.dequantize(self.rounding, *stored)
+        return dequantize(self.rounding, *stored)
 
 
 @dataclass(frozen=True)
 class PlainWeights:
     """The language model that plain rounding makes of a checkpoint's."""
 
-    source: qwen2.SourceWeights
+    source: SourceWeights
     made: Made
 
-    def matrix(self, name: str) -> qwen2.Matrix:
+    def matrix(self, name: str) -> Matrix:
         form = self.made.formats.get(name.removesuffix(".weight"))
         return PlainMatrix(self.source.matrix(name).weight, rounding=form, dtype=self.made.dtype)
 

@@ -23,7 +23,7 @@ from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.names import EMBEDDING, HEAD, NORM
 from model_export.language.affine import Coded, encode, grid
-from model_export.language.qwen2 import Matrix, Weights
+from model_export.language.weights import Matrix, Weights
 
 # Of a matrix's mean scale, what a step changes at first; it falls to zero at the end.
 RATE = 0.001

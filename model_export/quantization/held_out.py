@@ -25,7 +25,9 @@ from model_export.checkpoint.tensors import ALL, safe_tensors
 from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
+from model_export.language.dialogue import Dialogue
 from model_export.language.recipes import Scheme
+from model_export.language.weights import Matrix, SourceWeights, Weights, rounded
 
 # Of taking a method for better that is not.
 LEVEL = 0.05
@@ -34,33 +36,33 @@ LEAST_IMAGES = ceil(-log2(LEVEL))
 
 
 @dataclass(frozen=True)
-class RoundedMatrix(qwen2.Matrix):
+class RoundedMatrix(Matrix):
     """A source's weight as plain rounding keeps it."""
 
     rounding: Format | None = None
 
     def float(self, rows: slice = ALL) -> Tensor:
         weight = super().float(rows)
-        return weight if self.rounding is None else qwen2.rounded(weight, self.rounding)
+        return weight if self.rounding is None else rounded(weight, self.rounding)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """The weights of a bundle that is not written yet: `ready` where it has them, else rounded."""
 
-    source: qwen2.SourceWeights
+    source: SourceWeights
     chosen: Scheme
     ready: llm.Ready = field(default_factory=dict)
 
-    def matrix(self, name: str) -> qwen2.Matrix:
+    def matrix(self, name: str) -> Matrix:
         form = self.chosen.get(name.removesuffix(".weight"))
         if name not in self.ready:
             return RoundedMatrix(self.source.matrix(name).weight, rounding=form)
         tensors, stem = safe_tensors(self.ready[name]), name.removesuffix("weight")
         if form is None:
-            return qwen2.Matrix(tensors[name])
+            return Matrix(tensors[name])
         scales, biases = tensors[stem + "scales"], tensors[stem + "biases"]
-        return qwen2.Matrix(tensors[name], scales, biases, form)
+        return Matrix(tensors[name], scales, biases, form)
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,10 @@ def divergences(
         references: images with questions, and what the source's encoder makes of them.
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
-    weights: list[qwen2.Weights] = [qwen2.SourceWeights(checkpoint), *candidates]
+    weights: list[Weights] = [SourceWeights(checkpoint), *candidates]
     lost = []
     for reference in references:
-        dialogue = qwen2.Dialogue.build(
+        dialogue = Dialogue.build(
             tokenizer.tokenizer,
             reference.sample.questions,
             tokenizer.image_token_id,

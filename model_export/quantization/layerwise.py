@@ -31,7 +31,9 @@ from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference, each_reference
 from model_export.language import llm, qwen2
 from model_export.language.affine import round_weight
+from model_export.language.dialogue import Dialogue
 from model_export.language.recipes import PREFIX, Scheme
+from model_export.language.weights import SourceWeights, Weights
 from model_export.options import ExportOptions
 from model_export.quantization import awq, dwq, gptq, held_out
 from model_export.quantization.sensitivity import recorded
@@ -139,7 +141,7 @@ def quantize(
     looked_at = each_reference(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
     # Only features are read from here on.
     references = [replace(each, pixels=each.pixels[:0].copy()) for each in looked_at]
-    source = qwen2.SourceWeights(checkpoint)
+    source = SourceWeights(checkpoint)
     samples = samples_of(checkpoint, tokenizer, references[: len(seen)], source)
     work = Work(checkpoint, chosen, options, directory, partial(progress, name))
     if method == "dwq":
@@ -196,7 +198,7 @@ class Work:
         Raises:
             CheckpointError, OptionError: as `llm.convert`.
         """
-        source = qwen2.SourceWeights(self.checkpoint)
+        source = SourceWeights(self.checkpoint)
         for index in range(self.count):
             prefix = f"{LAYERS}{index}."
             state = qwen2.layer_state(source, prefix)
@@ -237,7 +239,7 @@ def _train(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> 
     work.progress(0.0)
     checkpoint = work.checkpoint
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
-    source = qwen2.SourceWeights(checkpoint)
+    source = SourceWeights(checkpoint)
     layer = qwen2.decoder_layer(text)
     layers: dict[str, dwq.Layer] = {}
     for prefix, state in work.layers():
@@ -322,7 +324,7 @@ def samples_of(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
-    weights: qwen2.Weights,
+    weights: Weights,
 ) -> list[Sample]:
     """What the first layer reads of each image and its questions.
 
@@ -333,7 +335,7 @@ def samples_of(
     rotary = qwen2.rotary_embedding(text)
     samples = []
     for reference in references:
-        dialogue = qwen2.Dialogue.build(
+        dialogue = Dialogue.build(
             tokenizer.tokenizer,
             reference.sample.questions,
             tokenizer.image_token_id,

@@ -24,8 +24,9 @@ from model_export.checkpoint.tensors import row_blocks
 from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
-from model_export.language.qwen2 import Dialogue, SourceWeights
+from model_export.language.dialogue import Dialogue
 from model_export.language.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR, Scheme
+from model_export.language.weights import SourceWeights, dequantize
 
 # Elements of the widest activation of the rows that go through a layer together.
 CHUNK_ELEMENTS = 2**24
@@ -138,14 +139,14 @@ class _Forms:
             return weight
         if (path, form) not in self._packed:
             self._packed[path, form] = self._pack(weight, form)
-        return qwen2.dequantize(form, *self._packed[path, form])
+        return dequantize(form, *self._packed[path, form])
 
     def block(self, path: str, form: Format | None, rows: slice) -> Tensor:
         """float32, some rows of a matrix."""
         return self.rounded(self.source.matrix(f"{path}.weight").float(rows), form)
 
     def rounded(self, weight: Tensor, form: Format | None) -> Tensor:
-        return weight if form is None else qwen2.dequantize(form, *self._pack(weight, form))
+        return weight if form is None else dequantize(form, *self._pack(weight, form))
 
     def _pack(self, weight: Tensor, form: Format) -> list[mx.array]:
         found = llm.finish(mx.array(weight.numpy()), form, self._dtype)

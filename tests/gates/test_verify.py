@@ -27,6 +27,8 @@ from model_export.gates.answers import COUNTED_PLACES, USABLE_SHARE, answer_gate
 from model_export.gates.encoder import encoder_gates, snr_db
 from model_export.gates.gate import Gate
 from model_export.language import llm, qwen2, recipes
+from model_export.language.dialogue import Dialogue
+from model_export.language.weights import SourceWeights
 from model_export.options import ExportOptions
 from model_export.samples import images
 
@@ -129,8 +131,8 @@ def test_branches_are_as_though_each_question_were_asked_alone(demo_checkpoint, 
     questions = [("How many shapes are there?", "Two."), ("What colour is the star?", "Red.")]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, n, checkpoint.config.vision.hidden_size, generator=generator)
-    side = qwen2.Side(qwen2.SourceWeights(checkpoint), features)
-    dialogue = qwen2.Dialogue.build(tokenizer, questions, image_id, n)
+    side = qwen2.Side(SourceWeights(checkpoint), features)
+    dialogue = Dialogue.build(tokenizer, questions, image_id, n)
     (outcome,) = qwen2.run(text, dialogue, [side])
 
     reference = Qwen2ForCausalLM(qwen2._settings(text)).eval()
@@ -143,7 +145,7 @@ def test_branches_are_as_though_each_question_were_asked_alone(demo_checkpoint, 
     reference.load_state_dict(state)
     expected = []
     for question in questions:
-        alone = qwen2.Dialogue.build(tokenizer, [question], image_id, n)
+        alone = Dialogue.build(tokenizer, [question], image_id, n)
         embedded = reference.model.embed_tokens(alone.ids).detach().clone()
         embedded[alone.image] = qwen2.project(side)
         with torch.inference_mode():
@@ -212,9 +214,7 @@ def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, refere
     sample = replace(references[0].sample, questions=references[0].sample.questions[:1])
     seen = [replace(references[0], sample=sample)]
     tokenizer = bundle.tokenizer()
-    dialogue = qwen2.Dialogue.build(
-        tokenizer, sample.questions, tokenizer.token_to_id("<image>"), 16
-    )
+    dialogue = Dialogue.build(tokenizer, sample.questions, tokenizer.token_to_id("<image>"), 16)
     rows = bundle.config.text.vocab_size
     source = {spec.name: checkpoint.tensor(spec.source) for spec in checkpoint.llm_specs}
     embedding = source["language_model.model.embed_tokens.weight"]

@@ -33,7 +33,8 @@ from model_export.conversion import (
 )
 from model_export.gates import verify
 from model_export.gates.gate import Gate
-from model_export.language import llm, qwen2
+from model_export.language import llm
+from model_export.language.weights import BundleWeights
 from model_export.layouts import app
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
 from model_export.pipeline import export
@@ -200,7 +201,7 @@ def test_the_bundle_as_a_checkpoint_is_its_own(mlx_bundle, demo_checkpoint):
         if not name.endswith("num_batches_tracked"):
             assert tensor.is_contiguous()
             assert (tensor == state[name].half().float()).all(), name
-    unpack = qwen2.BundleWeights(bundle)
+    unpack = BundleWeights(bundle)
     for spec in expected.llm_specs:
         tensor = found.tensors[spec.source]
         whole = tensor.read()

@@ -23,6 +23,8 @@ from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
 from model_export.gates.verify import recorded_options
 from model_export.language import llm, qwen2, recipes
+from model_export.language.dialogue import Dialogue
+from model_export.language.weights import Matrix, SourceWeights
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization import awq, dwq, held_out, layerwise
@@ -40,7 +42,7 @@ def demo(demo_checkpoint):
     judged = [
         (
             torch.from_numpy(reference.features),
-            qwen2.Dialogue.build(
+            Dialogue.build(
                 tokenizer.tokenizer,
                 reference.sample.questions,
                 tokenizer.image_token_id,
@@ -84,7 +86,7 @@ class _Weights:
     """Some of a model's weights, and the source's for the rest."""
 
     def __init__(self, checkpoint, changed):
-        self._source, self._changed = qwen2.SourceWeights(checkpoint), changed
+        self._source, self._changed = SourceWeights(checkpoint), changed
 
     def matrix(self, name):
         return self._changed.get(name) or self._source.matrix(name)
@@ -97,7 +99,7 @@ def divergence(demo, changed) -> float:
         sides = [
             qwen2.Side(weights, features)
             for weights in (
-                qwen2.SourceWeights(demo.checkpoint),
+                SourceWeights(demo.checkpoint),
                 _Weights(demo.checkpoint, changed),
             )
         ]
@@ -130,8 +132,8 @@ def written(demo, directory, **options):
     weights = {}
     for path, form in chosen.items():
         parts = (stored.get(f"{path}.{part}") for part in ("weight", "scales", "biases"))
-        weights[f"{path}.weight"] = qwen2.Matrix(*parts, form)
-    norms = {name: qwen2.Matrix(tensor) for name, tensor in stored.items() if "norm" in name}
+        weights[f"{path}.weight"] = Matrix(*parts, form)
+    norms = {name: Matrix(tensor) for name, tensor in stored.items() if "norm" in name}
     return {name: m for name, m in (weights | norms).items() if "projector" not in name}
 
 
@@ -179,7 +181,7 @@ def test_the_same_input_gives_the_same_bytes(brief, tmp_path):
 @torch.inference_mode()
 def test_awq_changes_nothing_before_rounding(demo):
     """The scaled model in float32 is the source."""
-    source = qwen2.SourceWeights(demo.checkpoint)
+    source = SourceWeights(demo.checkpoint)
     state, samples = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
     references = reference_features(state, demo.checkpoint, samples)
     samples = layerwise.samples_of(demo.checkpoint, demo.tokenizer, references, source)
@@ -238,7 +240,7 @@ def test_what_is_judged_is_what_is_written(demo, tmp_path):
     references = [
         r for r in reference_features(state, demo.checkpoint, samples) if r.sample.questions
     ]
-    source = qwen2.SourceWeights(demo.checkpoint)
+    source = SourceWeights(demo.checkpoint)
     candidates = [held_out.Candidate(source, chosen, made) for made in ({}, ready)]
     found = held_out.divergences(demo.checkpoint, demo.tokenizer, references, candidates)
     means = [torch.cat([lost[i] for lost in found]).mean() for i in range(2)]

@@ -17,6 +17,8 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
 from model_export.language import llm, qwen2, recipes
+from model_export.language.dialogue import Dialogue
+from model_export.language.weights import SourceWeights, rounded
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization import held_out, search, sensitivity, trial
@@ -83,7 +85,7 @@ class _Held:
         return iter([self._weight])
 
 
-class _OneRounded(qwen2.SourceWeights):
+class _OneRounded(SourceWeights):
     """The source, one matrix of it in a format."""
 
     def __init__(self, checkpoint, path, form):
@@ -94,19 +96,19 @@ class _OneRounded(qwen2.SourceWeights):
         found = super().matrix(name)
         if name != f"{self._path}.weight":
             return found
-        return _Held(qwen2.rounded(found.float(), self._form))
+        return _Held(rounded(found.float(), self._form))
 
 
 def _divergence(checkpoint, tokenizer, references, path, form):
     """Of whole models, one after the other, through what the gates run."""
     total, places = 0.0, 0
     for reference in references:
-        dialogue = qwen2.Dialogue.build(
+        dialogue = Dialogue.build(
             tokenizer.tokenizer, reference.sample.questions, tokenizer.image_token_id, 16
         )
         features = torch.from_numpy(reference.features)
         sides = [
-            qwen2.Side(qwen2.SourceWeights(checkpoint), features),
+            qwen2.Side(SourceWeights(checkpoint), features),
             qwen2.Side(_OneRounded(checkpoint, path, form), features),
         ]
         p, q = (o.log_probabilities for o in qwen2.run(checkpoint.config.text, dialogue, sides))
@@ -154,7 +156,7 @@ def test_whole_assignments_are_measured_as_the_judge_measures_them(
     late = {path: FORMS[1] if ".layers.2." in path else None for path in paths}
     schemes = [late, mixed, {paths[-1]: FORMS[0]}, {}]
     found = trial.divergences(checkpoint, tokenizer, references, schemes, "float32")
-    source = qwen2.SourceWeights(checkpoint)
+    source = SourceWeights(checkpoint)
     candidates = [held_out.Candidate(source, scheme) for scheme in schemes]
     expected = trial.means(held_out.divergences(checkpoint, tokenizer, references, candidates))
     found = trial.means(found)
