@@ -21,14 +21,8 @@ from model_export.checkpoint import names as weights
 from model_export.checkpoint.lora import is_tied
 from model_export.checkpoint.settings import ROPE_THETA
 from model_export.checkpoint.sources import Source, open_source
-from model_export.checkpoint.tensors import (
-    ALL,
-    ExtendedRows,
-    SourceTensor,
-    magnitude,
-    read_json,
-    to_torch,
-)
+from model_export.checkpoint.tensors import ALL, ExtendedRows, SourceTensor, magnitude, to_torch
+from model_export.checkpoint.weight_files import read_json
 
 if TYPE_CHECKING:
     import torch

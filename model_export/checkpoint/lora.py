@@ -17,15 +17,8 @@ import mlx.core as mx
 
 from fastvlm_mlx.errors import CheckpointError
 from model_export.checkpoint.names import EMBEDDING, HEAD
-from model_export.checkpoint.tensors import (
-    ALL,
-    SourceTensor,
-    from_torch,
-    read_json,
-    read_tensors,
-    row_blocks,
-    to_torch,
-)
+from model_export.checkpoint.tensors import ALL, SourceTensor, from_torch, row_blocks, to_torch
+from model_export.checkpoint.weight_files import read_json, read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

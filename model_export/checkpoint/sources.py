@@ -19,7 +19,8 @@ from fastvlm_mlx.errors import CheckpointError, FastVLMError, OptionError
 from model_export.checkpoint import fast_vlm, hub, lora
 from model_export.checkpoint import names as weights
 from model_export.checkpoint.settings import check_settings
-from model_export.checkpoint.tensors import SourceTensor, has_weights, read_json, read_weights
+from model_export.checkpoint.tensors import SourceTensor
+from model_export.checkpoint.weight_files import has_weights, read_json, read_weights
 
 
 @dataclass(frozen=True)
