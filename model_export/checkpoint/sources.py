@@ -16,7 +16,7 @@ from fastvlm_mlx.bundle.directory import Directory
 from fastvlm_mlx.bundle.files import is_file
 from fastvlm_mlx.bundle.kind import is_bundle, what_is_below
 from fastvlm_mlx.errors import CheckpointError, FastVLMError, OptionError
-from model_export.checkpoint import fast_vlm, hub, lora
+from model_export.checkpoint import fast_vlm, hub, lora, lora_config
 from model_export.checkpoint import names as weights
 from model_export.checkpoint.settings import check_settings
 from model_export.checkpoint.tensors import SourceTensor
@@ -129,7 +129,7 @@ def _whole(path: Path, hub_id: str | None) -> Source:
 
 
 def _adapter(path: Path, hub_id: str | None, given: str | Path | None) -> Source:
-    config = lora.LoraConfig.read(path / lora.ADAPTER_CONFIG)
+    config = lora_config.LoraConfig.read(path / lora.ADAPTER_CONFIG)
     base = _base(path, given, config.base, lora.ADAPTER_CONFIG)
     tensors = lora.merge_adapter(path, config, base.tensors, _rename(base))
     return _over(base, "LoRA adapter", path, hub_id, tensors)
