@@ -16,18 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm_mlx.bundle.quantization import Format
+from model_export.checkpoint.tensors import from_torch
+from model_export.language import llm
 from model_export.language.affine import round_weight
+from model_export.quantization.layers import (
+    READS,
+    Finished,
+    Formats,
+    Inputs,
+    Sample,
+    State,
+    seen_by,
+)
 
+# AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
+AWQ_TOKENS = 2_048
 POWERS = tuple(i / 20 for i in range(20))
 # Of a group's largest magnitude.
 CLIPS = tuple(1 - i / 20 for i in range(10))
 # Rows of a matrix that are clipped at a time.
 ROWS = 2_048
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
-
-# By a matrix's name in its layer; None where it is not rounded.
-Formats = Mapping[str, Format | None]
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,6 @@ SCALINGS = (
     Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
     Scaling("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
 )
-# Which matrix's input is looked at, for every matrix.
-READS = {name: s.matrices[0] for s in SCALINGS for name in s.matrices} | {
-    "self_attn.o_proj": "self_attn.o_proj"
-}
 
 
 @dataclass(frozen=True)
@@ -164,3 +169,47 @@ def _clip_rows(weight: Tensor, hessian: Tensor, form: Format) -> Tensor:
         least = torch.where(better, error, least)
         best = torch.where(better[..., None], limit, best)
     return groups.clamp(-best, best).flatten(1)
+
+
+def awq_layer(inputs: Inputs) -> Finished:
+    """AWQ of a layer, unless plain rounding loses less; its samples go on as the source has them.
+
+    Nothing is finished of a layer that is better off with plain rounding.
+    """
+    layer, formats = inputs.layer, inputs.formats
+    some = inputs.samples[:: _step(inputs.samples)]
+    seen = Seen(seen_by(layer, some), [sample.around for sample in some])
+    source = dict(layer.state_dict())
+    found = transformed(layer, seen, formats)
+    expected = inputs.outputs()
+
+    def loss(state: Mapping[str, Tensor]) -> float:
+        rounded = {name: _rounded(name, weight, formats) for name, weight in state.items()}
+        layer.load_state_dict(rounded, strict=True, assign=True)
+        pairs = zip(inputs.outputs(), expected, strict=True)
+        return sum(float((got - wanted).square().sum()) for got, wanted in pairs)
+
+    worthwhile = loss(found) < loss(source)
+    for sample, hidden in zip(inputs.samples, expected, strict=True):
+        sample.hidden = hidden
+    if not worthwhile:
+        return {}
+    for name, weight in found.items():
+        llm.check_range(name, weight, inputs.dtype)
+    return {
+        name: llm.finish(from_torch(weight), _format(name, formats), inputs.dtype)
+        for name, weight in found.items()
+    }
+
+
+def _step(samples: Sequence[Sample]) -> int:
+    return max(1, sum(sample.hidden.shape[1] for sample in samples) // AWQ_TOKENS)
+
+
+def _format(name: str, formats: Formats) -> Format | None:
+    return formats.get(name.removesuffix(".weight"))
+
+
+def _rounded(name: str, weight: Tensor, formats: Formats) -> Tensor:
+    form = _format(name, formats)
+    return weight if form is None else round_weight(weight, form.bits, form.group_size)

@@ -10,7 +10,8 @@ in files that are mapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.optim.lr_scheduler import LinearLR
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.names import EMBEDDING, HEAD, NORM
+from model_export.language import llm, qwen2
 from model_export.language.affine import Coded, encode, grid
-from model_export.language.weights import Matrix, Weights
+from model_export.language.weights import Matrix, SourceWeights, Weights
+from model_export.quantization import held_out
+from model_export.quantization.layers import Sample, Work
 
 # Of a matrix's mean scale, what a step changes at first; it falls to zero at the end.
 RATE = 0.001
@@ -170,3 +174,43 @@ def backward(
 
 def _call(layer: nn.Module, each: Layer, hidden: Tensor, lesson: Lesson) -> Tensor:
     return torch.func.functional_call(layer, each.state(), (hidden,), dict(lesson.around))
+
+
+def train_layers(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> llm.Ready:
+    """DWQ.
+
+    Args:
+        taught: what the source's first layer reads; it goes on to the last one.
+        learning: what that of the bundle reads.
+    """
+    work.progress(0.0)
+    checkpoint = work.checkpoint
+    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    source = SourceWeights(checkpoint)
+    layer = qwen2.decoder_layer(text)
+    layers: dict[str, Layer] = {}
+    for prefix, state in work.layers():
+        layer.load_state_dict(state, strict=True, assign=True)
+        for sample in taught:
+            sample.hidden = layer(sample.hidden, **sample.around)
+        groups = {
+            f"{name}.weight": Groups(
+                state[f"{name}.weight"], form, work.directory / f"{prefix}{name}"
+            )
+            for name, form in work.formats(prefix).items()
+            if form is not None
+        }
+        rest = [name for name in state if name not in groups]
+        layers[prefix] = Layer(groups, partial(qwen2.layer_state, source, prefix, rest))
+    lessons = [
+        Lesson(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
+        for mine, theirs in zip(learning, taught, strict=True)
+    ]
+    head = Head(text, source, held_out.Candidate(source, work.chosen))
+    train(layer, list(layers.values()), head, lessons, work.progress)
+    dtype = getattr(torch, work.options.dtype)
+    ready: dict[str, Path] = {}
+    for prefix, each in layers.items():
+        finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}
+        ready |= work.save(prefix, finished)
+    return ready

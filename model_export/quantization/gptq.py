@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvlm_mlx.bundle.quantization import Format
+from model_export.language import qwen2
 from model_export.language.affine import Coded, grid
+from model_export.quantization.layers import READS, Finished, Inputs, seen_by
 
 # Added to the Hessian's diagonal, of its mean (the paper's section 3.3).
 DAMPING = 0.01
@@ -84,3 +86,23 @@ def _quantize_group(
         errors[k] = (column - code.mul_(scale).add_(bias)) / factor[k, k]
         columns[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
     return codes, errors
+
+
+def gptq_layer(inputs: Inputs) -> Finished:
+    """GPTQ of a layer; its samples go on as the quantized layer leaves them."""
+    layer, formats, dtype = inputs.layer, inputs.formats, getattr(torch, inputs.dtype)
+    moments: dict[str, Tensor] = {}
+    for sample in inputs.samples:
+        seen = seen_by(layer, [sample])
+        for name, (x,) in seen.items():
+            moments[name] = moments[name].addmm_(x.T, x) if name in moments else x.T @ x
+    finished: Finished = {}
+    for name, form in formats.items():
+        if form is not None:
+            key, hessian = f"{name}.weight", moments[READS[name]]
+            coded = quantize(layer.get_parameter(key), hessian, form, dtype)
+            finished[key] = coded.arrays()
+            qwen2.replace_weight(layer, key, coded.float())
+    for sample, hidden in zip(inputs.samples, inputs.outputs(), strict=True):
+        sample.hidden = hidden
+    return finished

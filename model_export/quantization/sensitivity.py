@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor, nn
-
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
@@ -44,27 +42,3 @@ def measure(
         if form is not None:
             found[path][form] = loss
     return found
-
-
-class recorded:  # noqa: N801  a context manager, used as a function
-    """Keeps what each matrix of a layer is multiplied with."""
-
-    def __init__(self, layer: nn.Module, inputs: Mapping[str, list[Tensor]]):
-        self._hooks = [
-            layer.get_submodule(name).register_forward_pre_hook(self._keep(found))
-            for name, found in inputs.items()
-        ]
-
-    @staticmethod
-    def _keep(found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found.append(arguments[0].flatten(0, -2))
-
-        return hook
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()

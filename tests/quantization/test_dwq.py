@@ -14,7 +14,7 @@ from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.language import qwen2
 from model_export.language.recipes import PREFIX
-from model_export.quantization import dwq, layerwise
+from model_export.quantization import dwq
 
 LENGTH = 12
 FORM = Format(3, 32)
@@ -64,13 +64,13 @@ def small(tmp_path):
     )
     layers = []
     for index in range(2):
-        prefix = f"{layerwise.LAYERS}{index}."
+        prefix = f"{LAYERS}{index}."
         names = [n.removeprefix(prefix) for n in weights if n.startswith(prefix)]
         groups = {
             f"{m}.weight": dwq.Groups(
                 weights[f"{prefix}{m}.weight"], FORM, tmp_path / f"{prefix}{m}"
             )
-            for m in layerwise.MATRICES
+            for m in MATRICES
         }
         rest = {n: weights[prefix + n] for n in names if n not in groups}
         layers.append(dwq.Layer(groups, lambda rest=rest: rest))
@@ -82,7 +82,7 @@ def small(tmp_path):
     target = hidden
     with torch.no_grad():
         for index in range(2):
-            prefix = f"{layerwise.LAYERS}{index}."
+            prefix = f"{LAYERS}{index}."
             state = {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
             target = torch.func.functional_call(layer, state, (target,), around)
     scored = torch.tensor([5, 6, 11])

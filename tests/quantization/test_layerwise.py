@@ -18,6 +18,7 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.cli.main import app
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.names import LAYER
 from model_export.checkpoint.tensors import safe_tensors
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
@@ -27,7 +28,7 @@ from model_export.language.dialogue import Dialogue
 from model_export.language.weights import Matrix, SourceWeights
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.quantization import awq, dwq, held_out, layerwise
+from model_export.quantization import awq, dwq, held_out, layers, layerwise
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import gate_samples
 
@@ -184,15 +185,15 @@ def test_awq_changes_nothing_before_rounding(demo):
     source = SourceWeights(demo.checkpoint)
     state, samples = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
     references = reference_features(state, demo.checkpoint, samples)
-    samples = layerwise.samples_of(demo.checkpoint, demo.tokenizer, references, source)
+    samples = layers.samples_of(demo.checkpoint, demo.tokenizer, references, source)
     layer = qwen2.decoder_layer(demo.checkpoint.config.text)
-    formats = dict.fromkeys(layerwise.MATRICES, Format(3, 64))
+    formats = dict.fromkeys(layers.MATRICES, Format(3, 64))
     changed = {}
     for index in range(demo.text.num_hidden_layers):
-        prefix = f"{layerwise.LAYERS}{index}."
-        state = {name: source.matrix(prefix + name).float() for name, _ in layerwise.LAYER}
+        prefix = f"{layers.LAYERS}{index}."
+        state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
         layer.load_state_dict(state, assign=True)
-        seen = awq.Seen(layerwise.seen_by(layer, samples), [s.around for s in samples])
+        seen = awq.Seen(layers.seen_by(layer, samples), [s.around for s in samples])
         scaled = awq.scaled(state, awq.search_scales(layer, seen, formats))
         assert any(not torch.equal(scaled[name], state[name]) for name in state)
         changed |= {prefix + name: _Held(weight) for name, weight in scaled.items()}
