@@ -15,6 +15,7 @@ from fastvlm_mlx.bundle.quantization import Format
 from model_export.language import qwen2
 from model_export.language.recipes import PREFIX
 from model_export.quantization import dwq
+from model_export.quantization.layers import LAYERS, MATRICES
 
 LENGTH = 12
 FORM = Format(3, 32)
