@@ -35,6 +35,7 @@ from model_export.gates.mlx_encoder import RoundedEncoder
 from model_export.interruption import Progress
 from model_export.language import qwen2
 from model_export.language.dialogue import Dialogue, encode_text
+from model_export.language.evaluation import ComparedModel, outcomes
 from model_export.language.weights import BundleWeights, SourceWeights, Weights
 from model_export.samples import scenes
 from model_export.samples.calibration import load_calibration
@@ -282,16 +283,14 @@ class Bench:
         source, found = np.concatenate(self.features), np.concatenate(own)
         row.snr_db, row.cosine = snr_db(source, found), mean_cosine(source, found)
         alone, whole = _Tally(), _Tally()
-        for dialogue, ended, theirs, ours in zip(
-            self.dialogues, self.complete, self.features, own, strict=True
-        ):
-            sides = [
-                qwen2.Side(self.reference.weights, torch.from_numpy(theirs)),
-                qwen2.Side(model.weights, torch.from_numpy(theirs)),
-                qwen2.Side(model.weights, torch.from_numpy(ours)),
-            ]
-            outcomes = qwen2.run(self.reference.config.text, dialogue, sides)
-            p, q, r = _common([outcome.log_probabilities for outcome in outcomes])
+        models = [
+            ComparedModel(self.reference.weights, self.features),
+            ComparedModel(model.weights, self.features),
+            ComparedModel(model.weights, own),
+        ]
+        walk = outcomes(self.reference.config.text, self.dialogues, models)
+        for dialogue, ended, results in zip(self.dialogues, self.complete, walk, strict=True):
+            p, q, r = _common([outcome.log_probabilities for outcome in results])
             alone.add(p, q, dialogue, ended)
             whole.add(p, r, dialogue, ended)
         row.llm_kl_nats, row.llm_agreement = alone.kl, alone.agreement
@@ -381,10 +380,10 @@ class _Tally:
         return self._same / self._places
 
 
-def _common(outcomes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _common(log_probabilities: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Log-probabilities over the ids that all have: an export may add rows for <image>."""
-    rows = min(found.shape[1] for found in outcomes)
-    return [found[:, :rows].log_softmax(1) for found in outcomes]
+    rows = min(found.shape[1] for found in log_probabilities)
+    return [found[:, :rows].log_softmax(1) for found in log_probabilities]
 
 
 def mark_best(rows: list[Row]) -> list[Row]:

@@ -28,7 +28,7 @@ either way, and the manifest says that nothing was judged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import log
 from typing import TYPE_CHECKING
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     import torch
 
     from model_export.language.dialogue import Dialogue
-    from model_export.language.weights import BundleWeights, SourceWeights, Weights
 
 DECIDED_NATS = log(2)
 USABLE_NATS = log(2)
@@ -81,7 +80,8 @@ def answer_gates(
     import torch
 
     from model_export.gates import equality
-    from model_export.language import qwen2
+    from model_export.language.evaluation import ComparedModel, outcomes
+    from model_export.language.weights import BundleWeights, SourceWeights
 
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     of_checkpoint = SourceWeights(checkpoint)
@@ -90,19 +90,21 @@ def answer_gates(
     if source_bundle is not None:
         # Its tensors are taken over as they are.
         source = plain = BundleWeights(source_bundle)
-    written = BundleWeights(bundle)
+    pairs = [
+        (reference, computed)
+        for reference, computed in zip(references, features, strict=True)
+        if reference.sample.questions
+    ]
+    expected_features = [reference.features for reference, _ in pairs]
+    own_features = [computed for _, computed in pairs]
+    models = [
+        ComparedModel(source, expected_features),
+        ComparedModel(BundleWeights(bundle), own_features, bundle.config.text),
+        ComparedModel(plain, own_features),
+    ]
+    dialogues = _dialogues(bundle, tokenizer, [reference for reference, _ in pairs])
     divergence, expected, agreed, decided, largest = [], [], [], [], 0.0
-    for reference, found in zip(references, features, strict=True):
-        if not reference.sample.questions:
-            continue
-        dialogue = _dialogue(checkpoint, bundle, tokenizer, reference)
-        seen = torch.from_numpy(found)
-        sides = [
-            qwen2.Side(source, torch.from_numpy(reference.features)),
-            qwen2.Side(written, seen, bundle.config.text),
-            qwen2.Side(plain, seen),
-        ]
-        p, q, rounded = qwen2.run(text, dialogue, sides)
+    for p, q, rounded in outcomes(text, dialogues, models):
         divergence.append(q.divergence(p))
         expected.append(rounded.divergence(p))
         top = p.log_probabilities.topk(2, 1)
@@ -138,26 +140,24 @@ def _agreement(agreed: torch.Tensor, options: ExportOptions) -> Gate:
     return Gate("greedy agreement", share, "", floor, True, left_out=why)
 
 
-def _dialogue(
-    checkpoint: Checkpoint, bundle: Bundle, tokenizer: Tokenizer, reference: Reference
-) -> Dialogue:
-    """The questions about an image in the source's ids, which must be the bundle's.
+def _dialogues(
+    bundle: Bundle, tokenizer: Tokenizer, references: Sequence[Reference]
+) -> Iterator[Dialogue]:
+    """Build the dialogues in the source's ids, which must be the bundle's.
 
     Raises:
         BundleError: they are not.
     """
+    from model_export.language.evaluation import dialogues_of
 
     own = bundle.tokenizer()
-    sides = [
-        Dialogue.build(each, reference.sample.questions, placeholder, vision.num_tokens)
-        for each, placeholder, vision in (
-            (tokenizer, placeholder_id(tokenizer, bundle), checkpoint.config.vision),
-            (own, placeholder_id(own, bundle), bundle.config.vision),
-        )
-    ]
-    if sides[0].ids.tolist() != sides[1].ids.tolist():
-        raise BundleError(
-            f"the tokenizer of {bundle.path} gives other ids than the checkpoint's: expected the "
-            "same for every prompt, export the checkpoint again"
-        )
-    return sides[0]
+    source_dialogues, own_dialogues = (
+        dialogues_of(each, placeholder_id(each, bundle), references) for each in (tokenizer, own)
+    )
+    for expected, found in zip(source_dialogues, own_dialogues, strict=True):
+        if expected.ids.tolist() != found.ids.tolist():
+            raise BundleError(
+                f"the tokenizer of {bundle.path} gives other ids than the checkpoint's: expected "
+                "the same for every prompt, export the checkpoint again"
+            )
+        yield expected

@@ -24,8 +24,8 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tensors import ALL, safe_tensors
 from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference
-from model_export.language import llm, qwen2
-from model_export.language.dialogue import Dialogue
+from model_export.language import llm
+from model_export.language.evaluation import ComparedModel, dialogues_of, outcomes
 from model_export.language.recipes import Scheme
 from model_export.language.weights import Matrix, SourceWeights, Weights, rounded
 
@@ -143,20 +143,14 @@ def divergences(
         references: images with questions, and what the source's encoder makes of them.
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    features = [reference.features for reference in references]
+    dialogues = dialogues_of(tokenizer.tokenizer, tokenizer.image_token_id, references)
     weights: list[Weights] = [SourceWeights(checkpoint), *candidates]
-    lost = []
-    for reference in references:
-        dialogue = Dialogue.build(
-            tokenizer.tokenizer,
-            reference.sample.questions,
-            tokenizer.image_token_id,
-            checkpoint.config.vision.num_tokens,
-        )
-        features = torch.from_numpy(reference.features)
-        sides = [qwen2.Side(side, features) for side in weights]
-        expected, *found = qwen2.run(text, dialogue, sides)
-        lost.append(torch.stack([outcome.divergence(expected).double() for outcome in found]))
-    return lost
+    models = [ComparedModel(each, features) for each in weights]
+    return [
+        torch.stack([outcome.divergence(expected).double() for outcome in rest])
+        for expected, *rest in outcomes(text, dialogues, models)
+    ]
 
 
 def losses(

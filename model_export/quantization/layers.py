@@ -21,7 +21,7 @@ from model_export.checkpoint.names import LAYER
 from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
-from model_export.language.dialogue import Dialogue
+from model_export.language.evaluation import dialogues_of
 from model_export.language.recipes import PREFIX, Scheme
 from model_export.language.weights import SourceWeights, Weights
 from model_export.options import ExportOptions
@@ -122,17 +122,12 @@ def samples_of(
     Args:
         weights: the embedding and the projector.
     """
-    vision, text = checkpoint.config.vision, checkpoint.config.text
-    rotary = qwen2.rotary_embedding(text)
+    rotary = qwen2.rotary_embedding(checkpoint.config.text)
+    dialogues = dialogues_of(tokenizer.tokenizer, tokenizer.image_token_id, references)
     samples = []
-    for reference in references:
-        dialogue = Dialogue.build(
-            tokenizer.tokenizer,
-            reference.sample.questions,
-            tokenizer.image_token_id,
-            vision.num_tokens,
-        )
-        hidden = qwen2.embed(qwen2.Side(weights, torch.from_numpy(reference.features)), dialogue)
+    for dialogue, reference in zip(dialogues, references, strict=True):
+        features = torch.from_numpy(reference.features)
+        hidden = qwen2.embed(qwen2.Side(weights, features), dialogue)
         rotation = rotary(hidden, dialogue.positions[None])
         around = {"attention_mask": dialogue.mask, "position_embeddings": rotation}
         samples.append(Sample(hidden, around, dialogue.scored))

@@ -25,6 +25,7 @@ from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
 from model_export.language.dialogue import Dialogue
+from model_export.language.evaluation import dialogues_of
 from model_export.language.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR, Scheme
 from model_export.language.weights import SourceWeights, dequantize
 
@@ -77,7 +78,11 @@ def divergences(
     rows = [schemes[i] for i in order]
     source = SourceWeights(checkpoint)
     forms = _Forms(source, dtype)
-    samples = [_start(checkpoint, tokenizer, each, forms, rows) for each in references]
+    dialogues = dialogues_of(tokenizer.tokenizer, tokenizer.image_token_id, references)
+    samples = [
+        _start(text, dialogue, torch.from_numpy(reference.features), forms, rows)
+        for dialogue, reference in zip(dialogues, references, strict=True)
+    ]
     layer = _Layer(text, forms)
     begun = 0
     for index in range(text.num_hidden_layers):
@@ -210,16 +215,13 @@ class _Layer:
 
 
 def _start(
-    checkpoint: Checkpoint,
-    tokenizer: ExportedTokenizer,
-    reference: Reference,
+    config: TextConfig,
+    dialogue: Dialogue,
+    features: Tensor,
     forms: _Forms,
     rows: Sequence[Scheme],
 ) -> _Sample:
     """An image and its questions embedded, as the source has them and as each assignment."""
-    features = torch.from_numpy(reference.features)
-    questions, image_id = reference.sample.questions, tokenizer.image_token_id
-    dialogue = Dialogue.build(tokenizer.tokenizer, questions, image_id, features.shape[1])
     # Many rows have the same before the first layer.
     made: dict[tuple[Format | None, ...], Tensor] = {}
 
@@ -236,7 +238,7 @@ def _start(
     for i, scheme in enumerate(rows):
         if _begins(scheme) < 0:
             hidden[i] = embedded(scheme)
-    rotation = qwen2.rotary_embedding(checkpoint.config.text)(source, dialogue.positions[None])
+    rotation = qwen2.rotary_embedding(config)(source, dialogue.positions[None])
     return _Sample(dialogue, rotation, source, hidden)
 
 
