@@ -81,7 +81,7 @@ def answer_gates(
 
     from model_export.gates import equality
     from model_export.language.evaluation import ComparedModel, outcomes
-    from model_export.language.weights import BundleWeights, SourceWeights
+    from model_export.language.weights import BundleWeights, SourceWeights, Weights
 
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     of_checkpoint = SourceWeights(checkpoint)
