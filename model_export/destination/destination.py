@@ -20,14 +20,8 @@ from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import DestinationError
 from model_export.destination import leftovers
 from model_export.destination.content import Content, content_of
-from model_export.destination.staging import (
-    BUNDLE,
-    DIRECTORY,
-    NAME,
-    Workplace,
-    check_not_mounted,
-    workplace,
-)
+from model_export.destination.removal import check_not_mounted
+from model_export.destination.staging import BUNDLE, DIRECTORY, NAME, Workplace, workplace
 
 # Of a bundle without a manifest, as Apple publishes them: whatever else lies there is somebody's.
 _PART_OF_A_BUNDLE = re.compile(

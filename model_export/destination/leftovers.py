@@ -10,16 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from io import FileIO
 
-from model_export.destination.staging import (
-    LOCK,
-    MAGIC,
-    NAME,
-    NO_LOCKS,
-    OURS,
-    Workplace,
-    alone,
-    opened,
-)
+from model_export.destination.locks import NO_LOCKS, alone
+from model_export.destination.staging import LOCK, MAGIC, NAME, OURS, Workplace, opened
 
 
 def clear(parent: int) -> None:

@@ -16,26 +16,22 @@ unless there is no record, and then nothing but what was made can have been in t
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
 import re
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
 
 from fastvlm_mlx.errors import DestinationError
 from model_export.destination import renames
 from model_export.destination.content import Content, content_of
-
-# How the list of mounts writes a space, a tab, a line's end and a backslash.
-_OCTAL = re.compile(r"\\([0-7]{3})")
+from model_export.destination.locks import alone, locked
+from model_export.destination.removal import remove_tree
 
 NAME = re.compile(r"\.fastvlm-[0-9a-f]{16}")
 NAME_OF_ENTRY = re.compile(r"(?!\.{1,2}$)[^/\0]+", re.DOTALL)
@@ -44,11 +40,7 @@ NEW_RECORD = "record.new"
 DISCARDED = {BUNDLE: "bundle.discarded", REPLACED: "replaced.discarded"}
 OURS = {LOCK, BUNDLE, REPLACED, RECORD, NEW_RECORD, *DISCARDED.values()}
 MAGIC = "a workplace of fastvlm-mlx"
-# What is done while others wait is done in milliseconds, unless a strange program holds the lock.
-PATIENCE_S = 10.0
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# The filesystem has no locks, or none for a directory (NFS).
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
 
 @dataclass(frozen=True)
@@ -163,7 +155,7 @@ class Workplace:
         names = set(os.listdir(self.fd))
         doomed = {*DISCARDED.values()} if record else {*DISCARDED.values(), BUNDLE}
         for name in sorted(doomed & names):
-            _remove_tree(name, self.fd)
+            remove_tree(name, self.fd)
         if not set(os.listdir(self.fd)) <= {LOCK, RECORD, NEW_RECORD}:
             return
         if self.lock is not None:
@@ -298,84 +290,3 @@ def opened(parent: int, name: str, lock: FileIO | None, *modes: int) -> Iterator
         yield Workplace(parent, name, fd, lock, *modes)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def alone(parent: int) -> Iterator[None]:
-    """No other run publishes into this directory, or clears it, meanwhile; where the filesystem
-    has locks, and nobody holds one for longer than `PATIENCE_S`."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (held := locked(parent, wait=False)) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    try:
-        yield
-    finally:
-        if held:
-            with suppress(OSError):
-                fcntl.flock(parent, fcntl.LOCK_UN)
-
-
-def locked(fd: int, *, wait: bool = True) -> bool:
-    """Whether it is: False if others have it and it is not waited for. Where the filesystem has no
-    locks nobody has one, and it goes on without."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _remove_tree(name: str, directory: int) -> None:
-    """A file or a whole directory, links not followed, what is write-protected too."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=directory)
-        return
-    try:
-        _remove_directory(name, directory)
-    except PermissionError:
-        for *_, fd in os.fwalk(name, dir_fd=directory):
-            os.fchmod(fd, 0o700)
-        _remove_directory(name, directory)
-
-
-def _remove_directory(name: str, directory: int) -> None:
-    check_not_mounted(name, directory)
-    # shutil's closes descriptors twice if a Ctrl-C comes at the wrong moment.
-    for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=directory, onerror=_raise):
-        for file in files:
-            os.unlink(file, dir_fd=fd)
-        for folder in folders:
-            try:
-                os.rmdir(folder, dir_fd=fd)
-            except NotADirectoryError:
-                # A link to one.
-                os.unlink(folder, dir_fd=fd)
-    os.rmdir(name, dir_fd=directory)
-
-
-def check_not_mounted(name: str, directory: int) -> None:
-    """Before a directory is replaced or removed, that no other disk or directory is seen in it.
-
-    Args:
-        directory: a descriptor of the one that holds `name`.
-
-    Raises:
-        OSError: EBUSY, naming where something is mounted.
-    """
-    for path, _, _, fd in os.fwalk(name, dir_fd=directory, onerror=_raise):
-        if os.fstat(fd).st_dev != os.fstat(directory).st_dev:
-            raise OSError(errno.EBUSY, "another disk is mounted there", path)
-    # The same disk can be seen at a second place, which only the system's list of mounts tells.
-    with suppress(FileNotFoundError):
-        top = os.path.realpath(f"/proc/self/fd/{directory}")
-        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-            place = _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), line.split()[4])
-            if Path(place).is_relative_to(Path(top, name)):
-                raise OSError(errno.EBUSY, "something is mounted there", place)
-
-
-def _raise(error: OSError) -> None:
-    raise error
