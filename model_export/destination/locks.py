@@ -15,9 +15,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 @contextmanager
-def alone(parent: int) -> Iterator[None]:
-    """No other run publishes into this directory, or clears it, meanwhile; where the filesystem
-    has locks, and nobody holds one for longer than `PATIENCE_S`."""
+def exclusive(parent: int) -> Iterator[None]:
+    """Keep other runs from publishing into this directory, or clearing it, meanwhile.
+
+    This holds where the filesystem has locks, and nobody holds one for longer than `PATIENCE_S`.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while not (held := locked(parent, wait=False)) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -30,8 +32,12 @@ def alone(parent: int) -> Iterator[None]:
 
 
 def locked(fd: int, *, wait: bool = True) -> bool:
-    """Whether it is: False if others have it and it is not waited for. Where the filesystem has no
-    locks nobody has one, and it goes on without."""
+    """Lock a file or a directory.
+
+    Returns:
+        False if others have the lock and it is not waited for. True where the filesystem has no
+        locks: nobody has one there, and the run goes on without.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -14,7 +14,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def remove_tree(name: str, directory: int) -> None:
-    """A file or a whole directory, links not followed, what is write-protected too."""
+    """Remove a file or a whole directory, write-protected or not; links are not followed."""
     if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=directory)
         return
@@ -42,10 +42,10 @@ def _remove_directory(name: str, directory: int) -> None:
 
 
 def check_not_mounted(name: str, directory: int) -> None:
-    """Before a directory is replaced or removed, that no other disk or directory is seen in it.
+    """Check, before a directory is replaced or removed, that nothing is mounted in it.
 
     Args:
-        directory: a descriptor of the one that holds `name`.
+        directory: a descriptor of the directory that holds `name`.
 
     Raises:
         OSError: EBUSY, naming where something is mounted.
