@@ -31,7 +31,7 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
 from model_export.gates.encoder import mean_cosine, snr_db
-from model_export.gates.mlx_encoder import RoundedEncoder
+from model_export.gates.mlx_encoder import EmulatedMLXEncoder
 from model_export.interruption import Progress
 from model_export.language import qwen2
 from model_export.language.dialogue import Dialogue, encode_text
@@ -169,7 +169,7 @@ def _bundle(path: Path) -> Model:
 
     def encode(samples: Sequence[Sample]) -> list[np.ndarray]:
         if bundle.layout == "mlx":
-            rounded = RoundedEncoder(bundle, bundle.config.dtype)
+            rounded = EmulatedMLXEncoder(bundle, bundle.config.dtype)
             return [rounded(process(sample.image)) for sample in samples]
         encoder = MLProgramEncoder(bundle.package)
         return [encoder.evaluate(process(p.image), round_fp16=True) for p in samples]

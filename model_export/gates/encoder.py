@@ -31,7 +31,7 @@ from model_export.encoder.compression import stored_parameters
 from model_export.encoder.references import Reference
 from model_export.gates.core_ml import core_ml_gates
 from model_export.gates.gate import Gate, Magnitude
-from model_export.gates.mlx_encoder import RoundedEncoder
+from model_export.gates.mlx_encoder import EmulatedMLXEncoder
 from model_export.options import FLOAT16_MAX, ExportOptions
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def mlx_encoder_gates(
     Returns:
         The gates, and the features of every image.
     """
-    encoder = RoundedEncoder(bundle, options.dtype)
+    encoder = EmulatedMLXEncoder(bundle, options.dtype)
     features = [encoder(r.pixels) for r in references]
     worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
     floor = options.snr_floor_db

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
-from model_export.gates.mlx_encoder import RoundedEncoder
+from model_export.gates.mlx_encoder import EmulatedMLXEncoder
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.samples.images import gate_samples
 
@@ -84,7 +84,7 @@ def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
     image = gate_samples(config.vision)[-1].image
     if bundle.layout == "mlx":
-        rounded = RoundedEncoder(bundle, options.dtype)
+        rounded = EmulatedMLXEncoder(bundle, options.dtype)
         rounded(process(image))
         return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
     encoder = MLProgramEncoder(bundle.package, config.vision.image_size)

@@ -11,7 +11,7 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.vision.fastvithd import FastViTHD
 
 
-class RoundedEncoder:
+class EmulatedMLXEncoder:
     """FastViTHD computed in float32, every operation's result rounded to the weights' type.
 
     A GPU computes in that type; a CPU, where MLX does so only very slowly, can show what it costs.

@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from model_export.samples import documents
-from model_export.samples.documents import (
-    INK,
-    SMALL,
-    TEXT,
-    TITLE,
-    Bars,
-    Line,
-    Page,
-    Table,
-    generate,
-)
+from model_export.samples import documents, sheet
+from model_export.samples.documents import SMALL, TEXT, TITLE, Bars, Line, Page, Table, generate
+from model_export.samples.sheet import INK
 
 SIZE = 512
 SEEDS = range(1_000, 1_008)
@@ -33,7 +24,7 @@ def of(kind):
 def places(image, words, height, paper, ink=INK):
     """Where `words` are drawn: the centres of the boxes around them that are equal pixel by pixel,
     as (x, y)."""
-    font = documents.font(SIZE, height)
+    font = sheet.font(SIZE, height)
     left, top, right, bottom = font.getbbox(words)
     wanted = Image.new("RGB", (right - left, bottom - top), paper)
     ImageDraw.Draw(wanted).text((-left, -top), words, ink, font)
@@ -102,9 +93,9 @@ def test_a_page_says_what_is_answered():
     for page in of(Page):
         image, answers = page.draw(SIZE), dict(page.questions())
         ys = [place(image, answers["What is the heading of this page?"], TITLE, page.paper)[1]]
-        sheet = documents._Sheet(SIZE, page.paper)
+        sheet = sheet.Sheet(SIZE, page.paper)
         for paragraph in page.paragraphs:
-            lines = list(sheet.wrapped(paragraph, TEXT, documents.UNITS - 2 * documents.MARGIN))
+            lines = list(sheet.wrapped(paragraph, TEXT, sheet.UNITS - 2 * documents.MARGIN))
             assert " ".join(lines) == paragraph
             ys += [place(image, line, TEXT, page.paper)[1] for line in lines]
         ys.append(place(image, answers["Who signed the notice?"][:-1], TEXT, page.paper)[1])
