@@ -65,7 +65,7 @@ def reference(config: VisionConfig) -> np.ndarray:
 
 def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     """Compress and export: seconds of the compression alone, peak memory of both."""
-    from model_export.encoder import compression as compress
+from model_export.encoder.compression import uniform
     from model_export.encoder import coreml, fastvithd
     from model_export.options import ExportOptions
     from model_export.quantization.encoder_sensitivity import calibration_pixels
@@ -84,7 +84,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
         pixels = calibration_pixels(load_calibration(None, config), config, "pad")
         compression = mixed(module, pixels, options.encoder_bits)
     elif options.compressed:
-        compression = compress.uniform(module, precision)
+        compression = uniform(module, precision)
     compress_s = time.process_time() - started
     info = coreml.export_encoder(
         module,

@@ -34,7 +34,6 @@ from model_export.destination.destination import (
     look_at,
     resolve,
 )
-from model_export.encoder import compression as compress
 from model_export.encoder import coreml, fastvithd, multifunction
 from model_export.encoder.references import Reference, references_of_sizes
 from model_export.gates import equality
@@ -295,7 +294,7 @@ def _folded(checkpoint: Checkpoint, vision: VisionConfig) -> fastvithd.FastViTHD
     return fastvithd.fold(checkpoint.encoder_state(), vision)
 
 
-def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> compress.Compression:
+def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> Compression:
     """How the encoder's weights are stored. A mixed choice writes what it rounds into `module`."""
 
     def advance(done: float) -> None:
@@ -306,7 +305,7 @@ def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> c
         return coreml.NOT_COMPRESSED
     advance(0.0)
     if calibration is None or options.encoder_precision != "mixed":
-        return compress.uniform(module, options.encoder_precision, advance)
+        return uniform(module, options.encoder_precision, advance)
     pixels = calibration_pixels(calibration, config.vision, config.image_aspect_ratio)
     chosen = mixed(module, pixels, options.encoder_bits, advance)
     record = {"sha256": calibration.digest, "skipped": list(calibration.skipped)}

@@ -19,14 +19,15 @@ import pytest
 
 from fastvlm_mlx.errors import DestinationError
 from model_export.comparison import sweep
-from model_export.destination import leftovers, renames
 from model_export.destination.content import content_of
 from model_export.destination.destination import (
     Destination,
     appearing,
     check_replaceable,
     clear_leftovers,
+    leftovers,
     look_at,
+    renames,
     resolve,
 )
 from model_export.destination.staging import MAGIC
@@ -262,7 +263,7 @@ class TestKilled:
         publish(out, "old")
         script = (
             "import sys, time, pathlib\n"
-            "from model_export.destination import appearing, check_replaceable\n"
+            "from model_export.destination.destination import appearing, check_replaceable\n"
             "from model_export.interruption import interruptible\n"
             "out = check_replaceable(pathlib.Path(sys.argv[1]), overwrite=True)\n"
             "with interruptible(lambda *a: None), appearing(out) as directory:\n"
@@ -568,7 +569,7 @@ class TestForeign:
         (out / "fastvithd.mlpackage" / "images").mkdir()
         script = (
             "import pathlib, subprocess, sys\n"
-            "from model_export.destination import check_replaceable\n"
+            "from model_export.destination.destination import check_replaceable\n"
             "from fastvlm_mlx.errors import DestinationError\n"
             "subprocess.run(['mount', '--bind', sys.argv[2], sys.argv[3]], check=True)\n"
             "try:\n"
