@@ -65,8 +65,8 @@ def reference(config: VisionConfig) -> np.ndarray:
 
 def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     """Compress and export: seconds of the compression alone, peak memory of both."""
-from model_export.encoder.compression import uniform
     from model_export.encoder import coreml, fastvithd
+    from model_export.encoder.compression import uniform
     from model_export.options import ExportOptions
     from model_export.quantization.encoder_sensitivity import calibration_pixels
     from model_export.quantization.mixed import mixed

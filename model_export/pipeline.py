@@ -35,6 +35,7 @@ from model_export.destination.destination import (
     resolve,
 )
 from model_export.encoder import coreml, fastvithd, multifunction
+from model_export.encoder.compression import Compression, uniform
 from model_export.encoder.references import Reference, references_of_sizes
 from model_export.gates import equality
 from model_export.gates.answers import answer_gates
