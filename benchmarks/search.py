@@ -125,7 +125,7 @@ def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNS
 
 
 def _row(
-    each: tuple[Space, float, search.Found, float],
+    each: tuple[Space, float, search.SearchResult, float],
     others: Sequence[Candidate],
     losses: dict[tuple[Any, ...], torch.Tensor],
     places: Sequence[int],

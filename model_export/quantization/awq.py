@@ -21,12 +21,12 @@ from model_export.language import llm
 from model_export.language.affine import round_weight
 from model_export.quantization.layers import (
     READS,
-    Finished,
     Formats,
-    Inputs,
-    Sample,
+    HiddenStates,
+    LayerInputs,
     State,
-    seen_by,
+    StoredArrays,
+    inputs_of,
 )
 
 # AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
@@ -171,14 +171,14 @@ def _clip_rows(weight: Tensor, hessian: Tensor, form: Format) -> Tensor:
     return groups.clamp(-best, best).flatten(1)
 
 
-def awq_layer(inputs: Inputs) -> Finished:
+def awq_layer(inputs: LayerInputs) -> StoredArrays:
     """AWQ of a layer, unless plain rounding loses less; its samples go on as the source has them.
 
     Nothing is finished of a layer that is better off with plain rounding.
     """
     layer, formats = inputs.layer, inputs.formats
     some = inputs.samples[:: _step(inputs.samples)]
-    seen = Seen(seen_by(layer, some), [sample.around for sample in some])
+    seen = Seen(inputs_of(layer, some), [sample.around for sample in some])
     source = dict(layer.state_dict())
     found = transformed(layer, seen, formats)
     expected = inputs.outputs()
@@ -202,7 +202,7 @@ def awq_layer(inputs: Inputs) -> Finished:
     }
 
 
-def _step(samples: Sequence[Sample]) -> int:
+def _step(samples: Sequence[HiddenStates]) -> int:
     return max(1, sum(sample.hidden.shape[1] for sample in samples) // AWQ_TOKENS)
 
 

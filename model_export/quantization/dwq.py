@@ -27,7 +27,7 @@ from model_export.language import llm, qwen2
 from model_export.language.affine import Coded, encode, grid
 from model_export.language.weights import Matrix, SourceWeights, Weights
 from model_export.quantization import held_out
-from model_export.quantization.layers import Sample, Work
+from model_export.quantization.layers import HiddenStates, Work
 
 # Of a matrix's mean scale, what a step changes at first; it falls to zero at the end.
 RATE = 0.001
@@ -176,7 +176,9 @@ def _call(layer: nn.Module, each: Layer, hidden: Tensor, lesson: Lesson) -> Tens
     return torch.func.functional_call(layer, each.state(), (hidden,), dict(lesson.around))
 
 
-def train_layers(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> llm.Ready:
+def train_layers(
+    work: Work, taught: Sequence[HiddenStates], learning: Sequence[HiddenStates]
+) -> llm.Ready:
     """DWQ.
 
     Args:
@@ -206,7 +208,7 @@ def train_layers(work: Work, taught: Sequence[Sample], learning: Sequence[Sample
         Lesson(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
         for mine, theirs in zip(learning, taught, strict=True)
     ]
-    head = Head(text, source, held_out.Candidate(source, work.chosen))
+    head = Head(text, source, held_out.PlannedWeights(source, work.scheme))
     train(layer, list(layers.values()), head, lessons, work.progress)
     dtype = getattr(torch, work.options.dtype)
     ready: dict[str, Path] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.language import qwen2
 from model_export.language.affine import Coded, grid
-from model_export.quantization.layers import READS, Finished, Inputs, seen_by
+from model_export.quantization.layers import READS, LayerInputs, StoredArrays, inputs_of
 
 # Added to the Hessian's diagonal, of its mean (the paper's section 3.3).
 DAMPING = 0.01
@@ -88,15 +88,15 @@ def _quantize_group(
     return codes, errors
 
 
-def gptq_layer(inputs: Inputs) -> Finished:
+def gptq_layer(inputs: LayerInputs) -> StoredArrays:
     """GPTQ of a layer; its samples go on as the quantized layer leaves them."""
     layer, formats, dtype = inputs.layer, inputs.formats, getattr(torch, inputs.dtype)
     moments: dict[str, Tensor] = {}
     for sample in inputs.samples:
-        seen = seen_by(layer, [sample])
+        seen = inputs_of(layer, [sample])
         for name, (x,) in seen.items():
             moments[name] = moments[name].addmm_(x.T, x) if name in moments else x.T @ x
-    finished: Finished = {}
+    finished: StoredArrays = {}
     for name, form in formats.items():
         if form is not None:
             key, hessian = f"{name}.weight", moments[READS[name]]

@@ -47,15 +47,15 @@ class RoundedMatrix(Matrix):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlannedWeights:
     """The weights of a bundle that is not written yet: `ready` where it has them, else rounded."""
 
     source: SourceWeights
-    chosen: Scheme
+    formats: Scheme
     ready: llm.Ready = field(default_factory=dict)
 
     def matrix(self, name: str) -> Matrix:
-        form = self.chosen.get(name.removesuffix(".weight"))
+        form = self.formats.get(name.removesuffix(".weight"))
         if name not in self.ready:
             return RoundedMatrix(self.source.matrix(name).weight, rounding=form)
         tensors, stem = safe_tensors(self.ready[name]), name.removesuffix("weight")
@@ -92,7 +92,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairedTest:
     """Plain rounding and a method on the same images."""
 
     rounding: Losses
@@ -104,7 +104,7 @@ class Verdict:
         from scipy.stats import wilcoxon
 
         pairs = zip(self.rounding.by_sample, self.method.by_sample, strict=True)
-        gains = [plain - found for plain, found in pairs]
+        gains = [plain - calibrated for plain, calibrated in pairs]
         # A training that diverges ends in NaN. What is equal speaks for neither.
         if not all(map(isfinite, gains)) or not any(gains):
             return 1.0
@@ -134,7 +134,7 @@ def divergences(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[PlannedWeights],
 ) -> list[Tensor]:
     """Nats that each candidate loses against the source at each place of the answers, for each of
     `references`: float64 [candidates, places].
@@ -157,7 +157,7 @@ def losses(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[PlannedWeights],
 ) -> list[Losses]:
     """Of each candidate; as `divergences`."""
     found = divergences(checkpoint, tokenizer, references, candidates)

@@ -43,12 +43,12 @@ READS = {
 Formats = Mapping[str, Format | None]
 State = dict[str, Tensor]
 # A layer's tensors as they are written, by their names in it.
-Finished = dict[str, list[mx.array]]
+StoredArrays = dict[str, list[mx.array]]
 
 
 @dataclass
-class Sample:
-    """An image and its questions on their way through the layers.
+class HiddenStates:
+    """The hidden states of one image's dialogue on their way through the layers.
 
     Attributes:
         hidden: [1, L, D], what the next layer reads.
@@ -62,11 +62,11 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One layer, what goes through it and what its matrices become."""
+class LayerInputs:
+    """One layer, the hidden states that go through it, and the formats that its matrices get."""
 
     layer: nn.Module
-    samples: Sequence[Sample]
+    samples: Sequence[HiddenStates]
     formats: Formats
     dtype: str
 
@@ -76,10 +76,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be quantized, in which form, and the directory that the results wait in."""
+    """What a method quantizes, in which formats, and the directory where the results wait.
+
+    Attributes:
+        scheme: the format of every matrix of the model.
+    """
 
     checkpoint: Checkpoint
-    chosen: Scheme
+    scheme: Scheme
     options: ExportOptions
     directory: Path
     progress: Callable[[float], None]
@@ -89,7 +93,7 @@ class Work:
         return self.checkpoint.config.text.num_hidden_layers
 
     def layers(self) -> Iterator[tuple[str, State]]:
-        """The source's layers, float32: the prefix of each one's names, its tensors.
+        """Read the source's layers in float32, and yield the prefix of each and its tensors.
 
         Raises:
             CheckpointError, OptionError: as `llm.convert`.
@@ -103,24 +107,24 @@ class Work:
             yield prefix, state
 
     def formats(self, prefix: str) -> Formats:
-        return {name: self.chosen[prefix + name] for name in MATRICES}
+        return {name: self.scheme[prefix + name] for name in MATRICES}
 
-    def save(self, prefix: str, finished: Finished) -> llm.Ready:
+    def save(self, prefix: str, finished: StoredArrays) -> llm.Ready:
         file = self.directory / f"{prefix}safetensors"
         mx.save_safetensors(str(file), dict(_named(prefix, finished)))
         return dict.fromkeys((prefix + name for name in finished), file)
 
 
-def samples_of(
+def first_states(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
     weights: Weights,
-) -> list[Sample]:
-    """What the first layer reads of each image and its questions.
+) -> list[HiddenStates]:
+    """Embed the dialogue of each image: the hidden states that the first layer reads.
 
     Args:
-        weights: the embedding and the projector.
+        weights: where the embedding and the projector come from.
     """
     rotary = qwen2.rotary_embedding(checkpoint.config.text)
     dialogues = dialogues_of(tokenizer.tokenizer, tokenizer.image_token_id, references)
@@ -130,12 +134,12 @@ def samples_of(
         hidden = qwen2.embed(qwen2.Side(weights, features), dialogue)
         rotation = rotary(hidden, dialogue.positions[None])
         around = {"attention_mask": dialogue.mask, "position_embeddings": rotation}
-        samples.append(Sample(hidden, around, dialogue.scored))
+        samples.append(HiddenStates(hidden, around, dialogue.scored))
     return samples
 
 
-def seen_by(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, list[Tensor]]:
-    """What the matrices of `READS` read of each sample, [L, C]."""
+def inputs_of(layer: nn.Module, samples: Sequence[HiddenStates]) -> dict[str, list[Tensor]]:
+    """Record the inputs [L, C] of the matrices of `READS`, for each sample."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in READS.values()}
     with recorded(layer, inputs):
         for sample in samples:
@@ -144,7 +148,7 @@ def seen_by(layer: nn.Module, samples: Sequence[Sample]) -> dict[str, list[Tenso
 
 
 class recorded:  # noqa: N801  a context manager, used as a function
-    """Keeps what each matrix of a layer is multiplied with."""
+    """Record what each matrix of a layer is multiplied with, as long as the context lasts."""
 
     def __init__(self, layer: nn.Module, inputs: Mapping[str, list[Tensor]]):
         self._hooks = [
@@ -167,7 +171,7 @@ class recorded:  # noqa: N801  a context manager, used as a function
             hook.remove()
 
 
-def _named(prefix: str, finished: Finished) -> Iterator[tuple[str, mx.array]]:
+def _named(prefix: str, finished: StoredArrays) -> Iterator[tuple[str, mx.array]]:
     """The arrays of each tensor, one or a quantized weight's three, under a bundle's names."""
     for name, arrays in finished.items():
         names = [prefix + name]

@@ -28,17 +28,17 @@ from model_export.language.recipes import Scheme
 from model_export.language.weights import SourceWeights
 from model_export.options import ExportOptions
 from model_export.quantization import awq, dwq, gptq, held_out
-from model_export.quantization.layers import LAYERS, Inputs, Sample, Work, samples_of
+from model_export.quantization.layers import LAYERS, HiddenStates, LayerInputs, Work
 from model_export.samples.calibration import Calibration, record, split
 
 
-def check(chosen: Scheme, method: str) -> None:
-    """Whether the method has anything to do, and can.
+def check(scheme: Scheme, method: str) -> None:
+    """Check that the method has something to quantize, and can.
 
     Raises:
         OptionError: no matrix of a layer is quantized, or one has a format other than affine.
     """
-    formats = {form for path, form in chosen.items() if path.startswith(LAYERS) and form}
+    formats = {form for path, form in scheme.items() if path.startswith(LAYERS) and form}
     if not formats:
         raise OptionError(
             f"--method {method} is given and no layer is quantized: choose fewer --llm-bits, or "
@@ -53,7 +53,13 @@ def check(chosen: Scheme, method: str) -> None:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the method made, if it gains over plain rounding, and what is to be said of it."""
+    """What the method made, if it gains over plain rounding, and what to tell about it.
+
+    Attributes:
+        ready: the file of each tensor that the method made, by its name in the bundle.
+        facts: for the manifest.
+        notes: for the user.
+    """
 
     ready: llm.Ready
     facts: dict[str, Any]
@@ -65,62 +71,66 @@ def quantize(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     calibration: Calibration,
-    chosen: Scheme,
+    formats: Scheme,
     options: ExportOptions,
     directory: Path,
     progress: Callable[[str, float | None], None],
 ) -> Calibrated:
-    """Quantize the layers that `chosen` quantizes, into files in `directory`.
+    """Quantize the layers into files in `directory`, and compare with plain rounding.
 
     Args:
+        formats: of every matrix; the layers' are quantized by the method.
         options: `method` is "awq", "gptq" or "dwq".
 
     Raises:
         CheckpointError, OptionError: as `llm.convert`.
     """
     method, name = options.method, options.method.upper()
-    seen, judges = split(calibration, checkpoint.config.vision.image_size, held_out.LEAST_IMAGES)
+    size = checkpoint.config.vision.image_size
+    calibration_set, held_out_set = split(calibration, size, held_out.LEAST_IMAGES)
+    samples = [*calibration_set, *held_out_set]
     facts: dict[str, Any] = {
         "sha256": calibration.digest,
         "skipped": list(calibration.skipped),
         "level": held_out.LEVEL,
     }
-    if len(judges) < held_out.LEAST_IMAGES:
+    if len(held_out_set) < held_out.LEAST_IMAGES:
         facts |= {"method": "rtn", "images": 0}
-        return Calibrated({}, facts, (_too_few(name, len(seen) + len(judges)),))
+        return Calibrated({}, facts, (_too_few(name, len(samples)),))
     facts |= {
-        "images": len(seen),
-        "calibrated_on": record(seen),
-        "judged_on": record(judges),
+        "images": len(calibration_set),
+        "calibrated_on": record(calibration_set),
+        "judged_on": record(held_out_set),
     }
     progress("calibration images", None)
-    looked_at = each_reference(checkpoint.encoder_state(), checkpoint, [*seen, *judges])
+    computed = each_reference(checkpoint.encoder_state(), checkpoint, samples)
     # Only features are read from here on.
-    references = [replace(each, pixels=each.pixels[:0].copy()) for each in looked_at]
+    references = [replace(each, pixels=each.pixels[:0].copy()) for each in computed]
+    calibrated_on = references[: len(calibration_set)]
+    tested_on = references[len(calibration_set) :]
     source = SourceWeights(checkpoint)
-    samples = samples_of(checkpoint, tokenizer, references[: len(seen)], source)
-    work = Work(checkpoint, chosen, options, directory, partial(progress, name))
+    source_states = first_states(checkpoint, tokenizer, calibrated_on, source)
+    work = Work(checkpoint, formats, options, directory, partial(progress, name))
     if method == "dwq":
-        rounded = held_out.Candidate(source, chosen)
-        ready = dwq.train_layers(
-            work, samples, samples_of(checkpoint, tokenizer, references[: len(seen)], rounded)
-        )
+        rounded = held_out.PlannedWeights(source, formats)
+        rounded_states = first_states(checkpoint, tokenizer, calibrated_on, rounded)
+        ready = dwq.train_layers(work, source_states, rounded_states)
     else:
-        ready = _layer_by_layer(work, samples)
+        ready = _layer_by_layer(work, source_states)
     progress(f"{name} or rounding", None)
-    candidates = [held_out.Candidate(source, chosen, made) for made in ({}, ready)]
-    rounding, found = held_out.losses(checkpoint, tokenizer, references[len(seen) :], candidates)
-    verdict = held_out.Verdict(rounding, found)
+    candidates = [held_out.PlannedWeights(source, formats, made) for made in ({}, ready)]
+    rounding, calibrated = held_out.losses(checkpoint, tokenizer, tested_on, candidates)
+    test = held_out.PairedTest(rounding, calibrated)
     facts |= {
-        "method": method if verdict.gains else "rtn",
-        "kl_nats": {"rtn": rounding.to_dict(), method: found.to_dict()},
-        "p_value": verdict.p_value,
+        "method": method if test.gains else "rtn",
+        "kl_nats": {"rtn": rounding.to_dict(), method: calibrated.to_dict()},
+        "p_value": test.p_value,
     }
     note = (
-        f"{name} loses {found} on the {len(judges)} images that judge it and plain rounding "
-        f"{rounding}; {verdict}"
+        f"{name} loses {calibrated} on the {len(held_out_set)} images that are held out, and plain "
+        f"rounding {rounding}: {test}"
     )
-    if verdict.gains:
+    if test.gains:
         return Calibrated(ready, facts, (note,))
     return Calibrated({}, facts, (f"{note}: the bundle has plain rounding",))
 
@@ -134,15 +144,15 @@ def _too_few(name: str, count: int) -> str:
     )
 
 
-def _layer_by_layer(work: Work, samples: Sequence[Sample]) -> llm.Ready:
-    """AWQ, GPTQ."""
+def _layer_by_layer(work: Work, samples: Sequence[HiddenStates]) -> llm.Ready:
+    """Quantize one layer after the other, by AWQ or GPTQ."""
     layer = qwen2.decoder_layer(work.checkpoint.config.text)
     method = gptq.gptq_layer if work.options.method == "gptq" else awq.awq_layer
     ready: dict[str, Path] = {}
     for index, (prefix, state) in enumerate(work.layers()):
         work.progress(index / work.count)
         layer.load_state_dict(state, strict=True, assign=True)
-        inputs = Inputs(layer, samples, work.formats(prefix), work.options.dtype)
+        inputs = LayerInputs(layer, samples, work.formats(prefix), work.options.dtype)
         ready |= work.save(prefix, method(inputs))
     work.progress(1.0)
     return ready

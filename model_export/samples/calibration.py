@@ -54,9 +54,9 @@ SCENE_QUESTIONS = 5
 MAX_IMAGES = 32
 # What the encoder looks at: so many images at 1024×1024, or the same pixels in smaller ones.
 IMAGES = 16
-JUDGES = 8
+HELD_OUT_IMAGES = 8
 # One image in so many is kept back, and more of a few.
-KEPT_BACK = 4
+HELD_OUT_EVERY = 4
 # Longer than any message needs; the rest is counted.
 LISTED = 5
 
@@ -122,11 +122,11 @@ def split(
 
     samples = list({digest([replace(p, questions=())]): p for p in calibration.samples}.values())
     count = len(samples)
-    kept_back = max(count // KEPT_BACK, min(least, count // 2))
-    places = {(i + 1) * count // kept_back - 1 for i in range(kept_back)}
-    seen = [sample for i, sample in enumerate(samples) if i not in places]
-    judges = [samples[i] for i in sorted(places)]
-    return some(seen, IMAGES), some(judges, JUDGES, least)
+    held_out_count = max(count // HELD_OUT_EVERY, min(least, count // 2))
+    places = {(i + 1) * count // held_out_count - 1 for i in range(held_out_count)}
+    calibration_set = [sample for i, sample in enumerate(samples) if i not in places]
+    held_out_set = [samples[i] for i in sorted(places)]
+    return some(calibration_set, IMAGES), some(held_out_set, HELD_OUT_IMAGES, least)
 
 
 def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:

@@ -142,9 +142,9 @@ def small():
     mask = torch.full((40, 40), float("-inf")).triu(1)[None, None]
     rotation = qwen2.rotary_embedding(TEXT)(hidden, torch.arange(40)[None])
     around = {"attention_mask": mask, "position_embeddings": rotation}
-    sample = layers.Sample(hidden, around, torch.arange(40))
+    sample = layers.HiddenStates(hidden, around, torch.arange(40))
     with torch.inference_mode():
-        seen = awq.Seen(layers.seen_by(layer, [sample]), [sample.around])
+        seen = awq.Seen(layers.inputs_of(layer, [sample]), [sample.around])
     block = mlx_qwen2.TransformerBlock(
         mlx_qwen2.ModelArgs(
             model_type="qwen2",

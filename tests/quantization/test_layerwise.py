@@ -185,7 +185,7 @@ def test_awq_changes_nothing_before_rounding(demo):
     source = SourceWeights(demo.checkpoint)
     state, samples = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
     references = reference_features(state, demo.checkpoint, samples)
-    samples = layers.samples_of(demo.checkpoint, demo.tokenizer, references, source)
+    samples = layers.first_states(demo.checkpoint, demo.tokenizer, references, source)
     layer = qwen2.decoder_layer(demo.checkpoint.config.text)
     formats = dict.fromkeys(layers.MATRICES, Format(3, 64))
     changed = {}
@@ -193,7 +193,7 @@ def test_awq_changes_nothing_before_rounding(demo):
         prefix = f"{layers.LAYERS}{index}."
         state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
         layer.load_state_dict(state, assign=True)
-        seen = awq.Seen(layers.seen_by(layer, samples), [s.around for s in samples])
+        seen = awq.Seen(layers.inputs_of(layer, samples), [s.around for s in samples])
         scaled = awq.scaled(state, awq.search_scales(layer, seen, formats))
         assert any(not torch.equal(scaled[name], state[name]) for name in state)
         changed |= {prefix + name: _Held(weight) for name, weight in scaled.items()}
@@ -242,7 +242,7 @@ def test_what_is_judged_is_what_is_written(demo, tmp_path):
         r for r in reference_features(state, demo.checkpoint, samples) if r.sample.questions
     ]
     source = SourceWeights(demo.checkpoint)
-    candidates = [held_out.Candidate(source, chosen, made) for made in ({}, ready)]
+    candidates = [held_out.PlannedWeights(source, chosen, made) for made in ({}, ready)]
     found = held_out.divergences(demo.checkpoint, demo.tokenizer, references, candidates)
     means = [torch.cat([lost[i] for lost in found]).mean() for i in range(2)]
     for method, mean in zip(("rtn", "gptq"), means, strict=True):
@@ -275,7 +275,7 @@ SMALL = (1e-6, 3e-6, 2e-6, 5e-6, 4e-6, 8e-6, 7e-6, 6e-6, 9e-6)
     ],
 )
 def test_a_gain_is_told_from_chance(rounding, method, gains, words):
-    verdict = held_out.Verdict(held_out.Losses(rounding), held_out.Losses(method))
+    verdict = held_out.PairedTest(held_out.Losses(rounding), held_out.Losses(method))
     assert verdict.gains is gains
     assert words in str(verdict)
 
@@ -290,7 +290,7 @@ def test_the_p_value_is_the_share_of_all_signs_that_gain_as_much(gains):
         sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign)
         for signs in product((False, True), repeat=len(gains))
     ]
-    verdict = held_out.Verdict(
+    verdict = held_out.PairedTest(
         held_out.Losses((0.0,) * len(gains)), held_out.Losses(tuple(-g for g in gains))
     )
     assert verdict.p_value == pytest.approx(sum(as_much >= won for as_much in every) / len(every))

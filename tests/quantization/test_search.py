@@ -157,7 +157,7 @@ def test_whole_assignments_are_measured_as_the_judge_measures_them(
     schemes = [late, mixed, {paths[-1]: FORMS[0]}, {}]
     found = trial.divergences(checkpoint, tokenizer, references, schemes, "float32")
     source = SourceWeights(checkpoint)
-    candidates = [held_out.Candidate(source, scheme) for scheme in schemes]
+    candidates = [held_out.PlannedWeights(source, scheme) for scheme in schemes]
     expected = trial.means(held_out.divergences(checkpoint, tokenizer, references, candidates))
     found = trial.means(found)
     assert found == pytest.approx(expected, rel=0.01, abs=1e-7)
