@@ -1,4 +1,4 @@
-"""DWQ: scales and biases are trained until the model's next token has the source's distribution.
+"""DWQ: scales and biases are trained towards the source's distribution of the next token.
 
 The codes of plain rounding stay. As in mlx_lm.quant.dwq what is minimized is the KL divergence from
 the source, by Adam; there the whole model is resident, here one layer: the way forward keeps what
@@ -75,8 +75,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """An image and its questions.
+class TrainingDialogue:
+    """One image's dialogue, as DWQ trains on it.
 
     Attributes:
         hidden: [1, L, D], what the first layer reads.
@@ -100,7 +100,7 @@ class Head:
     rounded: Weights
 
     def gradient(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Of the KL divergence from the target's distribution, the mean of the places: [P, D]."""
+        """Compute the gradient [P, D] of the KL divergence from the target, the mean of places."""
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = self._normed(hidden)
@@ -130,7 +130,7 @@ def train(
     layer: nn.Module,
     layers: Sequence[Layer],
     head: Head,
-    lessons: Sequence[Lesson],
+    dialogues: Sequence[TrainingDialogue],
     progress: Callable[[float], None],
 ) -> None:
     """Train the groups of all layers.
@@ -145,7 +145,7 @@ def train(
     )
     schedule = LinearLR(optimizer, 1, 0, STEPS)
     for step in range(STEPS):
-        for _ in backward(layer, layers, head, lessons[step % len(lessons)]):
+        for _ in backward(layer, layers, head, dialogues[step % len(dialogues)]):
             # Of this layer: no other has gradients now.
             optimizer.step()
             optimizer.zero_grad()
@@ -154,36 +154,36 @@ def train(
 
 
 def backward(
-    layer: nn.Module, layers: Sequence[Layer], head: Head, lesson: Lesson
+    layer: nn.Module, layers: Sequence[Layer], head: Head, dialogue: TrainingDialogue
 ) -> Iterator[int]:
-    """Indices of the layers, last first, each when its parameters have their gradients."""
-    read = [lesson.hidden]
+    """Yield the indices of the layers, last first, when their parameters have gradients."""
+    read = [dialogue.hidden]
     for each in layers:
-        read.append(_call(layer, each, read[-1], lesson))
+        read.append(_call(layer, each, read[-1], dialogue))
     last = read.pop()
     gradient = torch.zeros_like(last)
-    gradient[0, lesson.scored] = head.gradient(last[0, lesson.scored], lesson.target)
+    gradient[0, dialogue.scored] = head.gradient(last[0, dialogue.scored], dialogue.target)
     for index in reversed(range(len(layers))):
         hidden = read.pop().detach().requires_grad_()
         with torch.enable_grad():
-            _call(layer, layers[index], hidden, lesson).backward(gradient)
+            _call(layer, layers[index], hidden, dialogue).backward(gradient)
         yield index
         if hidden.grad is not None:
             gradient = hidden.grad
 
 
-def _call(layer: nn.Module, each: Layer, hidden: Tensor, lesson: Lesson) -> Tensor:
-    return torch.func.functional_call(layer, each.state(), (hidden,), dict(lesson.around))
+def _call(layer: nn.Module, each: Layer, hidden: Tensor, dialogue: TrainingDialogue) -> Tensor:
+    return torch.func.functional_call(layer, each.state(), (hidden,), dict(dialogue.around))
 
 
 def train_layers(
-    work: Work, taught: Sequence[HiddenStates], learning: Sequence[HiddenStates]
+    work: Work, source_states: Sequence[HiddenStates], rounded_states: Sequence[HiddenStates]
 ) -> llm.Ready:
-    """DWQ.
+    """Train the scales and biases of all layers, and save the layers.
 
     Args:
-        taught: what the source's first layer reads; it goes on to the last one.
-        learning: what that of the bundle reads.
+        source_states: what the source's first layer reads; they go on to the last layer.
+        rounded_states: what the bundle's first layer reads.
     """
     work.progress(0.0)
     checkpoint = work.checkpoint
@@ -193,7 +193,7 @@ def train_layers(
     layers: dict[str, Layer] = {}
     for prefix, state in work.layers():
         layer.load_state_dict(state, strict=True, assign=True)
-        for sample in taught:
+        for sample in source_states:
             sample.hidden = layer(sample.hidden, **sample.around)
         groups = {
             f"{name}.weight": Groups(
@@ -204,12 +204,12 @@ def train_layers(
         }
         rest = [name for name in state if name not in groups]
         layers[prefix] = Layer(groups, partial(qwen2.layer_state, source, prefix, rest))
-    lessons = [
-        Lesson(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
-        for mine, theirs in zip(learning, taught, strict=True)
+    dialogues = [
+        TrainingDialogue(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
+        for mine, theirs in zip(rounded_states, source_states, strict=True)
     ]
     head = Head(text, source, held_out.PlannedWeights(source, work.scheme))
-    train(layer, list(layers.values()), head, lessons, work.progress)
+    train(layer, list(layers.values()), head, dialogues, work.progress)
     dtype = getattr(torch, work.options.dtype)
     ready: dict[str, Path] = {}
     for prefix, each in layers.items():

@@ -22,7 +22,7 @@ ROWS = 16_384
 
 
 def quantize(weight: Tensor, hessian: Tensor, form: Format, dtype: torch.dtype) -> Coded:
-    """A weight [R, C] by the Hessian [C, C] of its input; both float32.
+    """Quantize a weight [R, C] by the Hessian [C, C] of its input; both are float32.
 
     Codes are found against scales and biases as rounded to `dtype`, so that what is stored is what
     was minimized.
@@ -38,7 +38,7 @@ def quantize(weight: Tensor, hessian: Tensor, form: Format, dtype: torch.dtype) 
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     mean = diagonal.mean()
@@ -89,12 +89,11 @@ def _quantize_group(
 
 
 def gptq_layer(inputs: LayerInputs) -> StoredArrays:
-    """GPTQ of a layer; its samples go on as the quantized layer leaves them."""
+    """Quantize a layer by GPTQ; the hidden states go on as the quantized layer leaves them."""
     layer, formats, dtype = inputs.layer, inputs.formats, getattr(torch, inputs.dtype)
     moments: dict[str, Tensor] = {}
     for sample in inputs.samples:
-        seen = inputs_of(layer, [sample])
-        for name, (x,) in seen.items():
+        for name, (x,) in inputs_of(layer, [sample]).items():
             moments[name] = moments[name].addmm_(x.T, x) if name in moments else x.T @ x
     finished: StoredArrays = {}
     for name, form in formats.items():

@@ -1,11 +1,12 @@
-"""What a language model will lose by its formats and a method's weights, before it is written.
+"""The held-out set: what a quantization loses on it, and whether a method gains over rounding.
 
-And whether a method loses less than plain rounding. Losses have a heavy tail: one question may
-carry nearly all of a mean, and which of two roundings gets that one wrong is chance. So the two are
-compared image by image, by Wilcoxon's signed-rank test, in which an image counts by the rank
-of its difference and not by its size; an image and not a question, as what is asked about one
-image is answered from the same features. Plain rounding is left for what gains at this level and
-in the mean too: a small gain on most images does not pay for a large loss on one.
+Losses are measured before a bundle is written. They have a heavy tail: one question may carry
+nearly all of a mean, and which of two roundings gets that one wrong is chance. So a method and
+plain rounding are compared image by image, by Wilcoxon's signed-rank test, in which an image counts
+by the rank of its difference and not by its size. The unit is an image and not a question, as all
+questions about one image are answered from the same features. A method replaces plain rounding
+where it gains at this level and in the mean too: a small gain on most images does not pay for a
+large loss on one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from model_export.language.evaluation import ComparedModel, dialogues_of, outcom
 from model_export.language.recipes import Scheme
 from model_export.language.weights import Matrix, SourceWeights, Weights, rounded
 
-# Of taking a method for better that is not.
+# The probability of taking a method for better that is not.
 LEVEL = 0.05
 # With fewer images chance alone gives every one of them a gain more often than that.
 LEAST_IMAGES = ceil(-log2(LEVEL))
@@ -37,7 +38,7 @@ LEAST_IMAGES = ceil(-log2(LEVEL))
 
 @dataclass(frozen=True)
 class RoundedMatrix(Matrix):
-    """A source's weight as plain rounding keeps it."""
+    """A source's weight as plain rounding changes it."""
 
     rounding: Format | None = None
 
@@ -48,7 +49,12 @@ class RoundedMatrix(Matrix):
 
 @dataclass(frozen=True)
 class PlannedWeights:
-    """The weights of a bundle that is not written yet: `ready` where it has them, else rounded."""
+    """The weights of a bundle that is not written yet.
+
+    Attributes:
+        formats: of every matrix.
+        ready: files of tensors that a method made; all others are rounded plainly.
+    """
 
     source: SourceWeights
     formats: Scheme
@@ -67,7 +73,7 @@ class PlannedWeights:
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats that a candidate loses, the mean over an image's answers for each image."""
+    """Nats that a quantization loses on each image, the mean over the places of its answers."""
 
     by_sample: tuple[float, ...]
 
@@ -93,14 +99,14 @@ class Losses:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Plain rounding and a method on the same images."""
+    """Wilcoxon's test of a method against plain rounding, on the same images."""
 
     rounding: Losses
     method: Losses
 
     @property
     def p_value(self) -> float:
-        """How often chance alone would favour the method as much, one-sided, exact."""
+        """The probability that chance alone favours the method as much, one-sided and exact."""
         from scipy.stats import wilcoxon
 
         pairs = zip(self.rounding.by_sample, self.method.by_sample, strict=True)
@@ -114,7 +120,7 @@ class PairedTest:
 
     @property
     def less(self) -> bool:
-        """In the mean."""
+        """Whether the method loses less in the mean."""
         return fmean(self.method.by_sample) < fmean(self.rounding.by_sample)
 
     @property
@@ -136,11 +142,13 @@ def divergences(
     references: Sequence[Reference],
     candidates: Sequence[PlannedWeights],
 ) -> list[Tensor]:
-    """Nats that each candidate loses against the source at each place of the answers, for each of
-    `references`: float64 [candidates, places].
+    """Measure the nats that each candidate loses against the source at each place of the answers.
 
     Args:
-        references: images with questions, and what the source's encoder makes of them.
+        references: images with questions.
+
+    Returns:
+        For each reference float64 [candidates, places].
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     features = [reference.features for reference in references]
@@ -159,7 +167,7 @@ def losses(
     references: Sequence[Reference],
     candidates: Sequence[PlannedWeights],
 ) -> list[Losses]:
-    """Of each candidate; as `divergences`."""
-    found = divergences(checkpoint, tokenizer, references, candidates)
-    by_sample = torch.stack([lost.mean(1) for lost in found], 1)
+    """Measure what each candidate loses on each image, as `divergences` does."""
+    by_place = divergences(checkpoint, tokenizer, references, candidates)
+    by_sample = torch.stack([lost.mean(1) for lost in by_place], 1)
     return [Losses(tuple(row)) for row in by_sample.tolist()]

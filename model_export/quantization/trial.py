@@ -1,4 +1,4 @@
-"""What assignments of bits lose, many of them at once: the next token's divergence from the source.
+"""Measuring many assignments of bits at once: what each loses of the next token's distribution.
 
 Each assignment is a row of a batch that goes through the source's layers, every matrix multiplied
 with the rows that have it in the same form. A row is the source itself up to the first layer where
@@ -62,15 +62,16 @@ def divergences(
     dtype: str,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Tensor]:
-    """Nats that each of `schemes` loses at each place of the answers, for each of `references`:
-    float64 [schemes, places].
+    """Measure the nats that each of `schemes` loses at each place of the answers.
 
     Args:
-        references: images with questions, and what the source's encoder makes of them, of any
-            number of tokens.
-        schemes: a matrix that one does not name, or leaves unquantized, is the source's.
+        references: images with questions, of any number of image tokens.
+        schemes: where one does not name a matrix, or leaves it unquantized, it is the source's.
         dtype: of scales and biases, as a bundle stores them.
         progress: called with the share that is done.
+
+    Returns:
+        For each reference float64 [schemes, places].
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     # Those that have begun are the first rows of the batch.
@@ -106,9 +107,9 @@ def divergences(
     return list(result.split([len(sample.dialogue.scored) for sample in samples], 1))
 
 
-def means(found: Sequence[Tensor]) -> list[float]:
-    """Of `divergences`, over all places."""
-    return torch.cat(list(found), 1).mean(1).tolist()
+def means(by_place: Sequence[Tensor]) -> list[float]:
+    """Average what `divergences` returns over all places, for each scheme."""
+    return torch.cat(list(by_place), 1).mean(1).tolist()
 
 
 def _begins(scheme: Scheme) -> int:

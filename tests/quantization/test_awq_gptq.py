@@ -144,7 +144,7 @@ def small():
     around = {"attention_mask": mask, "position_embeddings": rotation}
     sample = layers.HiddenStates(hidden, around, torch.arange(40))
     with torch.inference_mode():
-        seen = awq.Seen(layers.inputs_of(layer, [sample]), [sample.around])
+        seen = awq.CalibrationInputs(layers.inputs_of(layer, [sample]), [sample.around])
     block = mlx_qwen2.TransformerBlock(
         mlx_qwen2.ModelArgs(
             model_type="qwen2",

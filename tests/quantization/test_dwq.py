@@ -87,7 +87,7 @@ def small(tmp_path):
             state = {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
             target = torch.func.functional_call(layer, state, (target,), around)
     scored = torch.tensor([5, 6, 11])
-    lesson = dwq.Lesson(hidden, around, scored, target[0, scored])
+    lesson = dwq.TrainingDialogue(hidden, around, scored, target[0, scored])
     head = dwq.Head(TEXT, weights, weights)
     return SimpleNamespace(model=model, layer=layer, layers=layers, lesson=lesson, head=head)
 

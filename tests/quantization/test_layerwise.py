@@ -193,7 +193,7 @@ def test_awq_changes_nothing_before_rounding(demo):
         prefix = f"{layers.LAYERS}{index}."
         state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
         layer.load_state_dict(state, assign=True)
-        seen = awq.Seen(layers.inputs_of(layer, samples), [s.around for s in samples])
+        seen = awq.CalibrationInputs(layers.inputs_of(layer, samples), [s.around for s in samples])
         scaled = awq.scaled(state, awq.search_scales(layer, seen, formats))
         assert any(not torch.equal(scaled[name], state[name]) for name in state)
         changed |= {prefix + name: _Held(weight) for name, weight in scaled.items()}

@@ -219,7 +219,7 @@ def test_candidates_fit_and_are_the_layout_s(checkpoint, layout, target):
     space = Space(checkpoint.llm_specs, checkpoint.config, options)
     made_up = {
         path: {form: 4.0**-form.bits for form in forms}
-        for path, forms in search._asked(space, target).items()
+        for path, forms in search._formats_to_measure(space, target).items()
     }
     found = at_or_below(space, made_up, target)
     total = sum(torch.Size(spec.shape).numel() for spec in checkpoint.llm_specs)
