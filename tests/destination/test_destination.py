@@ -19,15 +19,14 @@ import pytest
 
 from fastvlm_mlx.errors import DestinationError
 from model_export.comparison import sweep
+from model_export.destination import leftovers, renames
 from model_export.destination.content import content_of
 from model_export.destination.destination import (
     Destination,
     appearing,
     check_replaceable,
     clear_leftovers,
-    leftovers,
     look_at,
-    renames,
     resolve,
 )
 from model_export.destination.staging import MAGIC
