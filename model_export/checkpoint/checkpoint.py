@@ -77,7 +77,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, source: Source) -> Checkpoint:
-        """What was found already. Errors as the constructor's."""
+        """Open a source that was found already; raises as the constructor does."""
         checkpoint = cls.__new__(cls)
         checkpoint._open(source, None)
         return checkpoint
@@ -202,7 +202,7 @@ class Checkpoint:
 
     @property
     def llm_parameters(self) -> int:
-        """The projector's included."""
+        """The number of weights of the language model and the projector."""
         return sum(prod(spec.shape) for spec in self.llm_specs)
 
     @property

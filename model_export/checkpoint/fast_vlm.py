@@ -1,4 +1,4 @@
-"""transformers' `fast_vlm` configuration in Apple's words: the same model as `llava_qwen2`."""
+"""Translate transformers' `fast_vlm` configuration to `llava_qwen2`: it is the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tunes that are stored as a difference to a base: LoRA adapters, and projectors alone.
+"""Fine-tunes that are stored as a difference to a base: LoRA adapters, and single projectors.
 
 PEFT writes `adapter_config.json` and `adapter_model.*`; LLaVA's training adds what it trained
 without LoRA as `non_lora_trainables.bin`. A merged weight is computed when it is read.
@@ -71,7 +71,7 @@ class MergedTensor:
 def merge_adapter(
     directory: Path, config: LoraConfig, base: Mapping[str, SourceTensor], rename: Rename
 ) -> dict[str, SourceTensor]:
-    """`base` with the adapter's weights merged and its other tensors in place of the base's.
+    """Merge an adapter into `base`, and put its other tensors in place of the base's.
 
     Raises:
         CheckpointError: no adapter weights, a tensor that the base does not have, or one for a
@@ -107,7 +107,7 @@ def merge_adapter(
 def replace_tensors(
     file: Path, base: Mapping[str, SourceTensor], rename: Rename
 ) -> dict[str, SourceTensor]:
-    """`base` with the tensors of `file` in place of its own.
+    """Put the tensors of `file` in place of those of `base`.
 
     A head that is the embedding stays the embedding when only that is replaced.
 
@@ -122,7 +122,7 @@ def replace_tensors(
 
 
 def replace_projector(file: Path, base: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """`base` with the projector that LLaVA's training saves by itself, under whatever prefix.
+    """Put a projector that LLaVA's training saved by itself in place of the one of `base`.
 
     Raises:
         CheckpointError: `file` holds something else.

@@ -36,7 +36,7 @@ REPEATS = re.compile(r"[*+?]")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What of `adapter_config.json` decides a merged weight."""
+    """The settings of `adapter_config.json` that decide a merged weight."""
 
     rank: int
     alpha: float
@@ -49,8 +49,10 @@ class LoraConfig:
 
     @classmethod
     def read(cls, file: Path) -> LoraConfig:
-        """`fan_in_fan_out` is not asked: FastVLM's layers are all Linear, for which PEFT itself
-        turns it off.
+        """Read `adapter_config.json`.
+
+        `fan_in_fan_out` is ignored: FastVLM's layers are all Linear, for which PEFT itself turns
+        it off.
 
         Raises:
             CheckpointError: not LoRA, a variant of it that is not supported, or damaged.
@@ -87,7 +89,7 @@ class LoraConfig:
         )
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Of the module of this name, by the first pattern that its end matches, as in PEFT."""
+        """Return a module's rank and scale, by the first pattern that its end fits, as in PEFT."""
         rank = self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
         alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
         return rank, alpha / (sqrt(rank) if self.use_rslora else rank)

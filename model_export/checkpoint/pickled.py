@@ -34,7 +34,7 @@ class PickledFile:
         self._read_bytes = 0
 
     def tensor(self, key: str, rows: slice) -> torch.Tensor:
-        """Raises CheckpointError: as for the header, if the file changed meanwhile."""
+        """Read rows of a tensor; raises CheckpointError if the file changed meanwhile."""
         if self._map is None or self._read_bytes > MAPPED_BYTES:
             self._map, self._read_bytes = unpickle(self.path), 0
         if key not in self._map:
@@ -46,7 +46,7 @@ class PickledFile:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """In a file that `torch.save` wrote."""
+    """A tensor in a file that `torch.save` wrote."""
 
     file: PickledFile
     key: str
@@ -80,7 +80,7 @@ def _dtype_names() -> Mapping[Any, str]:
 
 
 def unpickle(file: Path) -> dict[str, torch.Tensor]:
-    """What `torch.save` wrote, mapped and not read, if it is a dictionary of plain tensors.
+    """Map what `torch.save` wrote, without reading it, if it is a dictionary of plain tensors.
 
     Raises:
         CheckpointError: it is anything else. Nothing in it is executed.

@@ -1,4 +1,4 @@
-"""Tensors as files hold them: headers first; values whole or by rows, and kept by nobody."""
+"""Tensors in files: headers are read first, values later, whole or by rows; nobody keeps them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SourceTensor(Protocol):
     def files(self) -> tuple[Path, ...]: ...
 
     def read(self, rows: slice = ALL) -> mx.array:
-        """Those rows (entries of the first axis), consecutive; of a scalar the scalar.
+        """Read consecutive rows (entries of the first axis); of a scalar, the scalar.
 
         Raises CheckpointError if a file can't be read any more.
         """
@@ -58,7 +58,7 @@ class SourceTensor(Protocol):
 
 @dataclass(frozen=True)
 class SafeTensor:
-    """In a safetensors file, its first byte at `offset`."""
+    """A tensor in a safetensors file; its first byte is at `offset`."""
 
     file: Path
     key: str
@@ -115,14 +115,14 @@ class ExtendedRows:
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a tensor of this shape, `BLOCK_ELEMENTS` or one row at a time."""
+    """Split the rows of a tensor into blocks of `BLOCK_ELEMENTS`, or of one row."""
     rows = max(1, BLOCK_ELEMENTS // prod(shape[1:]))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 
 
 def to_torch(array: mx.array) -> torch.Tensor:
-    """The same memory as a torch tensor, bfloat16 included, which numpy does not have."""
+    """Share an array's memory with a torch tensor, also in bfloat16, which numpy lacks."""
     import torch
 
     if array.dtype == mx.bfloat16:
@@ -131,7 +131,7 @@ def to_torch(array: mx.array) -> torch.Tensor:
 
 
 def from_torch(tensor: torch.Tensor) -> mx.array:
-    """A copy as an MLX array, bfloat16 included."""
+    """Copy a torch tensor to an MLX array, also in bfloat16."""
     import torch
 
     tensor = tensor.detach().contiguous()
@@ -141,7 +141,7 @@ def from_torch(tensor: torch.Tensor) -> mx.array:
 
 
 def magnitude(name: str, tensor: torch.Tensor | np.ndarray) -> float:
-    """The largest magnitude in the tensor of this name.
+    """Return the largest magnitude in the tensor of this name.
 
     Raises:
         CheckpointError: it holds NaN or infinity.
@@ -157,7 +157,7 @@ def magnitude(name: str, tensor: torch.Tensor | np.ndarray) -> float:
 
 
 def safe_tensors(file: Path) -> dict[str, SafeTensor]:
-    """A safetensors file's tensors, of whatever type.
+    """List a safetensors file's tensors, of whatever type.
 
     Raises:
         CheckpointError: it is not whole.

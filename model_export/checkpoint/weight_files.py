@@ -21,12 +21,12 @@ SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError if `file` is not a JSON object, or not a file of its directory."""
+    """Read a JSON object; raises CheckpointError if it is none, or outside its directory."""
     return schema.read_json(file.parent, file, CheckpointError, remedy="download it again")
 
 
 def read_weights(directory: Path) -> dict[str, SourceTensor]:
-    """The tensors of a directory's full weights, by their names there; headers only.
+    """List the tensors of a directory's full weights by their names; only headers are read.
 
     Both forms of one checkpoint are often published together: the safetensors are read, unless
     files of theirs are missing and the other form is complete.
@@ -59,7 +59,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def read_tensors(files: list[Path]) -> dict[str, SourceTensor]:
-    """Headers of several safetensors or `.bin` files.
+    """Read the headers of several safetensors or `.bin` files.
 
     Raises:
         CheckpointError: a file is not whole, holds something other than tensors, or a tensor is

@@ -50,7 +50,7 @@ class Model:
 
 
 def open_model(path: str | Path) -> Model:
-    """Raises BundleError or CheckpointError if it is neither a bundle nor a checkpoint."""
+    """Open a bundle or a checkpoint; raises BundleError or CheckpointError if it is neither."""
     directory = Path(path).expanduser()
     if directory.is_dir() and is_bundle(directory):
         return _bundle(directory)

@@ -67,7 +67,7 @@ def answer_gates(
     options: ExportOptions,
     source_bundle: Bundle | None = None,
 ) -> list[Gate]:
-    """KL divergence, agreement and the largest magnitude, over every image with questions.
+    """Measure KL divergence, agreement and largest magnitude over every image with questions.
 
     Args:
         tokenizer: the source's; the bundle's own must give the same ids.

@@ -45,7 +45,7 @@ COMPRESSED_COSINE = 0.5
 
 
 def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
-    """Signal-to-noise ratio in dB; infinite where there is no error."""
+    """Compute the signal-to-noise ratio in dB; it is infinite where there is no error."""
     reference = reference.astype(np.float64)
     signal = float(np.square(reference).mean())
     noise = float(np.square(found - reference).mean())
@@ -53,7 +53,7 @@ def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
 
 
 def mean_cosine(reference: np.ndarray, found: np.ndarray) -> float:
-    """Of the angle between both sides' tokens [1, N, C], in the mean over the tokens."""
+    """Compute the cosine between the tokens [1, N, C] of both sides, the mean over tokens."""
     a, b = reference.astype(np.float64), found.astype(np.float64)
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return float(((a * b).sum(-1) / np.maximum(lengths, np.finfo(np.float64).tiny)).mean())
@@ -65,7 +65,7 @@ def encoder_gates(
     references: Sequence[Reference],
     options: ExportOptions,
 ) -> tuple[list[Gate], list[np.ndarray]]:
-    """SNR of the package as written to disk, and its largest magnitude.
+    """Measure the package as written to disk: its SNR and its largest magnitude.
 
     Args:
         folded: makes the module of the source weights, folded, once the package's own evaluation
@@ -105,7 +105,7 @@ def encoder_gates(
 def mlx_encoder_gates(
     bundle: Bundle, references: Sequence[Reference], options: ExportOptions
 ) -> tuple[list[Gate], list[np.ndarray]]:
-    """SNR of an `mlx` bundle's encoder, and its largest magnitude.
+    """Measure the encoder of an `mlx` bundle: its SNR and its largest magnitude.
 
     Every operation's result is rounded to the bundle's type; where MLX has a GPU, the GPU's own
     output is held to the same floor.
@@ -133,7 +133,7 @@ def gates_of_sizes(
     references: Mapping[int, Sequence[Reference]],
     options: ExportOptions,
 ) -> tuple[list[Gate], list[np.ndarray]]:
-    """`encoder_gates` or `mlx_encoder_gates` at every size that the encoder takes.
+    """Run `encoder_gates` or `mlx_encoder_gates` at every size that the encoder takes.
 
     Args:
         folded: as in `encoder_gates`, at the size that it is given.

@@ -1,4 +1,4 @@
-"""The exact gates: what was written is the source's, and is read under the source's settings.
+"""The exact gates: the tensors and the settings that were written are the source's.
 
 Tensors. Each is the source's, cast or rounded by the recorded form, bit for bit. The rounding is
 this module's own, in torch (MLX's for the modes of floats), and not the writer's. What a calibrated

@@ -1,4 +1,4 @@
-"""A figure with its limit, and the one figure that needs no source: the largest magnitude."""
+"""A gate is a figure with its limit; the largest magnitude is the one that needs no source."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Magnitude:
 def overflow_gates(
     bundle: Bundle, options: ExportOptions, other_sizes: Sequence[int] = ()
 ) -> list[Gate]:
-    """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
+    """Make the gates that need no checkpoint: they tell whether fp16 overflows."""
     gates = [_overflow(bundle, options)]
     for size in other_sizes:
         gate = _overflow(bundle.at(size), options)

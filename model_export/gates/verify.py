@@ -38,7 +38,7 @@ def verify(
     base: str | Path | None = None,
     revision: str | None = None,
 ) -> tuple[Bundle, list[Gate]]:
-    """Repeat on a bundle what its export checked: files, layout, and with its checkpoint the gates.
+    """Repeat on a bundle what its export checked: files, layout and, with a checkpoint, the gates.
 
     Args:
         checkpoint_path, base, revision: as for the export.
@@ -163,7 +163,7 @@ def _own_limits(recorded: ExportOptions) -> ExportOptions:
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:
-    """The options that the manifest says the bundle was made with; else what its files show."""
+    """Read the options that a bundle was made with from its manifest, or else from its files."""
     if bundle.manifest is not None:
         recorded = bundle.manifest["options"]
         known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}

@@ -27,7 +27,7 @@ LAYER_NAMES = tuple(name for name, _ in LAYER)
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models compared: its weights, and what the encoder of its side sees.
+    """One of the models compared: its weights, and the features of one image that it reads.
 
     Attributes:
         config: its own, where it may be another than the one that all run under.
@@ -47,14 +47,14 @@ class Outcome:
     largest: float
 
     def divergence(self, source: Outcome) -> Tensor:
-        """KL divergence from `source` at each scored place, in nats: [P]."""
+        """Compute the KL divergence from `source` at each scored place, in nats: [P]."""
         expected = source.log_probabilities
         return (expected.exp() * (expected - self.log_probabilities)).sum(1)
 
 
 @torch.inference_mode()
 def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[Outcome]:
-    """All sides through the whole model in step, each layer's weights read once per side.
+    """Run all sides through the whole model in step; each layer's weights are read once per side.
 
     Args:
         config: of the sides that have none of their own.
@@ -79,7 +79,7 @@ def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[O
 
 
 def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
-    """transformers' layer, without weights: one layer's after the other's are put into it."""
+    """Make transformers' layer without weights; those of one layer after the other go into it."""
     with torch.device("meta"):
         return Qwen2DecoderLayer(_settings(config), 0)
 
@@ -87,7 +87,7 @@ def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
 def layer_state(
     weights: Weights, prefix: str, names: Iterable[str] = LAYER_NAMES
 ) -> dict[str, Tensor]:
-    """Tensors of the layer whose names begin so, float32."""
+    """Read the float32 tensors of the layer whose names begin with `prefix`."""
     return {name: weights.matrix(prefix + name).float() for name in names}
 
 
@@ -144,20 +144,20 @@ def _settings(config: TextConfig) -> Qwen2Config:
 
 
 def embed(side: Side, dialogue: Dialogue) -> Tensor:
-    """float32 [1, L, D]: what the first layer reads."""
+    """Embed a dialogue: float32 [1, L, D], what the first layer reads."""
     embedded = look_up(side.weights.matrix(EMBEDDING[1]), dialogue.ids)
     embedded[dialogue.image] = project(side)
     return embedded[None]
 
 
 def look_up(matrix: Matrix, ids: Tensor) -> Tensor:
-    """Rows of an embedding by ids [L], float32: those alone are read."""
+    """Read the rows of an embedding by ids [L], in float32, and no others."""
     wanted, places = ids.unique(return_inverse=True)
     return torch.cat([matrix.float(slice(i, i + 1)) for i in wanted.tolist()])[places]
 
 
 def project(side: Side) -> Tensor:
-    """float32 [1, N, C] → [N, D]: Linear, exact GELU, Linear."""
+    """Project float32 features [1, N, C] → [N, D]: Linear, exact GELU, Linear."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         stem = f"multi_modal_projector.{name}"

@@ -33,7 +33,7 @@ class Matrix:
     form: Format | None = None
 
     def float(self, rows: slice = ALL) -> Tensor:
-        """float32, whole or the chosen rows."""
+        """Read the matrix in float32, whole or the given rows."""
         weight = self.weight.read(rows)
         if self.form is None or self.scales is None:
             return to_torch(weight).float()
@@ -41,14 +41,14 @@ class Matrix:
         return dequantize(self.form, weight, self.scales.read(rows), biases)
 
     def blocks(self) -> Iterator[Tensor]:
-        """float32, all of it, some rows at a time."""
+        """Read the whole matrix in float32, some rows at a time."""
         return (self.float(rows) for rows in row_blocks(self.weight.shape))
 
 
 def dequantize(
     form: Format, words: mx.array, scales: mx.array, biases: mx.array | None = None
 ) -> Tensor:
-    """What `mx.quantize` made, float32."""
+    """Undo `mx.quantize`: return the float32 weight that its arrays stand for."""
     packed = to_torch(words.view(mx.uint8))
     if form.mode == "mxfp8":
         codes = packed.view(torch.float8_e4m3fn).float()
@@ -68,12 +68,12 @@ def dequantize(
 
 
 def rounded(weight: Tensor, form: Format) -> Tensor:
-    """A float32 weight as MLX's quantization keeps it."""
+    """Quantize a float32 weight with MLX, and return what is left of it in float32."""
     return dequantize(form, *mx.quantize(mx.array(weight.numpy()), **asdict(form)))
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Little-endian words [rows, k], as uint8 [rows, 4k], → uint8 codes [rows, 32k / bits].
+    """Unpack little-endian words [rows, k], as uint8 [rows, 4k], into codes [rows, 32k / bits].
 
     Codes lie end to end from the lowest bit, so `bits` bytes hold eight of them, each in one byte
     or across two.
@@ -90,7 +90,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 class Weights(Protocol):
-    """Where one side's weights come from, by their names in a bundle."""
+    """A source of weights, by their names in a bundle."""
 
     def matrix(self, name: str) -> Matrix: ...
 

@@ -24,7 +24,7 @@ PHOTOGRAPH_QUESTIONS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """An image the gates look at, and questions about it with their answers."""
+    """An image, and questions about it with their answers."""
 
     name: str
     image: Image.Image
@@ -32,10 +32,10 @@ class Sample:
 
 
 def gate_samples(vision: VisionConfig) -> list[Sample]:
-    """Scenes, which have questions with answers, and last a photograph.
+    """Make the gates' samples: scenes, which have questions with answers, and last a photograph.
 
-    A large encoder sees the photograph alone, and is asked about it; where scenes fit, the
-    questions are about them.
+    A large encoder gets only the photograph, with questions. Where scenes fit, the questions are
+    about them.
     """
     size = vision.image_size
     photograph = [p for p in photographs() if p.name == "china.jpg"]
@@ -51,7 +51,7 @@ def gate_samples(vision: VisionConfig) -> list[Sample]:
 
 
 def photographs() -> list[Sample]:
-    """china.jpg and flower.jpg from scikit-learn's wheel, CC BY 2.0, 640×427; none without it."""
+    """Load china.jpg and flower.jpg from scikit-learn's wheel, CC BY 2.0, 640×427, or nothing."""
     spec = find_spec("sklearn")
     files = [
         Path(folder) / "datasets" / "images" / name
