@@ -1,9 +1,9 @@
 """The language model's gates, end to end, against the source checkpoint.
 
-Both sides answer the same questions about the same images, each
-with its own encoder's features, its own pixels and its own settings; the right answers are given,
-so that both are asked for the next token at the same places. Measured are the mean KL divergence
-of the bundle's distribution from the source's, and how often both choose the same token.
+Both sides answer the same questions about the same images, each with its own encoder's features,
+its own pixels and its own settings. The right answers are given, so that both are asked for the
+next token at the same places. The gates measure the mean KL divergence of the bundle's distribution
+from the source's, and how often both choose the same token.
 
 What the divergence may be. That the right weights are there, under the right settings, is proven
 bit by bit elsewhere (`equality`). Left are two questions, and the ceiling is the lower answer.

@@ -1,13 +1,16 @@
 """The encoder's gates: features of what was written, against the source checkpoint's.
 
-The package as written to disk is evaluated op by op, twice, and compared by
-signal-to-noise ratio: RMS of the reference over RMS of the error, in dB.
-With each fp16 operation's result rounded to fp16, against the unfolded torch module of the source
-weights: what the precision costs. On macOS Core ML's own output is held to the same floor.
-With nothing rounded, against the folded module with its weights rounded as the package's are, or
-with the package's own where they are compressed, which are compared by themselves: what the
-conversion changed. Nothing but the order of sums may differ, so the floor is as high for fp16
-as for fp32, and one wrong weight or operation shows that the first figure would hide.
+The package as written to disk is evaluated twice, op by op, and compared by signal-to-noise ratio:
+RMS of the reference over RMS of the error, in dB.
+
+The first evaluation rounds each fp16 operation's result to fp16, and is compared with the unfolded
+torch module of the source weights: it tells what the precision costs. On macOS Core ML's own output
+is held to the same floor.
+
+The second one rounds nothing, and is compared with the folded module, whose weights are rounded as
+the package's are: it tells what the conversion changed. (Compressed weights are taken from the
+package, and compared by themselves.) Nothing but the order of sums may differ, so the floor is as
+high for fp16 as for fp32, and one wrong weight or operation shows that the first figure would hide.
 """
 
 from __future__ import annotations
