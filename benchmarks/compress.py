@@ -65,8 +65,8 @@ def reference(config: VisionConfig) -> np.ndarray:
 
 def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     """Compress and export: seconds of the compression alone, peak memory of both."""
-    from model_export.encoder import compression as compress
     from model_export.encoder import coreml, fastvithd
+    from model_export.encoder.compression import uniform
     from model_export.options import ExportOptions
     from model_export.quantization.encoder_sensitivity import calibration_pixels
     from model_export.quantization.mixed import mixed
@@ -84,7 +84,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
         pixels = calibration_pixels(load_calibration(None, config), config, "pad")
         compression = mixed(module, pixels, options.encoder_bits)
     elif options.compressed:
-        compression = compress.uniform(module, precision)
+        compression = uniform(module, precision)
     compress_s = time.process_time() - started
     info = coreml.export_encoder(
         module,
@@ -110,7 +110,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
 
 def judge(config: VisionConfig, package: Path, expected: np.ndarray) -> dict[str, Any]:
     from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
-    from model_export.gates.verify import mean_cosine, snr_db
+    from model_export.gates.encoder import mean_cosine, snr_db
 
     pixels = _photograph(config, "china.jpg")
     found = MLProgramEncoder(package).evaluate(pixels, round_fp16=True)

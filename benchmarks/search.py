@@ -33,13 +33,14 @@ from benchmarks.synthetic import SIZES, make
 from fastvlm_mlx.bundle.config import VisionConfig
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.encoder.references import reference_features
 from model_export.language.recipes import Scheme
 from model_export.options import LAYOUTS, ExportOptions
 from model_export.quantization import search, trial
 from model_export.quantization.candidates import Candidate, Space, alternatives
 from model_export.samples import documents, scenes
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import Sample, gate_samples, reference_features
+from model_export.samples.images import Sample, gate_samples
 
 DEMO = Path(scenes.__file__).parent / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
@@ -130,7 +131,7 @@ def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNS
 
 
 def _row(
-    each: tuple[Space, float, search.Found, float],
+    each: tuple[Space, float, search.SearchResult, float],
     others: Sequence[Candidate],
     losses: dict[tuple[Any, ...], torch.Tensor],
     places: Sequence[int],

@@ -31,7 +31,8 @@ from model_export.checkpoint.tensors import ALL, FORMATS, SafeTensor, row_blocks
 from model_export.checkpoint.tokenizer import ExportedTokenizer, export_tokenizer
 from model_export.destination.destination import check_replaceable, resolve
 from model_export.gates import equality
-from model_export.gates.verify import Gate, recorded_options
+from model_export.gates.gate import Gate
+from model_export.gates.verify import recorded_options
 from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
 from model_export.language import llm, recipes
 from model_export.language.recipes import Scheme

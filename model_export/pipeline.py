@@ -34,9 +34,12 @@ from model_export.destination.destination import (
     look_at,
     resolve,
 )
-from model_export.encoder import compression as compress
 from model_export.encoder import coreml, fastvithd, multifunction
-from model_export.gates import equality, verify
+from model_export.encoder.compression import Compression, uniform
+from model_export.encoder.references import Reference, references_of_sizes
+from model_export.gates import equality
+from model_export.gates.answers import answer_gates
+from model_export.gates.encoder import gates_of_sizes
 from model_export.gates.gate import Gate
 from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
 from model_export.language import llm, recipes
@@ -47,7 +50,6 @@ from model_export.quantization import layerwise, search
 from model_export.quantization.encoder_sensitivity import calibration_pixels
 from model_export.quantization.mixed import mixed
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import Reference, references_of_sizes
 
 # What a package adds to its weights: the program's text and the manifest.
 PACKAGE_OVERHEAD_BYTES = 1_000_000
@@ -175,10 +177,10 @@ def build(job: Job, destination: Destination, progress: Progress) -> ExportResul
         _check_layout(bundle, encoder)
         progress("check encoder", None)
         folded = partial(_folded, job.checkpoint)
-        gates, features = verify.gates_of_sizes(bundle, folded, encoder.references, job.limits)
+        gates, features = gates_of_sizes(bundle, folded, encoder.references, job.limits)
         progress("check answers", None)
         seen = encoder.references[job.checkpoint.config.vision.image_size]
-        gates += verify.answer_gates(
+        gates += answer_gates(
             job.checkpoint,
             bundle,
             job.tokenizer.tokenizer,
@@ -293,7 +295,7 @@ def _folded(checkpoint: Checkpoint, vision: VisionConfig) -> fastvithd.FastViTHD
     return fastvithd.fold(checkpoint.encoder_state(), vision)
 
 
-def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> compress.Compression:
+def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> Compression:
     """How the encoder's weights are stored. A mixed choice writes what it rounds into `module`."""
 
     def advance(done: float) -> None:
@@ -304,7 +306,7 @@ def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> c
         return coreml.NOT_COMPRESSED
     advance(0.0)
     if calibration is None or options.encoder_precision != "mixed":
-        return compress.uniform(module, options.encoder_precision, advance)
+        return uniform(module, options.encoder_precision, advance)
     pixels = calibration_pixels(calibration, config.vision, config.image_aspect_ratio)
     chosen = mixed(module, pixels, options.encoder_bits, advance)
     record = {"sha256": calibration.digest, "skipped": list(calibration.skipped)}

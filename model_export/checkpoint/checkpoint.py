@@ -17,18 +17,20 @@ import mlx.core as mx
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.bundle.files import MB, Stamp, inside, read_bytes, sha256
 from fastvlm_mlx.errors import CheckpointError, printable
-from model_export.checkpoint import names as weights
 from model_export.checkpoint.lora import is_tied
+from model_export.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
+    TensorSpec,
+    check_names,
+    encoder_specs,
+    is_unused,
+    llm_specs,
+)
 from model_export.checkpoint.settings import ROPE_THETA
 from model_export.checkpoint.sources import Source, open_source
-from model_export.checkpoint.tensors import (
-    ALL,
-    ExtendedRows,
-    SourceTensor,
-    magnitude,
-    read_json,
-    to_torch,
-)
+from model_export.checkpoint.tensors import ALL, ExtendedRows, SourceTensor, magnitude, to_torch
+from model_export.checkpoint.weight_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, source: Source) -> Checkpoint:
-        """What was found already. Errors as the constructor's."""
+        """Open a source that was found already; raises as the constructor does."""
         checkpoint = cls.__new__(cls)
         checkpoint._open(source, None)
         return checkpoint
@@ -87,7 +89,7 @@ class Checkpoint:
         self.tensors: dict[str, SourceTensor] = source.tensors
         self._stamps = {file: Stamp.of(file) for file in self.weight_files}
         raw = dict(source.raw_config)
-        embedding = self.tensors.get(weights.EMBEDDING[0])
+        embedding = self.tensors.get(EMBEDDING[0])
         if embedding is not None and embedding.shape:
             # Training that resizes the vocabulary does not always say so.
             raw["vocab_size"] = embedding.shape[0]
@@ -102,9 +104,9 @@ class Checkpoint:
             if raw.get("vision_config"):
                 raw["vision_config"] = {**raw["vision_config"], "image_size": image_size}
         self.raw_config, self.config = raw, config
-        specs = weights.encoder_specs(config.vision)
-        specs += weights.llm_specs(config, tied="lm_head.weight" not in self.tensors)
-        weights.check_names({n: t.shape for n, t in self.tensors.items()}, specs)
+        specs = encoder_specs(config.vision)
+        specs += llm_specs(config, tied="lm_head.weight" not in self.tensors)
+        check_names({n: t.shape for n, t in self.tensors.items()}, specs)
 
     def with_vocabulary(self, rows: int, copied: int) -> Checkpoint:
         """The same checkpoint with `rows` rows of embedding and head, for ids beyond its own.
@@ -118,9 +120,7 @@ class Checkpoint:
         if rows == self.config.text.vocab_size:
             return self
         tensors = {
-            name: ExtendedRows(tensor, rows, copied)
-            if name in (weights.EMBEDDING[0], weights.HEAD[0])
-            else tensor
+            name: ExtendedRows(tensor, rows, copied) if name in (EMBEDDING[0], HEAD[0]) else tensor
             for name, tensor in self.tensors.items()
         }
         return Checkpoint.of(replace(self._source, tensors=tensors, raw_config=self.raw_config))
@@ -131,8 +131,8 @@ class Checkpoint:
         return is_tied(self.tensors) if self._source.tied is None else self._source.tied
 
     @property
-    def llm_specs(self) -> list[weights.TensorSpec]:
-        return weights.llm_specs(self.config, tied=self.tied)
+    def llm_specs(self) -> list[TensorSpec]:
+        return llm_specs(self.config, tied=self.tied)
 
     def array(self, source: str, rows: slice = ALL) -> mx.array:
         """The tensor under its source name, or consecutive rows of it.
@@ -163,7 +163,7 @@ class Checkpoint:
         import torch
 
         state = {}
-        for spec in weights.encoder_specs(self.config.vision):
+        for spec in encoder_specs(self.config.vision):
             if spec.source not in self.tensors:
                 state[spec.name] = torch.zeros(spec.shape)
                 continue
@@ -197,12 +197,12 @@ class Checkpoint:
 
     @property
     def encoder_parameters(self) -> int:
-        specs = weights.encoder_specs(self.config.vision)
-        return sum(prod(spec.shape) for spec in specs if not weights.is_unused(spec.name))
+        specs = encoder_specs(self.config.vision)
+        return sum(prod(spec.shape) for spec in specs if not is_unused(spec.name))
 
     @property
     def llm_parameters(self) -> int:
-        """The projector's included."""
+        """The number of weights of the language model and the projector."""
         return sum(prod(spec.shape) for spec in self.llm_specs)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a checkpoint is on this machine: a directory, or a hub id that is downloaded."""
+"""Find a checkpoint on this machine: a directory, or a hub id that is downloaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_hub_id(reference: str) -> bool:
 
 
 def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
-    """The directory of a checkpoint, and `owner/name@commit` if it came from the hub.
+    """Return the directory of a checkpoint, and `owner/name@commit` if it came from the hub.
 
     A path that exists here wins over a hub id.
 

@@ -1,4 +1,4 @@
-"""Fine-tunes that are stored as a difference to a base: LoRA adapters, and projectors alone.
+"""Fine-tunes that are stored as a difference to a base: LoRA adapters, and single projectors.
 
 PEFT writes `adapter_config.json` and `adapter_model.*`; LLaVA's training adds what it trained
 without LoRA as `non_lora_trainables.bin`. A merged weight is computed when it is read.
@@ -8,49 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from math import inf, prod, sqrt
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from fastvlm_mlx.errors import CheckpointError
+from model_export.checkpoint.lora_config import LoraConfig
 from model_export.checkpoint.names import EMBEDDING, HEAD
-from model_export.checkpoint.tensors import (
-    ALL,
-    SourceTensor,
-    from_torch,
-    read_json,
-    read_tensors,
-    row_blocks,
-    to_torch,
-)
+from model_export.checkpoint.tensors import ALL, SourceTensor, from_torch, row_blocks, to_torch
+from model_export.checkpoint.weight_files import read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-# Settings of PEFT's LoraConfig under which a weight is not W + scale * B @ A.
-REFUSED = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "LoRA with biases",
-    "layer_replication": "layer replication",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "LoRA of bare parameters",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-}
-# Initializations that leave the base as it is; PiSSA, OLoRA, CorDA and others change it.
-INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Of PEFT's patterns, those that Python's engine compares in a time that is no surprise.
-SIMPLE_PATTERN = re.compile(r"[^(){}]{1,200}")
-REPEATS = re.compile(r"[*+?]")
 LORA_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
 
 # A tensor's name in an adapter, its prefixes removed → Apple's; None for one that is not FastVLM's.
@@ -94,69 +68,10 @@ class MergedTensor:
         return from_torch(weight)
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """What of `adapter_config.json` decides a merged weight."""
-
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    modules_to_save: tuple[str, ...] = ()
-    ensure_weight_tying: bool = False
-    base: str | None = None
-
-    @classmethod
-    def read(cls, file: Path) -> LoraConfig:
-        """`fan_in_fan_out` is not asked: FastVLM's layers are all Linear, for which PEFT itself
-        turns it off.
-
-        Raises:
-            CheckpointError: not LoRA, a variant of it that is not supported, or damaged.
-        """
-        data = read_json(file)
-        kind = data.get("peft_type")
-        if kind != "LORA":
-            raise CheckpointError(
-                f"{file} describes a {kind} adapter: expected LORA, merge it into its base with "
-                "PEFT and export the result"
-            )
-        variants = [name for key, name in REFUSED.items() if data.get(key)]
-        start = data.get("init_lora_weights", True)
-        if start not in INITIALIZATIONS:
-            variants.append(f"LoRA begun by {start!r}, which changes the base")
-        if variants:
-            raise CheckpointError(
-                f"{file} describes {variants[0]}, which is not supported: expected plain LoRA, "
-                "merge it into its base with PEFT (merge_and_unload) and export the result"
-            )
-        ranks = _numbers(file, data, "rank_pattern", int)
-        alphas = _numbers(file, data, "alpha_pattern", int, float)
-        base = data.get("base_model_name_or_path")
-        saved = data.get("modules_to_save") or []
-        return cls(
-            rank=_number(file, "r", data.get("r"), int),
-            alpha=_number(file, "lora_alpha", data.get("lora_alpha"), int, float),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-            use_rslora=bool(data.get("use_rslora")),
-            modules_to_save=tuple(map(str, saved)) if isinstance(saved, list) else (),
-            ensure_weight_tying=bool(data.get("ensure_weight_tying")),
-            base=base if isinstance(base, str) and base else None,
-        )
-
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Of the module of this name, by the first pattern that its end matches, as in PEFT."""
-        rank = self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
-        return rank, alpha / (sqrt(rank) if self.use_rslora else rank)
-
-
 def merge_adapter(
     directory: Path, config: LoraConfig, base: Mapping[str, SourceTensor], rename: Rename
 ) -> dict[str, SourceTensor]:
-    """`base` with the adapter's weights merged and its other tensors in place of the base's.
+    """Merge an adapter into `base`, and put its other tensors in place of the base's.
 
     Raises:
         CheckpointError: no adapter weights, a tensor that the base does not have, or one for a
@@ -192,7 +107,7 @@ def merge_adapter(
 def replace_tensors(
     file: Path, base: Mapping[str, SourceTensor], rename: Rename
 ) -> dict[str, SourceTensor]:
-    """`base` with the tensors of `file` in place of its own.
+    """Put the tensors of `file` in place of those of `base`.
 
     A head that is the embedding stays the embedding when only that is replaced.
 
@@ -207,7 +122,7 @@ def replace_tensors(
 
 
 def replace_projector(file: Path, base: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """`base` with the projector that LLaVA's training saves by itself, under whatever prefix.
+    """Put a projector that LLaVA's training saved by itself in place of the one of `base`.
 
     Raises:
         CheckpointError: `file` holds something else.
@@ -323,44 +238,3 @@ def _strip(key: str) -> str:
     key = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.|$)", "", key)
     key = key.removeprefix("module.").removeprefix("base_model.")
     return re.sub(r"^model\.(?=(model|lm_head)(\.|$))", "", key)
-
-
-def _matching(patterns: Mapping[str, Any], module: str) -> str:
-    for pattern in patterns:
-        if re.match(_ending(pattern), module):
-            return pattern
-    return module
-
-
-def _ending(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
-
-
-def _numbers(file: Path, data: dict[str, Any], key: str, *kinds: type) -> dict[str, Any]:
-    patterns = data.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{file}: {key} is {patterns!r}, expected a JSON object")
-    for pattern, value in patterns.items():
-        if not SIMPLE_PATTERN.fullmatch(pattern) or len(REPEATS.findall(pattern)) > 2:
-            raise CheckpointError(
-                f"{file}: {key} holds {pattern!r}, which could take forever to compare: expected a "
-                "module's name, or a regular expression without groups and with two repetitions at "
-                "most, merge the adapter into its base with PEFT and export the result"
-            )
-        try:
-            re.compile(_ending(pattern))
-        except re.error as error:
-            raise CheckpointError(
-                f"{file}: {key} holds {pattern!r}, which is no regular expression ({error})"
-            ) from error
-        _number(file, f"{key}[{pattern!r}]", value, *kinds)
-    return patterns
-
-
-def _number(file: Path, key: str, value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds or not 0 < value < inf:
-        raise CheckpointError(
-            f"{file}: {key} is {value!r}, expected a number above zero: the adapter is damaged, "
-            "save it again"
-        )
-    return value

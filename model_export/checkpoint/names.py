@@ -95,7 +95,7 @@ class TensorSpec:
 
 
 def llm_specs(config: FastVLMConfig, *, tied: bool) -> list[TensorSpec]:
-    """Projector and language model, in the order in which they are written."""
+    """List the tensors of projector and language model in the order in which they are written."""
     return [
         *_rows(PROJECTOR, config.text, config.vision),
         *_rows((EMBEDDING,), config.text, config.vision),
@@ -105,7 +105,7 @@ def llm_specs(config: FastVLMConfig, *, tied: bool) -> list[TensorSpec]:
 
 
 def bundle_specs(config: FastVLMConfig, *, tied: bool, layout: str) -> list[TensorSpec]:
-    """Every tensor that a bundle of the layout holds in its safetensors, in order.
+    """List every tensor that a bundle of the layout holds in its safetensors, in order.
 
     In `app` the encoder is the package's; in `mlx` it follows under its own prefix.
     """
@@ -136,7 +136,7 @@ def _mlx_encoder_spec(spec: TensorSpec) -> TensorSpec:
 
 
 def encoder_specs(vision: VisionConfig) -> list[TensorSpec]:
-    """Every tensor of FastViTHD as the checkpoint holds it, the unused ones included."""
+    """List every tensor of FastViTHD as the checkpoint holds it, the unused ones included."""
     return [TensorSpec(ENCODER_PREFIX + k, k, shape) for k, shape in _encoder_shapes(vision)]
 
 
@@ -146,7 +146,7 @@ def is_unused(name: str) -> bool:
 
 
 def from_transformers(name: str, vision: VisionConfig) -> str | None:
-    """Apple's name of the tensor that transformers calls `name`; None if it has none."""
+    """Return Apple's name of the tensor that transformers calls `name`; None if it has none."""
     for prefix, apple in TRANSFORMERS:
         if name.startswith(prefix):
             return apple + name.removeprefix(prefix)
@@ -177,7 +177,7 @@ def _stage_indices(vision: VisionConfig) -> list[dict[str, int]]:
 
 
 def check_names(found: Mapping[str, tuple[int, ...]], specs: Iterable[TensorSpec]) -> None:
-    """Every spec that is computed with filled with its shape, every tensor found used.
+    """Check that every tensor which is needed is there with its shape, and that none is unknown.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, extra or of the wrong shape.

@@ -83,7 +83,7 @@ OF_TRAINING = re.compile(r"_.*|.*_lr|(un)?freeze_.*|tune_.*|lora_.*|.*attn_imple
 
 
 def check_settings(raw: Mapping[str, Any], where: str) -> None:
-    """Refuse what would make another model of the same tensors.
+    """Refuse settings that would make another model of the same tensors.
 
     Args:
         raw: `config.json` in Apple's words, or transformers' `text_config`.

@@ -16,10 +16,11 @@ from fastvlm_mlx.bundle.directory import Directory
 from fastvlm_mlx.bundle.files import is_file
 from fastvlm_mlx.bundle.kind import is_bundle, what_is_below
 from fastvlm_mlx.errors import CheckpointError, FastVLMError, OptionError
-from model_export.checkpoint import fast_vlm, hub, lora
-from model_export.checkpoint import names as weights
+from model_export.checkpoint import fast_vlm, hub, lora, lora_config
+from model_export.checkpoint.names import HEAD, from_transformers
 from model_export.checkpoint.settings import check_settings
-from model_export.checkpoint.tensors import SourceTensor, has_weights, read_json, read_weights
+from model_export.checkpoint.tensors import SourceTensor
+from model_export.checkpoint.weight_files import has_weights, read_json, read_weights
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ def _whole(path: Path, hub_id: str | None) -> Source:
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in read_weights(path).items():
         # A name that is in no table stays, to be named by the check of all names.
-        tensors[weights.from_transformers(name, vision) or name] = tensor
+        tensors[from_transformers(name, vision) or name] = tensor
     return Source("transformers' layout", (path,), config, tensors, hub_id)
 
 
 def _adapter(path: Path, hub_id: str | None, given: str | Path | None) -> Source:
-    config = lora.LoraConfig.read(path / lora.ADAPTER_CONFIG)
+    config = lora_config.LoraConfig.read(path / lora.ADAPTER_CONFIG)
     base = _base(path, given, config.base, lora.ADAPTER_CONFIG)
     tensors = lora.merge_adapter(path, config, base.tensors, _rename(base))
     return _over(base, "LoRA adapter", path, hub_id, tensors)
@@ -207,9 +208,9 @@ def _rename(base: Source) -> lora.Rename:
     known: Mapping[str, SourceTensor] = base.tensors
 
     def rename(name: str) -> str | None:
-        if name in known or name == weights.HEAD[0]:
+        if name in known or name == HEAD[0]:
             return name
-        return weights.from_transformers(name, vision)
+        return from_transformers(name, vision)
 
     return rename
 

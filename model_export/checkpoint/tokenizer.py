@@ -22,7 +22,7 @@ from fastvlm_mlx.bundle.tokenizer import no_panic, read_tokenizer
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.language.prompt import CHAT_TEMPLATE, TURN_END, TURN_START
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import read_json
+from model_export.checkpoint.weight_files import read_json
 
 # Writing a tokenizer takes as long as its largest id, and Qwen2's is 151,645.
 VocabularyId = Annotated[int, Meta(ge=0, le=2**22)]
@@ -46,7 +46,7 @@ class ExportedTokenizer:
 
     @property
     def turn_end_id(self) -> int:
-        """Of `<|im_end|>`, which ends an answer."""
+        """Return the id of `<|im_end|>`, which ends an answer."""
         return int(self.tokenizer.get_vocab()[TURN_END])
 
     def save(self, directory: Path) -> None:
@@ -103,7 +103,7 @@ def _notes(source: Mapping[str, Any], directory: Path) -> tuple[str, ...]:
 
 
 def extended(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int) -> Checkpoint:
-    """The checkpoint with at least `rows` rows of vocabulary, in multiples of 64 where it grows.
+    """Extend a checkpoint's vocabulary to `rows` rows or more, in multiples of 64 where it grows.
 
     Raises:
         CheckpointError: it has to grow, and the tokenizer lacks `<|im_start|>`.

@@ -8,8 +8,8 @@ answer, and the reference's, part there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import median, pstdev
@@ -17,25 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
-from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.bundle.config import FastVLMConfig
-from fastvlm_mlx.bundle.kind import is_bundle
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.fastvlm import image_processor, placeholder_id
-from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.prompt import TURN_END
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
-from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tokenizer import export_tokenizer
-from model_export.gates.mlx_encoder import RoundedEncoder
-from model_export.gates.verify import mean_cosine, snr_db
+from model_export.comparison.models import Model, open_model
+from model_export.gates.encoder import mean_cosine, snr_db
 from model_export.interruption import Progress
 from model_export.language import qwen2
+from model_export.language.dialogue import Dialogue, encode_text
+from model_export.language.evaluation import ComparedModel, outcomes
 from model_export.samples import scenes
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import Sample, gate_samples, reference_features
+from model_export.samples.images import Sample, gate_samples
 
 # Of the scenes' questions; 1 % of them is two.
 QUESTIONS = 200
@@ -43,31 +36,6 @@ QUESTIONS = 200
 MAX_TOKENS = 48
 # From the gates' on, all kept from the demo's training.
 FIRST_SEED = 100
-
-
-@dataclass(frozen=True)
-class Model:
-    """A bundle or a checkpoint, opened: sizes, and how its two halves are evaluated.
-
-    Attributes:
-        encode: images → features [1, N, C] of each, as its own precision makes them.
-    """
-
-    name: str
-    kind: str
-    config: FastVLMConfig
-    tokenizer: Tokenizer
-    placeholder: int
-    sizes: dict[str, float]
-    weights: qwen2.Weights
-    encode: Callable[[Sequence[Sample]], list[np.ndarray]]
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """What two models must share to be compared."""
-        vision, text = self.config.vision, self.config.text
-        own = asdict(replace(text, vocab_size=0, tie_word_embeddings=True))
-        return (vision.image_size, vision.num_tokens, vision.hidden_size, *own.values())
 
 
 @dataclass
@@ -148,73 +116,6 @@ def compare(
     return mark_best(rows)
 
 
-def open_model(path: str | Path) -> Model:
-    """Raises BundleError or CheckpointError if it is neither a bundle nor a checkpoint."""
-    directory = Path(path).expanduser()
-    if directory.is_dir() and is_bundle(directory):
-        return _bundle(directory)
-    return _checkpoint(path)
-
-
-def _bundle(path: Path) -> Model:
-    bundle = Bundle.open(path)
-    tokenizer = bundle.tokenizer()
-    facts = inspect_bundle(path)
-    size = bundle.config.vision.image_size
-    process = image_processor(bundle, size, bundle.config.image_aspect_ratio)
-
-    def encode(samples: Sequence[Sample]) -> list[np.ndarray]:
-        if bundle.layout == "mlx":
-            rounded = RoundedEncoder(bundle, bundle.config.dtype)
-            return [rounded(process(sample.image)) for sample in samples]
-        encoder = MLProgramEncoder(bundle.package)
-        return [encoder.evaluate(process(p.image), round_fp16=True) for p in samples]
-
-    return Model(
-        name=str(path),
-        kind="bundle",
-        config=bundle.config,
-        tokenizer=tokenizer,
-        placeholder=placeholder_id(tokenizer, bundle),
-        sizes=_sizes(facts["encoder"]["bytes"], facts["llm"]["bytes"], facts["llm"]["parameters"]),
-        weights=qwen2.BundleWeights(bundle),
-        encode=encode,
-    )
-
-
-def _checkpoint(path: str | Path) -> Model:
-    checkpoint = Checkpoint(path)
-    exported = export_tokenizer(checkpoint)
-    stored = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
-    sizes = {
-        name: stored[tensor.dtype] * int(np.prod(tensor.shape))
-        for name, tensor in checkpoint.tensors.items()
-    }
-    # config.json's word for it is often wrong.
-    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
-    in_llm = {spec.source for spec in checkpoint.llm_specs}
-    llm = sum(size for name, size in sizes.items() if name in in_llm)
-
-    def encode(samples: Sequence[Sample]) -> list[np.ndarray]:
-        state = checkpoint.encoder_state()
-        return [r.features for r in reference_features(state, checkpoint, samples)]
-
-    return Model(
-        name=str(path),
-        kind="checkpoint",
-        config=replace(checkpoint.config, text=text),
-        tokenizer=exported.tokenizer,
-        placeholder=exported.image_token_id,
-        sizes=_sizes(sum(sizes.values()) - llm, llm, checkpoint.llm_parameters),
-        weights=qwen2.SourceWeights(checkpoint),
-        encode=encode,
-    )
-
-
-def _sizes(encoder: int, llm: int, parameters: int) -> dict[str, float]:
-    return {"encoder": encoder, "llm": llm, "bits_per_weight": round(8 * llm / parameters, 3)}
-
-
 def _reference(models: Sequence[Model]) -> Model:
     checkpoints = [model for model in models if model.kind == "checkpoint"]
     return (checkpoints or sorted(models, key=lambda m: -m.sizes["llm"] - m.sizes["encoder"]))[0]
@@ -249,7 +150,7 @@ class Bench:
     reference: Model
     samples: Sequence[Sample]
     features: Sequence[np.ndarray]
-    dialogues: Sequence[qwen2.Dialogue]
+    dialogues: Sequence[Dialogue]
     complete: Sequence[tuple[bool, ...]]
 
     @classmethod
@@ -279,16 +180,14 @@ class Bench:
         source, found = np.concatenate(self.features), np.concatenate(own)
         row.snr_db, row.cosine = snr_db(source, found), mean_cosine(source, found)
         alone, whole = _Tally(), _Tally()
-        for dialogue, ended, theirs, ours in zip(
-            self.dialogues, self.complete, self.features, own, strict=True
-        ):
-            sides = [
-                qwen2.Side(self.reference.weights, torch.from_numpy(theirs)),
-                qwen2.Side(model.weights, torch.from_numpy(theirs)),
-                qwen2.Side(model.weights, torch.from_numpy(ours)),
-            ]
-            outcomes = qwen2.run(self.reference.config.text, dialogue, sides)
-            p, q, r = _common([outcome.log_probabilities for outcome in outcomes])
+        models = [
+            ComparedModel(self.reference.weights, self.features),
+            ComparedModel(model.weights, self.features),
+            ComparedModel(model.weights, own),
+        ]
+        walk = outcomes(self.reference.config.text, self.dialogues, models)
+        for dialogue, ended, results in zip(self.dialogues, self.complete, walk, strict=True):
+            p, q, r = _common([outcome.log_probabilities for outcome in results])
             alone.add(p, q, dialogue, ended)
             whole.add(p, r, dialogue, ended)
         row.llm_kl_nats, row.llm_agreement = alone.kl, alone.agreement
@@ -299,20 +198,20 @@ class Bench:
 
 def answers(
     model: Model, sample: Sample, features: np.ndarray
-) -> tuple[qwen2.Dialogue, tuple[bool, ...]]:
+) -> tuple[Dialogue, tuple[bool, ...]]:
     """The image's questions with the greedy answers of `model`, and which of them have ended.
 
     The answers that the image comes with are guesses: a whole one is checked in one pass, and
     each pass corrects at least one token.
     """
     tokenizer, end_id = model.tokenizer, model.tokenizer.token_to_id(TURN_END)
-    guesses = [qwen2.encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in sample.questions]
+    guesses = [encode_text(tokenizer, a)[:MAX_TOKENS] for _, a in sample.questions]
     ended: list[bool | None] = [None] * len(guesses)
     prompts = [prompt for prompt, _ in sample.questions]
     side = qwen2.Side(model.weights, torch.from_numpy(features))
     while True:
         pairs = list(zip(prompts, guesses, strict=True))
-        dialogue = qwen2.Dialogue.of_ids(
+        dialogue = Dialogue.of_ids(
             tokenizer, pairs, model.placeholder, model.config.vision.num_tokens
         )
         if all(end is not None for end in ended):
@@ -355,7 +254,7 @@ class _Tally:
         self,
         source: torch.Tensor,
         found: torch.Tensor,
-        dialogue: qwen2.Dialogue,
+        dialogue: Dialogue,
         ended: Sequence[bool],
     ) -> None:
         lost = (source.exp() * (source - found)).sum(1, dtype=torch.float64)
@@ -378,10 +277,10 @@ class _Tally:
         return self._same / self._places
 
 
-def _common(outcomes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _common(log_probabilities: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Log-probabilities over the ids that all have: an export may add rows for <image>."""
-    rows = min(found.shape[1] for found in outcomes)
-    return [found[:, :rows].log_softmax(1) for found in outcomes]
+    rows = min(found.shape[1] for found in log_probabilities)
+    return [found[:, :rows].log_softmax(1) for found in log_probabilities]
 
 
 def mark_best(rows: list[Row]) -> list[Row]:

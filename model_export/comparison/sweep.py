@@ -23,7 +23,8 @@ from fastvlm_mlx.bundle.schema import check, read_json
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.comparison import RESULTS, compare
-from model_export.comparison.compare import Bench, Row, open_model, samples_of
+from model_export.comparison.compare import Bench, Row, samples_of
+from model_export.comparison.models import open_model
 from model_export.destination.destination import clear_leftovers
 from model_export.interruption import Progress
 from model_export.options import ExportOptions

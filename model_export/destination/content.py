@@ -1,4 +1,4 @@
-"""What lies at a place: enough of it to tell later whether it is still the same."""
+"""The content of a place: enough of it to tell later whether it is still the same."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Content:
         return tuple(e.name for e in self.entries[1:] if "/" not in e.name)
 
     def difference(self, later: Content) -> str:
-        """One thing that is not as it was, for a sentence."""
+        """Name one thing that is not as it was, as a clause for a sentence."""
         before = {entry.name: entry for entry in self.entries}
         after = {entry.name: entry for entry in later.entries}
         if before["."] != after["."]:
@@ -82,7 +82,7 @@ class Content:
 
 
 def content_of(name: str, directory: int) -> Content | None:
-    """What is at `name` in the directory of that descriptor, None if nothing is.
+    """Read what is at `name` in the directory of that descriptor; None if nothing is there.
 
     Raises:
         OSError: it can't be read.

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: made beside its place, synced, put there at once.
+"""A directory appears whole or not at all: it is made beside its place, synced and put there.
 
 What is at the destination when the work begins is remembered, and only that is ever replaced.
 """
@@ -20,13 +20,13 @@ from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import DestinationError
 from model_export.destination import leftovers
 from model_export.destination.content import Content, content_of
+from model_export.destination.removal import check_not_mounted
 from model_export.destination.staging import (
     BUNDLE,
     DIRECTORY,
     NAME,
-    Workplace,
-    check_not_mounted,
-    workplace,
+    StagingDirectory,
+    staging_directory,
 )
 
 # Of a bundle without a manifest, as Apple publishes them: whatever else lies there is somebody's.
@@ -48,11 +48,11 @@ class Destination:
 
 
 def resolve(path: str | Path) -> Path:
-    """An absolute destination, `..` and `~` taken out of it.
+    """Turn a path into an absolute destination without `..` and `~`.
 
     Raises:
-        DestinationError: no path, a symbolic link, or a directory that no bundle may take the place
-            of.
+        DestinationError: this is no path, or a symbolic link, or a directory that no bundle may
+            replace.
     """
     try:
         destination = Path(os.path.abspath(Path(path).expanduser()))
@@ -78,7 +78,9 @@ def resolve(path: str | Path) -> Path:
 
 
 def check_replaceable(destination: Path, *, overwrite: bool) -> Destination:
-    """Only a bundle, or nothing, is ever replaced. As `look_at`, it clears first.
+    """Check that nothing but a bundle will be replaced, and remember what is there.
+
+    What killed runs left beside the destination is cleared first, as `look_at` does.
 
     Raises:
         DestinationError: `destination` exists and `overwrite` is off, or it is something else, or
@@ -133,12 +135,12 @@ def _check_not_mounted(destination: Path) -> None:
 
 
 def look_at(destination: Path) -> Destination:
-    """A destination where whatever is there now, and nothing else, is to be replaced.
+    """Remember what is at a destination now; only that is going to be replaced.
 
     What killed runs left beside it is finished or undone first, and removed.
 
     Raises:
-        DestinationError: it can't be read, or can't be moved.
+        DestinationError: the destination can't be read, or can't be moved.
     """
     try:
         with _directory(destination.parent) as parent:
@@ -166,13 +168,13 @@ def look_at(destination: Path) -> Destination:
 
 @contextmanager
 def appearing(destination: Destination) -> Iterator[Path]:
-    """A directory that takes its place on success, and is gone otherwise.
+    """Give a directory to write to, which takes its place on success and is gone otherwise.
 
-    What was at the destination stays until the new directory is complete and on disk, and then the
-    one takes the other's place in one step: who looks sees either, whole. If something came to be
-    there meanwhile, or what was there changed, that stays and the new one is dropped.
+    What was at the destination stays until the new directory is complete and on disk. Then the new
+    one takes its place in one step, so that a reader sees either of them whole. If something else
+    appeared there meanwhile, or what was there changed, that stays and the new one is dropped.
 
-    All files get one mode and all directories another, those that the umask gives.
+    All files get one mode and all directories another, as the umask gives them.
 
     Raises:
         DestinationError: it can't be written, the disk is full, or somebody was faster.
@@ -182,7 +184,7 @@ def appearing(destination: Destination) -> Iterator[Path]:
     placed = False
     try:
         _make_parents(path.parent, made)
-        with _directory(path.parent) as parent, workplace(parent) as place:
+        with _directory(path.parent) as parent, staging_directory(parent) as place:
             yield path.parent.resolve() / place.name / BUNDLE
             _finish(place)
             _check_same(path.parent, parent)
@@ -205,7 +207,7 @@ def clear_leftovers(directory: Path) -> None:
         leftovers.clear(opened)
 
 
-def _publish(place: Workplace, destination: Destination) -> None:
+def _publish(place: StagingDirectory, destination: Destination) -> None:
     path = destination.path
     if destination.found is None:
         try:
@@ -227,7 +229,7 @@ def _publish(place: Workplace, destination: Destination) -> None:
         )
 
 
-def _finish(place: Workplace) -> None:
+def _finish(place: StagingDirectory) -> None:
     """Modes, and everything on disk, the inner before what holds it; links are left alone."""
     for _, _, files, directory in os.fwalk(BUNDLE, dir_fd=place.fd, topdown=False, onerror=_raise):
         for name in files:

@@ -1,4 +1,4 @@
-"""Workplaces that killed runs left behind: finished or undone, and removed."""
+"""Staging directories that killed runs left behind are finished or undone, and removed."""
 
 from __future__ import annotations
 
@@ -10,26 +10,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from io import FileIO
 
-from model_export.destination.staging import (
-    LOCK,
-    MAGIC,
-    NAME,
-    NO_LOCKS,
-    OURS,
-    Workplace,
-    alone,
-    opened,
-)
+from model_export.destination.locks import NO_LOCKS, exclusive
+from model_export.destination.staging import LOCK, MAGIC, NAME, OURS, StagingDirectory, opened
 
 
 def clear(parent: int) -> None:
-    """Finish or undo what killed runs left in a directory, and remove their workplaces.
+    """Finish or undo what killed runs left in a directory, and remove their staging directories.
 
     What is not certainly one of them, or belongs to somebody else or to a run that is alive, stays.
 
     Raises:
-        DestinationError: one held what can't be put back, because something else is there now; it
-            is beside that now, and this is said once.
+        DestinationError: one held what can't be put back, because something else is there now. It
+            lies beside that now, and this is said once.
         OSError: `parent` can't be listed.
     """
     for name in sorted(name for name in os.listdir(parent) if NAME.fullmatch(name)):
@@ -41,20 +33,20 @@ def clear(parent: int) -> None:
 
 
 @contextmanager
-def _claimed(parent: int, name: str) -> Iterator[Workplace | None]:
-    """The workplace of that name, locked, if its owner is dead and it is one indeed."""
+def _claimed(parent: int, name: str) -> Iterator[StagingDirectory | None]:
+    """The staging directory of that name, locked, if its owner is dead and it is one indeed."""
     with ExitStack() as stack:
         claimed = None
         # A file, a link, somebody else's, or gone since it was listed.
         with suppress(OSError):
             place = stack.enter_context(opened(parent, name, None))
-            # Under this lock nobody is between making a workplace and locking it.
-            with alone(parent):
+            # Under this lock nobody is between making a staging directory and locking it.
+            with exclusive(parent):
                 claimed = _if_abandoned(place, stack)
         yield claimed
 
 
-def _if_abandoned(place: Workplace, stack: ExitStack) -> Workplace | None:
+def _if_abandoned(place: StagingDirectory, stack: ExitStack) -> StagingDirectory | None:
     names = set(os.listdir(place.fd))
     if os.fstat(place.fd).st_uid != os.geteuid() or not names <= OURS:
         return None

@@ -51,7 +51,7 @@ def put(source: Place, target: Place) -> None:
 
 
 def exchange(one: Place, other: Place) -> None:
-    """What is at each place is at the other afterwards; nobody sees either of them empty.
+    """Exchange what is at two places; at no moment is either of them empty.
 
     Raises:
         ExchangeError: the system or the filesystem has no such call.

@@ -1,7 +1,7 @@
-"""Where a directory is made before it takes its place: hidden beside it, and cleared by whoever
-comes next if its owner is killed.
+"""A staging directory: where a bundle is made before it takes its place.
 
-A workplace is a directory `.fastvlm-<16 hexadecimal digits>`:
+It lies hidden beside the destination. If its owner is killed, the next run clears it. Its name is
+`.fastvlm-<16 hexadecimal digits>`, and in it are:
 
     lock        locked (flock) as long as its owner lives; says whose it is
     bundle      what is being made; after an exchange, what was at the destination before
@@ -9,33 +9,29 @@ A workplace is a directory `.fastvlm-<16 hexadecimal digits>`:
     record      from just before something is replaced: what was to be, and what was made
     *.discarded what is being removed
 
-Nothing is removed that is not known, by the record, to be what was made or what was to be replaced,
-unless there is no record, and then nothing but what was made can have been in there.
+Where there is a record, nothing is removed but what it names: what was made, and what was to be
+replaced. Without a record nothing but what was made can be in there.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
 import re
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
 
 from fastvlm_mlx.errors import DestinationError
 from model_export.destination import renames
 from model_export.destination.content import Content, content_of
-
-# How the list of mounts writes a space, a tab, a line's end and a backslash.
-_OCTAL = re.compile(r"\\([0-7]{3})")
+from model_export.destination.locks import exclusive, locked
+from model_export.destination.removal import remove_tree
 
 NAME = re.compile(r"\.fastvlm-[0-9a-f]{16}")
 NAME_OF_ENTRY = re.compile(r"(?!\.{1,2}$)[^/\0]+", re.DOTALL)
@@ -43,17 +39,14 @@ LOCK, BUNDLE, REPLACED, RECORD = "lock", "bundle", "replaced", "record"
 NEW_RECORD = "record.new"
 DISCARDED = {BUNDLE: "bundle.discarded", REPLACED: "replaced.discarded"}
 OURS = {LOCK, BUNDLE, REPLACED, RECORD, NEW_RECORD, *DISCARDED.values()}
+# What the lock of every version says, so that each clears what another left behind.
 MAGIC = "a workplace of fastvlm-mlx"
-# What is done while others wait is done in milliseconds, unless a strange program holds the lock.
-PATIENCE_S = 10.0
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# The filesystem has no locks, or none for a directory (NFS).
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was to replace what, and where."""
+    """What was going to replace what, and where."""
 
     destination: str
     found: Content
@@ -61,14 +54,14 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """One that is ours, locked.
+class StagingDirectory:
+    """A staging directory that this process owns and has locked.
 
     Attributes:
-        parent: descriptor of the directory that it and the destination are in.
-        fd: its own.
-        lock: None if there is none left.
-        file_mode, directory_mode: as the umask, and what the directory inherits, make them.
+        parent: descriptor of the directory that holds it and the destination.
+        fd: its own descriptor.
+        lock: its lock file; None if there is none left.
+        file_mode, directory_mode: what the umask, and what the directory inherits, make of them.
     """
 
     parent: int
@@ -79,28 +72,28 @@ class Workplace:
     directory_mode: int = 0o777
 
     def put(self, destination: str) -> None:
-        """What was made takes its place, where there is nothing.
+        """Put what was made at the destination, where there is nothing.
 
         Raises:
-            FileExistsError: there is something.
+            FileExistsError: something is there.
         """
-        with alone(self.parent):
+        with exclusive(self.parent):
             renames.put((self.fd, BUNDLE), (self.parent, destination))
 
     def replace(self, destination: str, found: Content) -> str | None:
-        """What was made takes the place of `found`, and of nothing else.
+        """Put what was made in the place of `found`, and of nothing else.
 
-        It is exchanged in one step, and what comes out is looked at: if it is not `found`, it goes
-        back. Where the filesystem can't exchange there are two renames, and killed between them,
-        the next run puts back what was there.
+        Both are exchanged in one step. If what comes out is not `found`, it goes back. Where the
+        filesystem can't exchange there are two renames; after a kill between them, the next run
+        puts back what was there.
 
         Returns:
-            What kept it from being done, None if it was.
+            What kept it from being done; None if it was done.
 
         Raises:
-            DestinationError: what came out can't go back, see `sort_out`.
+            DestinationError: what came out can't go back, see `reconcile`.
         """
-        with alone(self.parent):
+        with exclusive(self.parent):
             now = content_of(destination, self.parent)
             if now is not None and now != found:
                 return found.difference(now)
@@ -115,17 +108,20 @@ class Workplace:
             except FileNotFoundError:
                 # What was there is gone, so there is nothing to replace.
                 renames.put((self.fd, BUNDLE), (self.parent, destination))
-            self.sort_out()
+            self.reconcile()
             if content_of(BUNDLE, self.fd) is None:
                 return None
         return "it changed at the last moment"
 
-    def sort_out(self) -> None:
-        """After an exchange, whoever makes it or finds it made: what is to go is marked, and what
-        was taken out wrongly goes back. Others are kept out (`alone`).
+    def reconcile(self) -> None:
+        """Mark what is to be removed after an exchange, and put back what was taken out wrongly.
+
+        It is called by the process that made the exchange, and by one that finds it made, while
+        others are kept out (`exclusive`).
 
         Raises:
-            DestinationError: something can neither go nor go back; it has a visible place now.
+            DestinationError: something can neither be removed nor put back; it has a visible place
+                now.
         """
         record = self.record()
         if record is None:
@@ -141,29 +137,29 @@ class Workplace:
                 raise self._rescued(name, record)
 
     def end(self) -> None:
-        """Sort out, and be gone.
+        """Reconcile, and remove the staging directory.
 
         Raises:
-            DestinationError: as `sort_out`.
-            OSError: something can't be moved or removed; it stays for the next run.
+            DestinationError: as `reconcile`.
+            OSError: something can't be moved or removed, and stays for the next run.
         """
         try:
-            with alone(self.parent):
-                self.sort_out()
+            with exclusive(self.parent):
+                self.reconcile()
         except DestinationError:
             self._remove()
             raise
         self._remove()
 
     def _remove(self) -> None:
-        """What was sorted out; the lock last, so that a kill leaves what is known."""
+        """Remove what was marked, and the lock last, so that a kill leaves what is known."""
         record = self.record()
         if record is not None and content_of(BUNDLE, self.fd) == record.made:
             os.rename(BUNDLE, DISCARDED[BUNDLE], src_dir_fd=self.fd, dst_dir_fd=self.fd)
         names = set(os.listdir(self.fd))
         doomed = {*DISCARDED.values()} if record else {*DISCARDED.values(), BUNDLE}
         for name in sorted(doomed & names):
-            _remove_tree(name, self.fd)
+            remove_tree(name, self.fd)
         if not set(os.listdir(self.fd)) <= {LOCK, RECORD, NEW_RECORD}:
             return
         if self.lock is not None:
@@ -240,17 +236,17 @@ class Workplace:
 
 
 @contextmanager
-def workplace(parent: int) -> Iterator[Workplace]:
-    """A new workplace in the directory of that descriptor, gone afterwards.
+def staging_directory(parent: int) -> Iterator[StagingDirectory]:
+    """Make a staging directory in the directory of that descriptor, and remove it afterwards.
 
     Raises:
         OSError: it can't be made, or can't be removed.
-        DestinationError: it holds what was taken from the destination and can't go back.
+        DestinationError: it holds what was taken from the destination and can't be put back.
     """
     name = f".fastvlm-{secrets.token_hex(8)}"
     lock: FileIO | None = None
     try:
-        with alone(parent):
+        with exclusive(parent):
             os.mkdir(name, 0o700, dir_fd=parent)
             fd = os.open(name, DIRECTORY, dir_fd=parent)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -267,115 +263,34 @@ def workplace(parent: int) -> Iterator[Workplace]:
     except BaseException:
         # What went wrong first is told; what can't be removed now is removed by the next run.
         with suppress(OSError):
-            _settle_at_last(parent, name, lock)
+            _end_at_last(parent, name, lock)
         raise
     else:
-        _settle_at_last(parent, name, lock)
+        _end_at_last(parent, name, lock)
 
 
-def _settle_at_last(parent: int, name: str, lock: FileIO | None) -> None:
-    """The owner's end, in whatever state that is."""
+def _end_at_last(parent: int, name: str, lock: FileIO | None) -> None:
+    """End the staging directory for its owner, in whatever state it is."""
     try:
-        _settle(parent, name, lock)
+        _end(parent, name, lock)
     except (KeyboardInterrupt, SystemExit):
         # `interruptible` lets no second one through.
-        _settle(parent, name, lock)
+        _end(parent, name, lock)
         raise
     finally:
         if lock is not None:
             lock.close()
 
 
-def _settle(parent: int, name: str, lock: FileIO | None) -> None:
+def _end(parent: int, name: str, lock: FileIO | None) -> None:
     with suppress(FileNotFoundError), opened(parent, name, lock) as place:
         place.end()
 
 
 @contextmanager
-def opened(parent: int, name: str, lock: FileIO | None, *modes: int) -> Iterator[Workplace]:
+def opened(parent: int, name: str, lock: FileIO | None, *modes: int) -> Iterator[StagingDirectory]:
     fd = os.open(name, DIRECTORY, dir_fd=parent)
     try:
-        yield Workplace(parent, name, fd, lock, *modes)
+        yield StagingDirectory(parent, name, fd, lock, *modes)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def alone(parent: int) -> Iterator[None]:
-    """No other run publishes into this directory, or clears it, meanwhile; where the filesystem
-    has locks, and nobody holds one for longer than `PATIENCE_S`."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (held := locked(parent, wait=False)) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    try:
-        yield
-    finally:
-        if held:
-            with suppress(OSError):
-                fcntl.flock(parent, fcntl.LOCK_UN)
-
-
-def locked(fd: int, *, wait: bool = True) -> bool:
-    """Whether it is: False if others have it and it is not waited for. Where the filesystem has no
-    locks nobody has one, and it goes on without."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _remove_tree(name: str, directory: int) -> None:
-    """A file or a whole directory, links not followed, what is write-protected too."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=directory)
-        return
-    try:
-        _remove_directory(name, directory)
-    except PermissionError:
-        for *_, fd in os.fwalk(name, dir_fd=directory):
-            os.fchmod(fd, 0o700)
-        _remove_directory(name, directory)
-
-
-def _remove_directory(name: str, directory: int) -> None:
-    check_not_mounted(name, directory)
-    # shutil's closes descriptors twice if a Ctrl-C comes at the wrong moment.
-    for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=directory, onerror=_raise):
-        for file in files:
-            os.unlink(file, dir_fd=fd)
-        for folder in folders:
-            try:
-                os.rmdir(folder, dir_fd=fd)
-            except NotADirectoryError:
-                # A link to one.
-                os.unlink(folder, dir_fd=fd)
-    os.rmdir(name, dir_fd=directory)
-
-
-def check_not_mounted(name: str, directory: int) -> None:
-    """Before a directory is replaced or removed, that no other disk or directory is seen in it.
-
-    Args:
-        directory: a descriptor of the one that holds `name`.
-
-    Raises:
-        OSError: EBUSY, naming where something is mounted.
-    """
-    for path, _, _, fd in os.fwalk(name, dir_fd=directory, onerror=_raise):
-        if os.fstat(fd).st_dev != os.fstat(directory).st_dev:
-            raise OSError(errno.EBUSY, "another disk is mounted there", path)
-    # The same disk can be seen at a second place, which only the system's list of mounts tells.
-    with suppress(FileNotFoundError):
-        top = os.path.realpath(f"/proc/self/fd/{directory}")
-        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-            place = _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), line.split()[4])
-            if Path(place).is_relative_to(Path(top, name)):
-                raise OSError(errno.EBUSY, "something is mounted there", place)
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -1,8 +1,8 @@
-"""Several input sizes in one encoder package: a function for each, and one set of weights.
+"""Multifunction packages: several input sizes in one encoder, with one set of weights.
 
-A program's shapes are static, as the Neural Engine wants them, so that each size is converted by
-itself. No constant of the encoder depends on the size but the shapes it is written with: the
-weights of all are the same bytes, and are stored once.
+The Neural Engine wants programs of static shapes, so each size is converted to a function of its
+own. Only shapes depend on the size: the weights of all functions are the same bytes, and the
+package stores them once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def export_sizes(
     form: Form,
     progress: Callable[[float], None] = lambda done: None,
 ) -> PackageInfo:
-    """Write an encoder that takes images of several sizes; of one, `coreml.export_encoder`.
+    """Write an encoder that takes images of one or several sizes.
 
     Args:
-        module: of any size.
+        module: an encoder of any input size.
         configs: one for each size; the first is that of the default function.
 
-    The rest, what is returned and what is raised are `coreml.export_encoder`'s.
+    The other arguments, the result and the errors are those of `coreml.export_encoder`.
     """
 
     def convert(config: VisionConfig, path: Path) -> PackageInfo:

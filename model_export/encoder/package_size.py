@@ -1,4 +1,4 @@
-"""What an encoder's package takes on the disk, before it is made: from the module's shapes.
+"""The size of an encoder's package on the disk, foretold from the module's shapes.
 
 The weight file is coremltools': a header, and each tensor behind 64 bytes of its own, both padded
 to 64. Its program's text, a megabyte at most, is estimated.
@@ -28,8 +28,7 @@ _UNPACKED_BYTES = {"int8": 252, "palette": 183}
 
 
 def package_bytes(vision: VisionConfig, options: ExportOptions) -> int:
-    """Bytes of all the files of the package that the options ask for: of weights as they will be,
-    for `mixed` the most that it is given."""
+    """Count the bytes of the package that the options ask for; `mixed` is counted at its limit."""
     shapes = _convolutions(vision)
     unpacked = [shape for shape in shapes if _is_compressed(shape, options)]
     kind = "int8" if options.encoder_precision == "int8" else "palette"

@@ -1,4 +1,4 @@
-"""The exact gates: what was written is the source's, and is read under the source's settings.
+"""The exact gates: the tensors and the settings that were written are the source's.
 
 Tensors. Each is the source's, cast or rounded by the recorded form, bit for bit. The rounding is
 this module's own, in torch (MLX's for the modes of floats), and not the writer's. What a calibrated
@@ -27,9 +27,9 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.prompt import TURN_END
-from model_export.checkpoint import names as weights
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.lora import MergedTensor
+from model_export.checkpoint.names import NORM, TensorSpec, bundle_specs
 from model_export.checkpoint.tensors import (
     ALL,
     ExtendedRows,
@@ -42,8 +42,9 @@ from model_export.checkpoint.tensors import (
 )
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.gates.gate import Gate
-from model_export.language import affine, qwen2, recipes
+from model_export.language import affine, recipes
 from model_export.language.recipes import Scheme
+from model_export.language.weights import Matrix, SourceWeights, dequantize
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Of the manifest's section on the language model.
@@ -80,7 +81,7 @@ class Made:
     @classmethod
     def shown(cls, bundle: Bundle) -> Made:
         """As the files show it."""
-        return cls(recipes.scheme_of(bundle), DTYPES[_held(bundle)[weights.NORM[1]].dtype])
+        return cls(recipes.scheme_of(bundle), DTYPES[_held(bundle)[NORM[1]].dtype])
 
 
 def hash_tensors(ready: Mapping[str, Path]) -> dict[str, str]:
@@ -104,7 +105,7 @@ def merged_hashes(checkpoint: Checkpoint, bundle: Bundle) -> dict[str, str]:
 
 
 def _merged_names(checkpoint: Checkpoint, layout: str) -> list[str]:
-    specs = weights.bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
+    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
     merged = [s for s in specs if _is_merged(checkpoint.tensors.get(s.source))]
     stems = [spec.name.removesuffix("weight") for spec in merged]
     names = [spec.name for spec in merged]
@@ -117,7 +118,7 @@ def tensor_gate(checkpoint: Checkpoint, bundle: Bundle, made: Made) -> Gate:
     A block of rows at a time; what is resident is the largest tensor with permuted axes.
     """
     held = _held(bundle)
-    specs = weights.bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=bundle.layout)
+    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=bundle.layout)
     changed = [name for spec in specs for name in _changed(checkpoint, held, spec, made)]
     changed += sorted(held)
     return Gate("tensors changed", len(changed), "", 0, False, _some(changed))
@@ -183,7 +184,7 @@ def as_stored(weight: Tensor, form: Format | None, dtype: torch.dtype) -> list[m
 
 
 @dataclass(frozen=True)
-class PlainMatrix(qwen2.Matrix):
+class PlainMatrix(Matrix):
     """A source's weight as plain rounding stores it, and as it is then read."""
 
     rounding: Format | None = None
@@ -193,17 +194,17 @@ class PlainMatrix(qwen2.Matrix):
         stored = as_stored(to_torch(self.weight.read(rows)), self.rounding, self.dtype)
         if self.rounding is None:
             return to_torch(stored[0]).float()
-        return qwen2.dequantize(self.rounding, *stored)
+        return dequantize(self.rounding, *stored)
 
 
 @dataclass(frozen=True)
 class PlainWeights:
     """The language model that plain rounding makes of a checkpoint's."""
 
-    source: qwen2.SourceWeights
+    source: SourceWeights
     made: Made
 
-    def matrix(self, name: str) -> qwen2.Matrix:
+    def matrix(self, name: str) -> Matrix:
         form = self.made.formats.get(name.removesuffix(".weight"))
         return PlainMatrix(self.source.matrix(name).weight, rounding=form, dtype=self.made.dtype)
 
@@ -219,7 +220,7 @@ def _is_merged(tensor: SourceTensor | None) -> bool:
 
 
 def _changed(
-    checkpoint: Checkpoint, held: dict[str, SafeTensor], spec: weights.TensorSpec, made: Made
+    checkpoint: Checkpoint, held: dict[str, SafeTensor], spec: TensorSpec, made: Made
 ) -> Iterator[str]:
     """Names of those stored tensors of `spec` that are not as they should be; `held` gives up
     all of them."""
@@ -244,7 +245,7 @@ def _changed(
     yield from (name for name in names if name in wrong)
 
 
-def _source(checkpoint: Checkpoint, spec: weights.TensorSpec, rows: slice) -> Tensor:
+def _source(checkpoint: Checkpoint, spec: TensorSpec, rows: slice) -> Tensor:
     if spec.source not in checkpoint.tensors:
         # The classification head that no part of FastVLM computes: both loaders ask for one.
         return torch.zeros(spec.shape)

@@ -1,4 +1,4 @@
-"""A figure with its limit, and the one figure that needs no source: the largest magnitude."""
+"""A gate is a figure with its limit; the largest magnitude is the one that needs no source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
-from model_export.gates.mlx_encoder import RoundedEncoder
+from model_export.gates.mlx_encoder import EmulatedMLXEncoder
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.samples.images import gate_samples
 
@@ -71,7 +71,7 @@ class Magnitude:
 def overflow_gates(
     bundle: Bundle, options: ExportOptions, other_sizes: Sequence[int] = ()
 ) -> list[Gate]:
-    """Without the checkpoint there is nothing to compare with; overflow can still be seen."""
+    """Make the gates that need no checkpoint: they tell whether fp16 overflows."""
     gates = [_overflow(bundle, options)]
     for size in other_sizes:
         gate = _overflow(bundle.at(size), options)
@@ -84,7 +84,7 @@ def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
     image = gate_samples(config.vision)[-1].image
     if bundle.layout == "mlx":
-        rounded = RoundedEncoder(bundle, options.dtype)
+        rounded = EmulatedMLXEncoder(bundle, options.dtype)
         rounded(process(image))
         return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
     encoder = MLProgramEncoder(bundle.package, config.vision.image_size)

@@ -1,4 +1,4 @@
-"""An `mlx` bundle's encoder in the bundle's own arithmetic, on any machine."""
+"""The encoder of an `mlx` bundle, with the arithmetic of its dtype emulated on any machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.vision.fastvithd import FastViTHD
 
 
-class RoundedEncoder:
-    """FastViTHD computed in float32, every operation's result rounded to the weights' type.
+class EmulatedMLXEncoder:
+    """FastViTHD in float32, with the result of every operation rounded to the weights' type.
 
     A GPU computes in that type; a CPU, where MLX does so only very slowly, can show what it costs.
 
     Attributes:
-        largest: of every result's magnitude so far, before rounding; NaN counts as infinite.
-        limit: the type's own largest number.
+        largest: the largest magnitude of any result so far, before rounding; NaN counts as
+            infinite.
+        limit: the largest number of the type.
     """
 
     def __init__(self, bundle: Bundle, dtype: str):

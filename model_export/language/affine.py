@@ -13,7 +13,7 @@ from model_export.checkpoint.tensors import from_torch
 
 
 def grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and bias of groups [..., G] as `mlx.core.quantize` chooses them, each [..., 1].
+    """Choose scale and bias [..., 1] of groups [..., G] as `mlx.core.quantize` does.
 
     An end of each group's range is exact, and so is zero where it lies inside.
     """
@@ -28,12 +28,12 @@ def grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def encode(groups: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
-    """The codes of groups [..., G] on their grids, float32."""
+    """Compute the codes of groups [..., G] on their grids, as float32."""
     return ((groups - bias) / scale).round_().clamp_(0, 2**bits - 1)
 
 
 def round_weight(weight: Tensor, bits: int, group: int) -> Tensor:
-    """A weight as `mlx.core.quantize` (affine) keeps it."""
+    """Round a weight as `mlx.core.quantize` (affine) does."""
     groups = weight.unflatten(-1, (-1, group))
     scale, bias = grid(groups, bits)
     return encode(groups, scale, bias, bits).mul_(scale).add_(bias).flatten(-2)
@@ -66,7 +66,7 @@ class Coded:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [R, C] → uint8 [R, C * bits / 8], end to end from the lowest bit."""
+    """Pack uint8 codes [R, C] → uint8 [R, C * bits / 8], end to end from the lowest bit."""
     eight = codes.view(codes.shape[0], -1, 8)
     data = torch.zeros((*eight.shape[:2], bits), dtype=torch.uint8)
     for i in range(8):

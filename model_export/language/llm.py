@@ -24,9 +24,9 @@ import numpy as np
 
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
-from model_export.checkpoint.checkpoint import Checkpoint, magnitude
+from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import TensorSpec, bundle_specs, in_encoder
-from model_export.checkpoint.tensors import ALL, row_blocks, safe_tensors
+from model_export.checkpoint.tensors import ALL, magnitude, row_blocks, safe_tensors
 from model_export.language.recipes import PROJECTOR, Scheme, is_matrix, path_of
 from model_export.options import FLOAT16_MAX, ExportOptions
 
@@ -93,7 +93,7 @@ class Part:
 
 
 def stored(spec: TensorSpec, chosen: Scheme, dtype: str) -> list[Stored]:
-    """The tensors that `spec` becomes: itself at `dtype`, or weight, scales and perhaps biases."""
+    """List the tensors that `spec` becomes: itself at `dtype`, or weight, scales and biases."""
     form = format_of(spec, chosen)
     if form is None:
         _, name, size = DTYPES[dtype]
@@ -106,7 +106,9 @@ def format_of(spec: TensorSpec, chosen: Scheme) -> Format | None:
 
 
 def packed(spec: TensorSpec, form: Format, dtype: str) -> list[Stored]:
-    """A weight in MLX's layout: `bits`-wide codes packed into uint32 along the last axis.
+    """List the tensors of a quantized weight in MLX's layout.
+
+    Codes of `bits` bits are packed into uint32 along the last axis.
 
     Each group of `group_size` has a scale: affine's, with a bias, of `dtype`; one byte otherwise.
     """
@@ -127,7 +129,7 @@ def packed(spec: TensorSpec, form: Format, dtype: str) -> list[Stored]:
 def convert(
     checkpoint: Checkpoint, spec: TensorSpec, chosen: Scheme, dtype: str
 ) -> Iterator[mx.array]:
-    """The arrays of `stored(spec, chosen, dtype)`, in that order, the first by blocks of rows.
+    """Yield the arrays of `stored(spec, chosen, dtype)` in that order, the first by blocks of rows.
 
     Raises:
         CheckpointError: the source holds NaN or infinity.
@@ -165,7 +167,7 @@ def _streams() -> Iterator[mx.ThreadLocalStream]:
 
 
 def check_range(name: str, weight: torch.Tensor | np.ndarray, dtype: str) -> None:
-    """Raises CheckpointError, OptionError: as `convert`."""
+    """Check that a weight is finite and fits the dtype; raises as `convert` does."""
     largest = magnitude(name, weight)
     if dtype == "float16" and largest > FLOAT16_MAX:
         raise OptionError(
@@ -174,7 +176,7 @@ def check_range(name: str, weight: torch.Tensor | np.ndarray, dtype: str) -> Non
 
 
 def finish(weight: mx.array, form: Format | None, dtype: str) -> list[mx.array]:
-    """A weight as it is written: cast, or by plain rounding quantized."""
+    """Cast a weight, or quantize it by plain rounding, into the arrays that are written."""
     if form is None:
         return [weight.astype(DTYPES[dtype][0])]
     # float32 holds what any source does, and on a CPU is the type that MLX quantizes fastest. It
@@ -197,7 +199,7 @@ def write(
     Args:
         chosen: each matrix's format, from `recipes.scheme`.
         progress: called with the bytes just written.
-        ready: what is not converted here, from `calibrated.quantize`.
+        ready: what is not converted here, from `layerwise.quantize`.
 
     Raises:
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
@@ -269,13 +271,13 @@ def _ahead(arrays: Iterator[mx.array]) -> Iterator[mx.array]:
 
 
 def take(file: Path, entries: list[Stored]) -> Iterator[mx.array]:
-    """Tensors that wait in a safetensors file under the names that they will have."""
+    """Read tensors that wait in a safetensors file under the names that they will have."""
     tensors = safe_tensors(file)
     return (tensors[entry.name].read() for entry in entries)
 
 
 def total_bytes(checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions) -> int:
-    """What `write` will write, headers left out."""
+    """Count the bytes that `write` will write, without headers."""
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
     return sum(entry.bytes for spec in specs for entry in stored(spec, chosen, options.dtype))
 
@@ -294,7 +296,7 @@ def _unquantized(specs: list[TensorSpec], chosen: Scheme) -> dict[str, str]:
 
 
 def header(plan: list[Stored]) -> bytes:
-    """A safetensors header: its length in 8 bytes, then JSON padded to 8 bytes."""
+    """Make a safetensors header: its length in 8 bytes, then JSON padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": FILE_METADATA}
     offset = 0
     for entry in plan:

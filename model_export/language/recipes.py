@@ -1,7 +1,7 @@
-"""Which matrix of the language model and the projector is stored in which form.
+"""The format of every matrix of the language model and the projector.
 
-From one format for all, from bits for the embedding, the head or the projector, from a recipe by
-layer: mlx-lm's own by name, or a JSON file of the form
+It comes from one format for all; from bits for the embedding, the head or the projector; or from a
+recipe by layer, which is one of mlx-lm's own by name, or a JSON file of the form
 
     {"*.mlp.down_proj": 6, "model.layers.0.*": {"bits": 8, "group_size": 32}, "lm_head": 16}
 
@@ -42,7 +42,7 @@ Scheme = Mapping[str, Format | None]
 
 
 def path_of(spec: TensorSpec) -> str:
-    """The model's path of the module that a tensor of either layout belongs to."""
+    """Return the model's path of the module that a tensor of either layout belongs to."""
     return model_name(spec.name).rpartition(".")[0]
 
 
@@ -52,7 +52,7 @@ def is_matrix(spec: TensorSpec) -> bool:
 
 
 def scheme(specs: Sequence[TensorSpec], config: FastVLMConfig, options: ExportOptions) -> Scheme:
-    """The format of every matrix among `specs`, as the options ask for it.
+    """Choose the format of every matrix among `specs`, as the options ask for it.
 
     Raises:
         OptionError: a recipe can't be read or names what is not there; a width is no multiple of
@@ -80,13 +80,13 @@ def scheme(specs: Sequence[TensorSpec], config: FastVLMConfig, options: ExportOp
 
 
 def check_layout(chosen: Scheme, layout: str) -> None:
-    """Raises OptionError: the layout's loaders can't read it."""
+    """Check a scheme against its layout; raises OptionError if the loaders can't read it."""
     if reason := unreadable(chosen, layout):
         raise OptionError(f"{reason}, use --layout mlx, or one format and 16 bits")
 
 
 def unreadable(chosen: Scheme, layout: str) -> str | None:
-    """Why the layout's loaders can't read a scheme; None where they can."""
+    """Say why the layout's loaders can't read a scheme; None where they can."""
     loader = LOADERS[layout]
     formats = {stored for stored in chosen.values() if stored is not None}
     if unknown := sorted(str(stored) for stored in formats if not loader.knows(stored)):
@@ -104,7 +104,7 @@ def unreadable(chosen: Scheme, layout: str) -> str | None:
 
 
 def scheme_of(bundle: Bundle) -> Scheme:
-    """The scheme that a bundle was written with, by us or another program; from its files."""
+    """Read the scheme of a bundle, ours or another program's, from its files."""
     tensors = bundle.model_tensors()
     matrices = [
         name.rpartition(".")[0]
@@ -117,7 +117,7 @@ def scheme_of(bundle: Bundle) -> Scheme:
 
 
 def quantization(chosen: Scheme, layout: str) -> Quantization | None:
-    """config.json's account of a scheme: the commonest format, and the modules that differ."""
+    """Describe a scheme for config.json: the commonest format, and the modules that differ."""
     counted = Counter(stored for stored in chosen.values() if stored is not None)
     if not counted:
         return None
@@ -132,7 +132,7 @@ def quantization(chosen: Scheme, layout: str) -> Quantization | None:
 
 
 def layer_bits(chosen: Scheme, specs: Iterable[TensorSpec]) -> int:
-    """The whole bits that the layers' weights have in the mean: what the gates' limits go by."""
+    """Compute the mean bits of the layers' weights, rounded down; the gates' limits go by it."""
     layers = [spec for spec in specs if is_matrix(spec) and ".layers." in spec.name]
     formats = [chosen.get(path_of(spec)) for spec in layers]
     if not any(formats):

@@ -104,7 +104,7 @@ def preprocessor_config(size: int, processor_class: str) -> dict[str, Any]:
 def write_app_configs(
     checkpoint: Checkpoint, tokenizer: ExportedTokenizer, config: dict[str, Any], directory: Path
 ) -> None:
-    """The JSON files beside the weights: config, preprocessor, processor, generation.
+    """Write the JSON files beside the weights: config, preprocessor, processor, generation.
 
     Args:
         config: from `app_config`.
@@ -140,7 +140,7 @@ def generation_config(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> d
 
 
 def check_app(bundle: Bundle, info: PackageInfo) -> None:
-    """Decode a bundle by the rules of the demo app's loader.
+    """Check a bundle by the rules of the demo app's loader.
 
     What its Swift code asserts of the encoder is `fastvlm_mlx.vision.package.app_misfit`'s.
 

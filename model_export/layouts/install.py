@@ -15,7 +15,7 @@ from fastvlm_mlx.bundle.files import is_litter
 from fastvlm_mlx.errors import BundleError, DestinationError
 from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export.destination.destination import Destination, appearing, look_at, resolve
-from model_export.layouts import app as layouts
+from model_export.layouts.app import check_app
 
 # From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
 # which of them a directory is.
@@ -53,7 +53,7 @@ def plan(bundle_path: Path, app: Path) -> Installation:
     bundle = Bundle.open(bundle_path)
     bundle.check_files()
     info = describe(bundle.package)
-    layouts.check_app(bundle, info)
+    check_app(bundle, info)
     misfit = app_misfit(info)
     if misfit is not None:
         raise BundleError(

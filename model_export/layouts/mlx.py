@@ -86,7 +86,7 @@ def write_mlx_configs(
     app_config: dict[str, Any],
     directory: Path,
 ) -> None:
-    """The JSON files beside the weights, this layout's chat template in the tokenizer's.
+    """Write the JSON files beside the weights, with this layout's chat template in the tokenizer's.
 
     Args:
         app_config: what both layouts' `config.json` have in common.
@@ -171,7 +171,7 @@ VISION_RULES: dict[str, Callable[[Any], bool]] = {
 
 
 def check_mlx(bundle: Bundle) -> None:
-    """Decode a bundle by the rules of both loaders.
+    """Check a bundle by the rules of both loaders.
 
     Raises:
         BundleError: naming the file, the rule and what was found.

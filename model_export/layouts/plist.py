@@ -28,7 +28,7 @@ class Node:
     entries: dict[str, Node]
 
     def text_of(self, key: str) -> str:
-        """Raises ValueError: the entry is missing, or no text."""
+        """Return the text of an entry; raises ValueError if it is missing or no text."""
         found = self.entries.get(key)
         if found is None or found.text is None:
             raise ValueError(f"{key} is missing at character {self.span[0]}")
@@ -36,7 +36,7 @@ class Node:
 
 
 def parse(text: str) -> Node:
-    """Raises ValueError: it is no property list."""
+    """Parse a property list; raises ValueError if it is none."""
     tokens = _tokens(text)
     found = _value(next(tokens), tokens, 0)
     kind, more, (place, _) = next(tokens)

@@ -1,5 +1,4 @@
-"""What will run: a bundle as it lies there, or what a checkpoint becomes by the options, in bytes
-and shapes, from headers alone."""
+"""The footprint of a bundle, made or yet to be exported: bytes and shapes, from headers only."""
 
 from __future__ import annotations
 
@@ -23,13 +22,13 @@ PROMPT_TEXT_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What will run: a bundle, or what a checkpoint becomes by the options.
+class Footprint:
+    """How large a bundle is, and what a forecast needs to know of its shapes.
 
     Attributes:
-        llm_bytes: of the language model and the projector, as stored.
-        read_bytes: of the weights that each token reads.
-        encoder_format: what the encoder computes in; fp32 is beyond the Neural Engine.
+        llm_bytes: size of the language model and the projector, as stored.
+        read_bytes: size of the weights that each token reads.
+        encoder_format: what the encoder computes in; the Neural Engine can't compute in fp32.
     """
 
     name: str
@@ -52,8 +51,8 @@ class Subject:
         return self.layout == "app" and self.encoder_format != "fp32"
 
 
-def of_bundle(path: Path) -> Subject:
-    """A bundle as it lies there, from its headers.
+def of_bundle(path: Path) -> Footprint:
+    """Measure a bundle that exists, from its headers.
 
     Raises:
         BundleError, ConfigError, EncoderError: it is not whole.
@@ -68,7 +67,7 @@ def of_bundle(path: Path) -> Subject:
     if bundle.layout == "app":
         info = describe(bundle.package)
         encoder, precision = info.bytes, info.precision
-    return Subject(
+    return Footprint(
         name=path.resolve().name,
         kind="bundle",
         layout=bundle.layout,
@@ -82,9 +81,10 @@ def of_bundle(path: Path) -> Subject:
     )
 
 
-def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
-    """What `checkpoint` becomes by `options`, in the exporter's own count; a search is counted as
-    the most that it may take.
+def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Footprint:
+    """Foretell the footprint of an export, by the exporter's own count.
+
+    A search for bits is counted as the largest size that it may take.
 
     Raises:
         OptionError: the options don't fit it.
@@ -108,7 +108,7 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
         target = min(int(options.llm_bpw * checkpoint.llm_parameters / 8), space.largest)
         # What each token reads shrinks with the rest.
         total, read = target, read * target // total
-    return Subject(
+    return Footprint(
         name=checkpoint.name,
         kind="checkpoint",
         layout=options.layout,
@@ -123,7 +123,7 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Subject:
 
 
 def encoder_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
-    """Bytes of a package, or of the encoder's weights in an `mlx` bundle."""
+    """Count the bytes of the encoder's package, or of its weights in an `mlx` bundle."""
     if options.layout == "mlx":
         specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout="mlx")
         encoder = [spec for spec in specs if in_encoder(spec)]

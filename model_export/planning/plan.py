@@ -1,4 +1,4 @@
-"""What a bundle needs while it runs, and how fast it will be on a device, before it is exported.
+"""`fastvlm plan`: how much memory a bundle will need on a device, and how fast it will be there.
 
 Memory is counted from shapes: the exporter's own count of the weights, mlx-lm's cache, the largest
 sum of live tensors. Time is a roofline (`roofline.py`). Both are of the running bundle: loading,
@@ -20,7 +20,7 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.options import BITS, ExportOptions
 from model_export.planning import roofline
 from model_export.planning.devices import CHIPS, DEVICES, Device, find_device
-from model_export.planning.footprint import Subject, of_bundle, of_checkpoint
+from model_export.planning.footprint import Footprint, of_bundle, of_checkpoint
 from model_export.planning.roofline import Decoder
 
 CONTEXT = 2048
@@ -47,7 +47,7 @@ FITS, ENTITLED, TIGHT, TOO_LARGE, NO_LIMIT = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes resident while the bundle answers, by part; as many as if none were given back."""
+    """Bytes resident while the bundle answers, by part, as if none of them were given back."""
 
     language_model: int
     encoder: int
@@ -63,8 +63,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A subject on a device. Seconds are None where a rate of the chip is not published;
-    tokens a second are those with the context full."""
+    """What a bundle of this footprint needs and does on a device.
+
+    Seconds are None where a rate of the chip is not published. Tokens per second are given for a
+    full context.
+    """
 
     device: str
     memory: Memory
@@ -114,12 +117,12 @@ def run(
     context: int | None = None,
     kv_bits: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The forecasts for `device`, or for each of `DEVICES`, as `plan --json` prints them.
+    """Make the forecasts for `device`, or for each of `DEVICES`, as `plan --json` prints them.
 
     Args:
         path: a bundle's directory, or a checkpoint of any kind; what a hub id names is downloaded,
             and an export finds it in the cache.
-        given: those of `ExportOptions` that were asked for.
+        given: the fields of `ExportOptions` that the user set.
         context: tokens in the KV cache; `CONTEXT`, or all that the model has, if it is not given.
 
     Raises:
@@ -135,26 +138,29 @@ def run(
                 f"{path} is a bundle, whose bits and sizes are made: leave out the options of "
                 "export, or name the checkpoint"
             )
-        subject = of_bundle(found_here)
+        footprint = of_bundle(found_here)
     else:
         options = ExportOptions(**given)
         checkpoint = Checkpoint(path, base=base, revision=revision, image_size=options.default_size)
-        subject = of_checkpoint(checkpoint, options)
+        footprint = of_checkpoint(checkpoint, options)
         export = exporter(checkpoint, options)
     if context is None:
-        context = min(CONTEXT, subject.config.text.max_position_embeddings)
+        context = min(CONTEXT, footprint.config.text.max_position_embeddings)
     plans = []
     for name in names:
-        found = forecast(subject, name, context, kv_bits)
-        changes = [] if found.fits else remedies(subject, name, context, kv_bits, export)
-        facts = {"prompt_tokens": subject.prompt_tokens, "context": context, "kv_bits": kv_bits}
+        found = forecast(footprint, name, context, kv_bits)
+        changes = [] if found.fits else remedies(footprint, name, context, kv_bits, export)
+        facts = {"prompt_tokens": footprint.prompt_tokens, "context": context, "kv_bits": kv_bits}
         plans.append({**found.to_dict(), **facts, "remedies": changes})
     return plans
 
 
 def lm_buffers(decoder: Decoder, tokens: int, size: int) -> int:
-    """What else is resident beside weights and cache: the app, MLX's buffer cache, and the live
-    tensors of a layer's MLP in prefill (the residual, gate, up and their product)."""
+    """Count the bytes that are resident beside weights and cache.
+
+    These are the app, MLX's buffer cache, and the live tensors of a layer's MLP in prefill (the
+    residual, gate, up and their product).
+    """
     return prefill_activations(decoder, tokens, size) + MLX_CACHE_BYTES + APP_BYTES
 
 
@@ -162,86 +168,89 @@ def prefill_activations(decoder: Decoder, tokens: int, size: int) -> int:
     return tokens * (decoder.hidden + 3 * decoder.intermediate) * size
 
 
-def memory(subject: Subject, context: int, kv_bits: int | None) -> Memory:
-    """Bytes by part with `context` tokens in the cache."""
-    size = SIZES[subject.dtype]
-    live = roofline.encoder_live_elements(subject.config.vision)
+def memory(footprint: Footprint, context: int, kv_bits: int | None) -> Memory:
+    """Count the resident bytes of each part with `context` tokens in the cache."""
+    size = SIZES[footprint.dtype]
+    live = roofline.encoder_live_elements(footprint.config.vision)
     return Memory(
-        language_model=subject.llm_bytes,
-        encoder=subject.encoder_bytes,
-        kv_cache=roofline.kv_cache_bytes(subject.decoder, context, size, kv_bits),
-        encoder_activations=live * (4 if subject.encoder_format == "fp32" else 2),
-        prefill_activations=prefill_activations(subject.decoder, subject.prompt_tokens, size),
+        language_model=footprint.llm_bytes,
+        encoder=footprint.encoder_bytes,
+        kv_cache=roofline.kv_cache_bytes(footprint.decoder, context, size, kv_bits),
+        encoder_activations=live * (4 if footprint.encoder_format == "fp32" else 2),
+        prefill_activations=prefill_activations(footprint.decoder, footprint.prompt_tokens, size),
         buffers=MLX_CACHE_BYTES + APP_BYTES,
     )
 
 
-def forecast(subject: Subject, device: str, context: int, kv_bits: int | None) -> Forecast:
-    """`subject` on one of `DEVICES`.
+def forecast(footprint: Footprint, device: str, context: int, kv_bits: int | None) -> Forecast:
+    """Forecast memory and speed of a footprint on one of `DEVICES`.
 
     Raises:
         OptionError: the context does not hold the image and a question, or is beyond the model.
     """
-    check_context(subject, context, kv_bits)
-    chip, decoder = CHIPS[DEVICES[device].chip], subject.decoder
-    parts = memory(subject, context, kv_bits)
-    vision = subject.config.vision
+    check_context(footprint, context, kv_bits)
+    chip, decoder = CHIPS[DEVICES[device].chip], footprint.decoder
+    parts = memory(footprint, context, kv_bits)
+    vision = footprint.config.vision
     projector = decoder.hidden * (vision.hidden_size + decoder.hidden)
-    token_s = roofline.decode_seconds(chip, decoder, subject.read_bytes + parts.kv_cache)
+    token_s = roofline.decode_seconds(chip, decoder, footprint.read_bytes + parts.kv_cache)
     return Forecast(
         device=device,
         memory=parts,
         verdict=_verdict(parts.total, DEVICES[device]),
         encoder_s=roofline.encoder_seconds(
-            chip, roofline.encoder_macs(vision).total, neural_engine=subject.neural_engine
+            chip, roofline.encoder_macs(vision).total, neural_engine=footprint.neural_engine
         ),
         project_s=roofline.gpu_seconds(chip, 2 * vision.num_tokens * projector),
-        prefill_s=roofline.prefill_seconds(chip, decoder, subject.prompt_tokens),
+        prefill_s=roofline.prefill_seconds(chip, decoder, footprint.prompt_tokens),
         tokens_per_s=None if token_s is None else 1 / token_s,
     )
 
 
-def check_context(subject: Subject, context: int, kv_bits: int | None) -> None:
-    longest = subject.config.text.max_position_embeddings
-    if not subject.prompt_tokens < context <= longest:
+def check_context(footprint: Footprint, context: int, kv_bits: int | None) -> None:
+    longest = footprint.config.text.max_position_embeddings
+    if not footprint.prompt_tokens < context <= longest:
         raise OptionError(
             f"--context is {context:,}: expected more than an image and a question, "
-            f"{subject.prompt_tokens:,} tokens, and at most the model's {longest:,}"
+            f"{footprint.prompt_tokens:,} tokens, and at most the model's {longest:,}"
         )
     if kv_bits is not None and kv_bits not in KV_BITS:
         raise OptionError(f"--kv-bits is {kv_bits}: expected 4 or 8, or none for the whole cache")
-    if kv_bits is not None and subject.decoder.head_dim % roofline.KV_GROUP:
+    if kv_bits is not None and footprint.decoder.head_dim % roofline.KV_GROUP:
         raise OptionError(
             f"--kv-bits quantizes groups of {roofline.KV_GROUP} and the model's heads are "
-            f"{subject.decoder.head_dim} wide: leave it out"
+            f"{footprint.decoder.head_dim} wide: leave it out"
         )
 
 
 def remedies(
-    subject: Subject,
+    footprint: Footprint,
     device: str,
     context: int,
     kv_bits: int | None,
-    export: Callable[[int], Subject | None] | None,
+    export: Callable[[int], Footprint | None] | None,
 ) -> list[str]:
-    """The changes that make it fit: of each kind the smallest that does by itself, else the
-    smallest pair, else none.
+    """Find the changes that make it fit: the smallest of each kind, else the smallest pair.
+
+    The list is empty if nothing helps.
 
     Args:
-        export: the subject at other bits of the LLM, from `exporter`; None for a bundle.
+        export: gives the footprint at other bits of the LLM (`exporter`); None for a bundle.
     """
 
-    def fits(candidate: Subject, tokens: int, bits: int | None) -> bool:
+    def fits(candidate: Footprint, tokens: int, bits: int | None) -> bool:
         return forecast(candidate, device, tokens, bits).fits
 
     made = [(bits, export(bits)) for bits in sorted(BITS, reverse=True)] if export else []
-    smaller = [(n, other) for n, other in made if other and other.llm_bytes < subject.llm_bytes]
-    shorter = [n for n in (4096, 2048, 1024, 512) if subject.prompt_tokens < n < context]
-    quantizable = kv_bits is None and subject.decoder.head_dim % roofline.KV_GROUP == 0
+    smaller = [(n, other) for n, other in made if other and other.llm_bytes < footprint.llm_bytes]
+    shorter = [n for n in (4096, 2048, 1024, 512) if footprint.prompt_tokens < n < context]
+    quantizable = kv_bits is None and footprint.decoder.head_dim % roofline.KV_GROUP == 0
     found = [
         next((f"--llm-bits {n}" for n, other in smaller if fits(other, context, kv_bits)), None),
-        next((f"--context {n}" for n in shorter if fits(subject, n, kv_bits)), None),
-        next((f"--kv-bits {n}" for n in (8, 4) if quantizable and fits(subject, context, n)), None),
+        next((f"--context {n}" for n in shorter if fits(footprint, n, kv_bits)), None),
+        next(
+            (f"--kv-bits {n}" for n in (8, 4) if quantizable and fits(footprint, context, n)), None
+        ),
     ]
     pairs = (
         f"--llm-bits {n} --context {tokens}"
@@ -252,11 +261,13 @@ def remedies(
     return [change for change in found if change] or list(islice(pairs, 1))
 
 
-def exporter(checkpoint: Checkpoint, options: ExportOptions) -> Callable[[int], Subject | None]:
-    """The subject of `checkpoint` at other bits of the language model; None where the other
-    options don't go with them."""
+def exporter(checkpoint: Checkpoint, options: ExportOptions) -> Callable[[int], Footprint | None]:
+    """Return a function that gives the footprint of `checkpoint` at other bits of the LLM.
 
-    def export(bits: int) -> Subject | None:
+    It gives None where the other options don't go with those bits.
+    """
+
+    def export(bits: int) -> Footprint | None:
         try:
             return of_checkpoint(checkpoint, replace(options, llm_bits=bits, llm_bpw=None))
         except OptionError:

@@ -1,4 +1,4 @@
-"""Which choice for each part loses least at a size: a multiple-choice knapsack, solved exactly."""
+"""Allocating a budget of bytes: the multiple-choice knapsack, solved exactly."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ _REFINEMENTS = 10
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a part: what it takes in bytes, and what it loses (zero or more)."""
+    """One way to store a part: the bytes that it takes, and what it loses (zero or more)."""
 
     bytes: int
     loss: float
 
 
 def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> list[int]:
-    """The index of each part's choice: the least total loss that fits `budget` bytes.
+    """Choose for each part, so that the total loss is least within `budget` bytes.
 
     The same input gives the same answer. Losses are taken to add up.
 
+    Returns:
+        The index of each part's choice.
+
     Raises:
-        OptionError: not even the smallest choices fit; says the least that would.
+        OptionError: not even the smallest choices fit; it says the least that would.
     """
     least = sum(min(choice.bytes for choice in part) for part in parts)
     if least > budget:

@@ -16,8 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm_mlx.bundle.quantization import Format
+from model_export.checkpoint.tensors import from_torch
+from model_export.language import llm
 from model_export.language.affine import round_weight
+from model_export.quantization.layers import (
+    READS,
+    Formats,
+    HiddenStates,
+    LayerInputs,
+    State,
+    StoredArrays,
+    inputs_of,
+)
 
+# AWQ tries sixty roundings of each layer, and looks at whole dialogues of so many tokens for that.
+AWQ_TOKENS = 2_048
 POWERS = tuple(i / 20 for i in range(20))
 # Of a group's largest magnitude.
 CLIPS = tuple(1 - i / 20 for i in range(10))
@@ -25,14 +38,10 @@ CLIPS = tuple(1 - i / 20 for i in range(10))
 ROWS = 2_048
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
-# By a matrix's name in its layer; None where it is not rounded.
-Formats = Mapping[str, Format | None]
-State = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Scaling:
-    """Matrices that read one input, what makes that input, and the block whose output counts."""
+    """Matrices that read one input, the module that makes it, and the block whose output counts."""
 
     before: str
     matrices: tuple[str, ...]
@@ -48,15 +57,11 @@ SCALINGS = (
     Scaling("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
     Scaling("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
 )
-# Which matrix's input is looked at, for every matrix.
-READS = {name: s.matrices[0] for s in SCALINGS for name in s.matrices} | {
-    "self_attn.o_proj": "self_attn.o_proj"
-}
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the matrices of `READS` read: for each dialogue a tensor [L, C].
+class CalibrationInputs:
+    """The inputs [L, C] of the matrices of `READS`, for each dialogue of the calibration set.
 
     Attributes:
         around: the attention's other arguments, for each dialogue.
@@ -66,32 +71,34 @@ class Seen:
     around: Sequence[Mapping[str, Any]]
 
 
-def transformed(layer: nn.Module, seen: Seen, formats: Formats) -> State:
-    """A layer's weights, scaled and clipped so that rounding them loses less.
+def transformed(layer: nn.Module, recorded: CalibrationInputs, formats: Formats) -> State:
+    """Scale and clip a layer's weights so that rounding them loses less.
 
     Args:
-        layer: its weights are as they were, afterwards.
+        layer: keeps its own weights.
     """
-    scales = search_scales(layer, seen, formats)
+    scales = search_scales(layer, recorded, formats)
     state = scaled(layer.state_dict(), scales)
     for name, form in formats.items():
         if form is not None and name not in UNCLIPPED:
-            inputs = torch.cat(list(seen.inputs[READS[name]])) / scales.get(READS[name], 1.0)
+            inputs = torch.cat(list(recorded.inputs[READS[name]])) / scales.get(READS[name], 1.0)
             state[name + ".weight"] = clipped(state[name + ".weight"], inputs, form)
     return state
 
 
-def search_scales(layer: nn.Module, seen: Seen, formats: Formats) -> dict[str, Tensor]:
-    """The factors of each input's channels, by its name in `seen`, where anything is rounded."""
+def search_scales(
+    layer: nn.Module, recorded: CalibrationInputs, formats: Formats
+) -> dict[str, Tensor]:
+    """Search the factors of each input's channels, where a matrix that reads it is rounded."""
     return {
-        s.matrices[0]: _search_scale(layer, s, seen, formats)
+        s.matrices[0]: _search_scale(layer, s, recorded, formats)
         for s in SCALINGS
         if any(formats[name] for name in s.matrices)
     }
 
 
 def scaled(state: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> State:
-    """The same layer with its channels scaled."""
+    """Scale the channels of a layer, which computes the same afterwards."""
     result = dict(state)
     for scaling in SCALINGS:
         factors = scales.get(scaling.matrices[0])
@@ -105,8 +112,10 @@ def scaled(state: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> State:
     return result
 
 
-def _search_scale(layer: nn.Module, scaling: Scaling, seen: Seen, formats: Formats) -> Tensor:
-    inputs = seen.inputs[scaling.matrices[0]]
+def _search_scale(
+    layer: nn.Module, scaling: Scaling, recorded: CalibrationInputs, formats: Formats
+) -> Tensor:
+    inputs = recorded.inputs[scaling.matrices[0]]
     block = layer.get_submodule(scaling.block)
     rounded = {name: form for name in scaling.matrices if (form := formats[name]) is not None}
     modules = {name: layer.get_submodule(name) for name in rounded}
@@ -117,7 +126,7 @@ def _search_scale(layer: nn.Module, scaling: Scaling, seen: Seen, formats: Forma
             return block(together)
         found = [
             block(hidden_states=x[None], **around)[0][0]
-            for x, around in zip(inputs, seen.around, strict=True)
+            for x, around in zip(inputs, recorded.around, strict=True)
         ]
         return torch.cat(found)
 
@@ -140,7 +149,7 @@ def _search_scale(layer: nn.Module, scaling: Scaling, seen: Seen, formats: Forma
 
 
 def clipped(weight: Tensor, inputs: Tensor, form: Format) -> Tensor:
-    """A weight [R, C] with each group's range cut where its output on `inputs` [T, C] gains.
+    """Clip each group's range of a weight [R, C] where its output on `inputs` [T, C] gains.
 
     A group's share of the output has the error ‖ΔX‖², which is Δ(XXᵀ)Δᵀ: no output is computed.
     """
@@ -164,3 +173,47 @@ def _clip_rows(weight: Tensor, hessian: Tensor, form: Format) -> Tensor:
         least = torch.where(better, error, least)
         best = torch.where(better[..., None], limit, best)
     return groups.clamp(-best, best).flatten(1)
+
+
+def awq_layer(inputs: LayerInputs) -> StoredArrays:
+    """Quantize a layer by AWQ, unless plain rounding loses less; then nothing is returned.
+
+    The hidden states go on as the source's layer leaves them.
+    """
+    layer, formats = inputs.layer, inputs.formats
+    some = inputs.samples[:: _step(inputs.samples)]
+    recorded = CalibrationInputs(inputs_of(layer, some), [sample.around for sample in some])
+    source = dict(layer.state_dict())
+    found = transformed(layer, recorded, formats)
+    expected = inputs.outputs()
+
+    def loss(state: Mapping[str, Tensor]) -> float:
+        rounded = {name: _rounded(name, weight, formats) for name, weight in state.items()}
+        layer.load_state_dict(rounded, strict=True, assign=True)
+        pairs = zip(inputs.outputs(), expected, strict=True)
+        return sum(float((got - wanted).square().sum()) for got, wanted in pairs)
+
+    worthwhile = loss(found) < loss(source)
+    for sample, hidden in zip(inputs.samples, expected, strict=True):
+        sample.hidden = hidden
+    if not worthwhile:
+        return {}
+    for name, weight in found.items():
+        llm.check_range(name, weight, inputs.dtype)
+    return {
+        name: llm.finish(from_torch(weight), _format(name, formats), inputs.dtype)
+        for name, weight in found.items()
+    }
+
+
+def _step(samples: Sequence[HiddenStates]) -> int:
+    return max(1, sum(sample.hidden.shape[1] for sample in samples) // AWQ_TOKENS)
+
+
+def _format(name: str, formats: Formats) -> Format | None:
+    return formats.get(name.removesuffix(".weight"))
+
+
+def _rounded(name: str, weight: Tensor, formats: Formats) -> Tensor:
+    form = _format(name, formats)
+    return weight if form is None else round_weight(weight, form.bits, form.group_size)

@@ -1,4 +1,4 @@
-"""DWQ: scales and biases are trained until the model's next token has the source's distribution.
+"""DWQ: scales and biases are trained towards the source's distribution of the next token.
 
 The codes of plain rounding stay. As in mlx_lm.quant.dwq what is minimized is the KL divergence from
 the source, by Adam; there the whole model is resident, here one layer: the way forward keeps what
@@ -10,7 +10,8 @@ in files that are mapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.optim.lr_scheduler import LinearLR
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.names import EMBEDDING, HEAD, NORM
+from model_export.language import llm, qwen2
 from model_export.language.affine import Coded, encode, grid
-from model_export.language.qwen2 import Matrix, Weights
+from model_export.language.weights import Matrix, SourceWeights, Weights
+from model_export.quantization import held_out
+from model_export.quantization.layers import HiddenStates, Work
 
 # Of a matrix's mean scale, what a step changes at first; it falls to zero at the end.
 RATE = 0.001
@@ -71,8 +75,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """An image and its questions.
+class TrainingDialogue:
+    """One image's dialogue, as DWQ trains on it.
 
     Attributes:
         hidden: [1, L, D], what the first layer reads.
@@ -96,7 +100,7 @@ class Head:
     rounded: Weights
 
     def gradient(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Of the KL divergence from the target's distribution, the mean of the places: [P, D]."""
+        """Compute the gradient [P, D] of the KL divergence from the target, the mean of places."""
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = self._normed(hidden)
@@ -126,7 +130,7 @@ def train(
     layer: nn.Module,
     layers: Sequence[Layer],
     head: Head,
-    lessons: Sequence[Lesson],
+    dialogues: Sequence[TrainingDialogue],
     progress: Callable[[float], None],
 ) -> None:
     """Train the groups of all layers.
@@ -141,7 +145,7 @@ def train(
     )
     schedule = LinearLR(optimizer, 1, 0, STEPS)
     for step in range(STEPS):
-        for _ in backward(layer, layers, head, lessons[step % len(lessons)]):
+        for _ in backward(layer, layers, head, dialogues[step % len(dialogues)]):
             # Of this layer: no other has gradients now.
             optimizer.step()
             optimizer.zero_grad()
@@ -150,23 +154,65 @@ def train(
 
 
 def backward(
-    layer: nn.Module, layers: Sequence[Layer], head: Head, lesson: Lesson
+    layer: nn.Module, layers: Sequence[Layer], head: Head, dialogue: TrainingDialogue
 ) -> Iterator[int]:
-    """Indices of the layers, last first, each when its parameters have their gradients."""
-    read = [lesson.hidden]
+    """Yield the indices of the layers, last first, when their parameters have gradients."""
+    read = [dialogue.hidden]
     for each in layers:
-        read.append(_call(layer, each, read[-1], lesson))
+        read.append(_call(layer, each, read[-1], dialogue))
     last = read.pop()
     gradient = torch.zeros_like(last)
-    gradient[0, lesson.scored] = head.gradient(last[0, lesson.scored], lesson.target)
+    gradient[0, dialogue.scored] = head.gradient(last[0, dialogue.scored], dialogue.target)
     for index in reversed(range(len(layers))):
         hidden = read.pop().detach().requires_grad_()
         with torch.enable_grad():
-            _call(layer, layers[index], hidden, lesson).backward(gradient)
+            _call(layer, layers[index], hidden, dialogue).backward(gradient)
         yield index
         if hidden.grad is not None:
             gradient = hidden.grad
 
 
-def _call(layer: nn.Module, each: Layer, hidden: Tensor, lesson: Lesson) -> Tensor:
-    return torch.func.functional_call(layer, each.state(), (hidden,), dict(lesson.around))
+def _call(layer: nn.Module, each: Layer, hidden: Tensor, dialogue: TrainingDialogue) -> Tensor:
+    return torch.func.functional_call(layer, each.state(), (hidden,), dict(dialogue.around))
+
+
+def train_layers(
+    work: Work, source_states: Sequence[HiddenStates], rounded_states: Sequence[HiddenStates]
+) -> llm.Ready:
+    """Train the scales and biases of all layers, and save the layers.
+
+    Args:
+        source_states: what the source's first layer reads; they go on to the last layer.
+        rounded_states: what the bundle's first layer reads.
+    """
+    work.progress(0.0)
+    checkpoint = work.checkpoint
+    text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
+    source = SourceWeights(checkpoint)
+    layer = qwen2.decoder_layer(text)
+    layers: dict[str, Layer] = {}
+    for prefix, state in work.layers():
+        layer.load_state_dict(state, strict=True, assign=True)
+        for sample in source_states:
+            sample.hidden = layer(sample.hidden, **sample.around)
+        groups = {
+            f"{name}.weight": Groups(
+                state[f"{name}.weight"], form, work.directory / f"{prefix}{name}"
+            )
+            for name, form in work.formats(prefix).items()
+            if form is not None
+        }
+        rest = [name for name in state if name not in groups]
+        layers[prefix] = Layer(groups, partial(qwen2.layer_state, source, prefix, rest))
+    dialogues = [
+        TrainingDialogue(mine.hidden, mine.around, mine.scored, theirs.hidden[0, theirs.scored])
+        for mine, theirs in zip(rounded_states, source_states, strict=True)
+    ]
+    head = Head(text, source, held_out.PlannedWeights(source, work.scheme))
+    train(layer, list(layers.values()), head, dialogues, work.progress)
+    dtype = getattr(torch, work.options.dtype)
+    ready: dict[str, Path] = {}
+    for prefix, each in layers.items():
+        finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}
+        ready |= work.save(prefix, finished)
+    return ready

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvlm_mlx.bundle.quantization import Format
+from model_export.language import qwen2
 from model_export.language.affine import Coded, grid
+from model_export.quantization.layers import READS, LayerInputs, StoredArrays, inputs_of
 
 # Added to the Hessian's diagonal, of its mean (the paper's section 3.3).
 DAMPING = 0.01
@@ -20,7 +22,7 @@ ROWS = 16_384
 
 
 def quantize(weight: Tensor, hessian: Tensor, form: Format, dtype: torch.dtype) -> Coded:
-    """A weight [R, C] by the Hessian [C, C] of its input; both float32.
+    """Quantize a weight [R, C] by the Hessian [C, C] of its input; both are float32.
 
     Codes are found against scales and biases as rounded to `dtype`, so that what is stored is what
     was minimized.
@@ -36,7 +38,7 @@ def quantize(weight: Tensor, hessian: Tensor, form: Format, dtype: torch.dtype) 
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     mean = diagonal.mean()
@@ -84,3 +86,22 @@ def _quantize_group(
         errors[k] = (column - code.mul_(scale).add_(bias)) / factor[k, k]
         columns[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
     return codes, errors
+
+
+def gptq_layer(inputs: LayerInputs) -> StoredArrays:
+    """Quantize a layer by GPTQ; the hidden states go on as the quantized layer leaves them."""
+    layer, formats, dtype = inputs.layer, inputs.formats, getattr(torch, inputs.dtype)
+    moments: dict[str, Tensor] = {}
+    for sample in inputs.samples:
+        for name, (x,) in inputs_of(layer, [sample]).items():
+            moments[name] = moments[name].addmm_(x.T, x) if name in moments else x.T @ x
+    finished: StoredArrays = {}
+    for name, form in formats.items():
+        if form is not None:
+            key, hessian = f"{name}.weight", moments[READS[name]]
+            coded = quantize(layer.get_parameter(key), hessian, form, dtype)
+            finished[key] = coded.arrays()
+            qwen2.replace_weight(layer, key, coded.float())
+    for sample, hidden in zip(inputs.samples, inputs.outputs(), strict=True):
+        sample.hidden = hidden
+    return finished

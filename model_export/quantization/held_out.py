@@ -1,11 +1,12 @@
-"""What a language model will lose by its formats and a method's weights, before it is written.
+"""The held-out set: what a quantization loses on it, and whether a method gains over rounding.
 
-And whether a method loses less than plain rounding. Losses have a heavy tail: one question may
-carry nearly all of a mean, and which of two roundings gets that one wrong is chance. So the two are
-compared image by image, by Wilcoxon's signed-rank test, in which an image counts by the rank
-of its difference and not by its size; an image and not a question, as what is asked about one
-image is answered from the same features. Plain rounding is left for what gains at this level and
-in the mean too: a small gain on most images does not pay for a large loss on one.
+Losses are measured before a bundle is written. They have a heavy tail: one question may carry
+nearly all of a mean, and which of two roundings gets that one wrong is chance. So a method and
+plain rounding are compared image by image, by Wilcoxon's signed-rank test, in which an image counts
+by the rank of its difference and not by its size. The unit is an image and not a question, as all
+questions about one image are answered from the same features. A method replaces plain rounding
+where it gains at this level and in the mean too: a small gain on most images does not pay for a
+large loss on one.
 """
 
 from __future__ import annotations
@@ -23,49 +24,56 @@ from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tensors import ALL, safe_tensors
 from model_export.checkpoint.tokenizer import ExportedTokenizer
-from model_export.language import llm, qwen2
+from model_export.encoder.references import Reference
+from model_export.language import llm
+from model_export.language.evaluation import ComparedModel, dialogues_of, outcomes
 from model_export.language.recipes import Scheme
-from model_export.samples.images import Reference
+from model_export.language.weights import Matrix, SourceWeights, Weights, rounded
 
-# Of taking a method for better that is not.
+# The probability of taking a method for better that is not.
 LEVEL = 0.05
 # With fewer images chance alone gives every one of them a gain more often than that.
 LEAST_IMAGES = ceil(-log2(LEVEL))
 
 
 @dataclass(frozen=True)
-class RoundedMatrix(qwen2.Matrix):
-    """A source's weight as plain rounding keeps it."""
+class RoundedMatrix(Matrix):
+    """A source's weight as plain rounding changes it."""
 
     rounding: Format | None = None
 
     def float(self, rows: slice = ALL) -> Tensor:
         weight = super().float(rows)
-        return weight if self.rounding is None else qwen2.rounded(weight, self.rounding)
+        return weight if self.rounding is None else rounded(weight, self.rounding)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """The weights of a bundle that is not written yet: `ready` where it has them, else rounded."""
+class PlannedWeights:
+    """The weights of a bundle that is not written yet.
 
-    source: qwen2.SourceWeights
-    chosen: Scheme
+    Attributes:
+        formats: of every matrix.
+        ready: files of tensors that a method made; all others are rounded plainly.
+    """
+
+    source: SourceWeights
+    formats: Scheme
     ready: llm.Ready = field(default_factory=dict)
 
-    def matrix(self, name: str) -> qwen2.Matrix:
-        form = self.chosen.get(name.removesuffix(".weight"))
+    def matrix(self, name: str) -> Matrix:
+        form = self.formats.get(name.removesuffix(".weight"))
         if name not in self.ready:
             return RoundedMatrix(self.source.matrix(name).weight, rounding=form)
         tensors, stem = safe_tensors(self.ready[name]), name.removesuffix("weight")
         if form is None:
-            return qwen2.Matrix(tensors[name])
+            return Matrix(tensors[name])
         scales, biases = tensors[stem + "scales"], tensors[stem + "biases"]
-        return qwen2.Matrix(tensors[name], scales, biases, form)
+        return Matrix(tensors[name], scales, biases, form)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats that a candidate loses, the mean over an image's answers for each image."""
+    """Nats that a quantization loses on each image, the mean over the places of its answers."""
 
     by_sample: tuple[float, ...]
 
@@ -90,19 +98,19 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Plain rounding and a method on the same images."""
+class PairedTest:
+    """Wilcoxon's test of a method against plain rounding, on the same images."""
 
     rounding: Losses
     method: Losses
 
     @property
     def p_value(self) -> float:
-        """How often chance alone would favour the method as much, one-sided, exact."""
+        """The probability that chance alone favours the method as much, one-sided and exact."""
         from scipy.stats import wilcoxon
 
         pairs = zip(self.rounding.by_sample, self.method.by_sample, strict=True)
-        gains = [plain - found for plain, found in pairs]
+        gains = [plain - calibrated for plain, calibrated in pairs]
         # A training that diverges ends in NaN. What is equal speaks for neither.
         if not all(map(isfinite, gains)) or not any(gains):
             return 1.0
@@ -112,7 +120,7 @@ class Verdict:
 
     @property
     def less(self) -> bool:
-        """In the mean."""
+        """Whether the method loses less in the mean."""
         return fmean(self.method.by_sample) < fmean(self.rounding.by_sample)
 
     @property
@@ -132,38 +140,34 @@ def divergences(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[PlannedWeights],
 ) -> list[Tensor]:
-    """Nats that each candidate loses against the source at each place of the answers, for each of
-    `references`: float64 [candidates, places].
+    """Measure the nats that each candidate loses against the source at each place of the answers.
 
     Args:
-        references: images with questions, and what the source's encoder makes of them.
+        references: images with questions.
+
+    Returns:
+        For each reference float64 [candidates, places].
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
-    weights: list[qwen2.Weights] = [qwen2.SourceWeights(checkpoint), *candidates]
-    lost = []
-    for reference in references:
-        dialogue = qwen2.Dialogue.build(
-            tokenizer.tokenizer,
-            reference.sample.questions,
-            tokenizer.image_token_id,
-            checkpoint.config.vision.num_tokens,
-        )
-        features = torch.from_numpy(reference.features)
-        sides = [qwen2.Side(side, features) for side in weights]
-        expected, *found = qwen2.run(text, dialogue, sides)
-        lost.append(torch.stack([outcome.divergence(expected).double() for outcome in found]))
-    return lost
+    features = [reference.features for reference in references]
+    dialogues = dialogues_of(tokenizer.tokenizer, tokenizer.image_token_id, references)
+    weights: list[Weights] = [SourceWeights(checkpoint), *candidates]
+    models = [ComparedModel(each, features) for each in weights]
+    return [
+        torch.stack([outcome.divergence(expected).double() for outcome in rest])
+        for expected, *rest in outcomes(text, dialogues, models)
+    ]
 
 
 def losses(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[PlannedWeights],
 ) -> list[Losses]:
-    """Of each candidate; as `divergences`."""
-    found = divergences(checkpoint, tokenizer, references, candidates)
-    by_sample = torch.stack([lost.mean(1) for lost in found], 1)
+    """Measure what each candidate loses on each image, as `divergences` does."""
+    by_place = divergences(checkpoint, tokenizer, references, candidates)
+    by_sample = torch.stack([lost.mean(1) for lost in by_place], 1)
     return [Losses(tuple(row)) for row in by_sample.tolist()]

@@ -1,4 +1,4 @@
-"""What a search has measured of a checkpoint, kept in the user's cache for the next one."""
+"""The cache of measured sensitivities: the next search of the same checkpoint reads them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fastvlm_mlx.bundle.quantization import Format
 
 @dataclass(frozen=True)
 class Measurements:
-    """A directory of losses: a file for each form, of nats by a matrix's path.
+    """A directory of losses: for each format a file of nats by a matrix's path.
 
     Attributes:
-        key: of all that the losses depend on but the form.
+        key: a hash of all that the losses depend on, except the format.
     """
 
     key: str
 
     @property
     def directory(self) -> Path:
-        """By the platform's custom."""
+        """Where the platform keeps caches."""
         custom = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
         home = os.environ.get("XDG_CACHE_HOME") or custom
         return Path(home).expanduser() / "fastvlm-mlx" / "sensitivities" / self.key
 
     def read(self, form: Format) -> dict[str, float]:
-        """What is known; of a file that is damaged, nothing."""
+        """Read what is known; a damaged file counts as empty."""
         try:
             data = json.loads(self._file(form).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):

@@ -16,14 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_export.encoder.compression import (
-    PALETTE_BITS,
-    Compression,
-    Histogram,
-    convolutions,
-    rounded,
-)
+from model_export.encoder.compression import Compression, Histogram, convolutions, rounded
 from model_export.encoder.fastvithd import FastViTHD
+from model_export.options import PALETTE_BITS
 from model_export.quantization.allocation import Choice, allocate
 from model_export.quantization.encoder_sensitivity import (
     Moments,

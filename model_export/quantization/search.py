@@ -19,6 +19,7 @@ from typing import Any
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference, reference_features
 from model_export.language.recipes import Scheme, path_of
 from model_export.options import ExportOptions
 from model_export.quantization import sensitivity, trial
@@ -26,7 +27,7 @@ from model_export.quantization.candidates import Candidate, Space, a_little_abov
 from model_export.quantization.measurements import Measurements
 from model_export.quantization.sensitivity import Losses
 from model_export.samples.calibration import Calibration
-from model_export.samples.images import Reference, Sample, reference_features
+from model_export.samples.images import Sample
 
 # Part of the name under which losses are kept: of another way to measure them nothing is reused.
 METHOD = 2
@@ -52,11 +53,11 @@ NOISE_NATS = 1e-5
 MUCH = 0.2
 
 # The forms that each matrix is to be measured in.
-Asked = Mapping[str, Sequence[Format]]
+FormatsByPath = Mapping[str, Sequence[Format]]
 
 
 @dataclass(frozen=True)
-class Tried:
+class MeasuredCandidate:
     """A candidate and what it loses, measured whole."""
 
     name: str
@@ -66,7 +67,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """An assignment of bits, what it was found from, and what it loses.
 
     Attributes:
@@ -77,14 +78,14 @@ class Found:
 
     scheme: Scheme
     target_bits_per_weight: float
-    tried: tuple[Tried, ...]
-    larger: tuple[Tried, ...]
+    tried: tuple[MeasuredCandidate, ...]
+    larger: tuple[MeasuredCandidate, ...]
     calibration: Calibration
     measured_on: tuple[str, ...]
     chosen_on: tuple[str, ...]
 
     @property
-    def taken(self) -> Tried:
+    def taken(self) -> MeasuredCandidate:
         return self.tried[0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def search(
     options: ExportOptions,
     target: float,
     progress: Callable[[str, float | None], None],
-) -> Found:
+) -> SearchResult:
     """The scheme of `target` bits per weight, or fewer, that loses least of all that were measured.
 
     Raises:
@@ -147,20 +148,20 @@ def search(
     space = Space(checkpoint.llm_specs, checkpoint.config, options)
     # Before minutes of measuring.
     space.check(target)
-    asked = _asked(space, target)
+    formats = _formats_to_measure(space, target)
     size = checkpoint.config.vision.image_size
     small, whole = (_cost(checkpoint, side) for side in (min(size, MEASURED_SIZE), size))
     samples = calibration.samples
     # A matrix that is measured alone is the source's up to its layer, half of the way in the mean.
-    rows = sum(map(len, asked.values())) / 2
+    rows = sum(map(len, formats.values())) / 2
     some = _few(samples[::2], min(MEASURED_IMAGES, int(MEASURING / small / rows)))
     seen = [replace(sample, questions=sample.questions[:QUESTIONS]) for sample in some]
     room = int(CHOOSING / whole)
-    judges = _few(samples[1::2] or samples, min(DECIDING_IMAGES, room // FINALISTS))
+    held_out_set = _few(samples[1::2] or samples, min(DECIDING_IMAGES, room // FINALISTS))
     progress("calibration images", None)
     state = checkpoint.encoder_state()
     references = reference_features(state, checkpoint, seen, min(size, MEASURED_SIZE))
-    deciding = reference_features(state, checkpoint, judges)
+    deciding = reference_features(state, checkpoint, held_out_set)
     del state
 
     def measured(on: Sequence[Reference], of: Sequence[Candidate], stage: str) -> list[float]:
@@ -174,15 +175,15 @@ def search(
         )
         return trial.means(found)
 
-    def measure(missing: Asked) -> Losses:
+    def measure(missing: FormatsByPath) -> Losses:
         report = partial(progress, "sensitivities")
         return sensitivity.measure(
             checkpoint, tokenizer, references, missing, options.dtype, report
         )
 
-    losses = _losses(_measurements(checkpoint, seen, options.dtype), asked, measure)
+    losses = _losses(_measurements(checkpoint, seen, options.dtype), formats, measure)
     fitting = at_or_below(space, losses, target)
-    finalists = max(FINALISTS, room // len(judges))
+    finalists = max(FINALISTS, room // len(held_out_set))
     if len(fitting) > finalists:
         first = measured(references, fitting, "assignments")
         order = sorted(range(len(fitting)), key=first.__getitem__)
@@ -191,23 +192,23 @@ def search(
     lost = measured(deciding, [*fitting, *larger], "best assignments")
     tried = list(zip(fitting, lost[: len(fitting)], strict=True))
     tried.sort(key=lambda pair: (pair[1], pair[0].bytes))
-    return Found(
+    return SearchResult(
         scheme=tried[0][0].scheme,
         target_bits_per_weight=target,
         tried=tuple(_tried(space, *pair) for pair in tried),
         larger=tuple(map(partial(_tried, space), larger, lost[len(fitting) :])),
         calibration=calibration,
         measured_on=tuple(sample.name for sample in seen),
-        chosen_on=tuple(sample.name for sample in judges),
+        chosen_on=tuple(sample.name for sample in held_out_set),
     )
 
 
-def _tried(space: Space, candidate: Candidate, loss: float) -> Tried:
+def _tried(space: Space, candidate: Candidate, loss: float) -> MeasuredCandidate:
     bits = space.bits_per_weight(candidate.bytes)
-    return Tried(candidate.name, bits, candidate.predicted, loss)
+    return MeasuredCandidate(candidate.name, bits, candidate.predicted, loss)
 
 
-def _asked(space: Space, target: float) -> Asked:
+def _formats_to_measure(space: Space, target: float) -> FormatsByPath:
     """The forms that each matrix may get: of the layers' those near the size, of the few others
     every one."""
     near = space.near(target)
@@ -236,14 +237,14 @@ def _measurements(checkpoint: Checkpoint, seen: Sequence[Sample], dtype: str) ->
 
 def _losses(
     measurements: Measurements,
-    asked: Asked,
-    measure: Callable[[Asked], Losses],
+    formats: FormatsByPath,
+    measure: Callable[[FormatsByPath], Losses],
 ) -> Losses:
     """What was kept, and the rest measured and kept."""
-    forms = {form for forms in asked.values() for form in forms}
+    forms = {form for forms in formats.values() for form in forms}
     known = {form: measurements.read(form) for form in forms}
     missing = {
-        path: [form for form in forms if path not in known[form]] for path, forms in asked.items()
+        path: [form for form in forms if path not in known[form]] for path, forms in formats.items()
     }
     missing = {path: forms for path, forms in missing.items() if forms}
     if missing:
@@ -253,4 +254,4 @@ def _losses(
             if new:
                 known[form] |= new
                 measurements.write(form, new)
-    return {path: {form: known[form][path] for form in forms} for path, forms in asked.items()}
+    return {path: {form: known[form][path] for form in forms} for path, forms in formats.items()}

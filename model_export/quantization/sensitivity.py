@@ -1,4 +1,4 @@
-"""What quantizing each matrix costs, measured: the KL divergence of the next token's distribution.
+"""The sensitivity of each matrix: the KL divergence that quantizing it alone costs.
 
 One matrix at a time is quantized and everything else left as the source has it, in every form that
 it may get: what three bits cost does not follow from what four do.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor, nn
-
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference
 from model_export.language.recipes import Scheme
 from model_export.quantization import trial
-from model_export.samples.images import Reference
 
 # Nats lost, by the model's path of a matrix and the format it is in.
 Losses = Mapping[str, Mapping[Format, float]]
@@ -25,46 +23,23 @@ def measure(
     checkpoint: Checkpoint,
     tokenizer: ExportedTokenizer,
     references: Sequence[Reference],
-    asked: Mapping[str, Sequence[Format]],
+    formats: Mapping[str, Sequence[Format]],
     dtype: str,
     progress: Callable[[float], None],
 ) -> Losses:
-    """Nats that each matrix of `asked` loses in each form, the mean over the answers' tokens.
+    """Measure the nats that each matrix loses in each format, the mean over the answers' tokens.
 
     Args:
-        references: images with questions, and what the source's encoder makes of them.
+        references: images with questions.
+        formats: those to measure, by the model's path of a matrix.
         dtype: of scales and biases.
         progress: called with the share that is done.
     """
-    alone: list[Scheme] = [{path: form} for path, forms in asked.items() for form in forms]
+    alone: list[Scheme] = [{path: form} for path, forms in formats.items() for form in forms]
     lost = trial.divergences(checkpoint, tokenizer, references, alone, dtype, progress)
-    found: dict[str, dict[Format, float]] = {path: {} for path in asked}
+    losses: dict[str, dict[Format, float]] = {path: {} for path in formats}
     for scheme, loss in zip(alone, trial.means(lost), strict=True):
         ((path, form),) = scheme.items()
         if form is not None:
-            found[path][form] = loss
-    return found
-
-
-class recorded:  # noqa: N801  a context manager, used as a function
-    """Keeps what each matrix of a layer is multiplied with."""
-
-    def __init__(self, layer: nn.Module, inputs: Mapping[str, list[Tensor]]):
-        self._hooks = [
-            layer.get_submodule(name).register_forward_pre_hook(self._keep(found))
-            for name, found in inputs.items()
-        ]
-
-    @staticmethod
-    def _keep(found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found.append(arguments[0].flatten(0, -2))
-
-        return hook
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+            losses[path][form] = loss
+    return losses

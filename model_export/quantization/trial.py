@@ -1,4 +1,4 @@
-"""What assignments of bits lose, many of them at once: the next token's divergence from the source.
+"""Measuring many assignments of bits at once: what each loses of the next token's distribution.
 
 Each assignment is a row of a batch that goes through the source's layers, every matrix multiplied
 with the rows that have it in the same form. A row is the source itself up to the first layer where
@@ -22,10 +22,12 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import NORM
 from model_export.checkpoint.tensors import row_blocks
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
-from model_export.language.qwen2 import Dialogue, SourceWeights
+from model_export.language.dialogue import Dialogue
+from model_export.language.evaluation import dialogues_of
 from model_export.language.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR, Scheme
-from model_export.samples.images import Reference
+from model_export.language.weights import SourceWeights, dequantize
 
 # Elements of the widest activation of the rows that go through a layer together.
 CHUNK_ELEMENTS = 2**24
@@ -60,15 +62,16 @@ def divergences(
     dtype: str,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Tensor]:
-    """Nats that each of `schemes` loses at each place of the answers, for each of `references`:
-    float64 [schemes, places].
+    """Measure the nats that each of `schemes` loses at each place of the answers.
 
     Args:
-        references: images with questions, and what the source's encoder makes of them, of any
-            number of tokens.
-        schemes: a matrix that one does not name, or leaves unquantized, is the source's.
+        references: images with questions, of any number of image tokens.
+        schemes: where one does not name a matrix, or leaves it unquantized, it is the source's.
         dtype: of scales and biases, as a bundle stores them.
         progress: called with the share that is done.
+
+    Returns:
+        For each reference float64 [schemes, places].
     """
     text = replace(checkpoint.config.text, tie_word_embeddings=checkpoint.tied)
     # Those that have begun are the first rows of the batch.
@@ -76,7 +79,11 @@ def divergences(
     rows = [schemes[i] for i in order]
     source = SourceWeights(checkpoint)
     forms = _Forms(source, dtype)
-    samples = [_start(checkpoint, tokenizer, each, forms, rows) for each in references]
+    dialogues = dialogues_of(tokenizer.tokenizer, tokenizer.image_token_id, references)
+    samples = [
+        _start(text, dialogue, torch.from_numpy(reference.features), forms, rows)
+        for dialogue, reference in zip(dialogues, references, strict=True)
+    ]
     layer = _Layer(text, forms)
     begun = 0
     for index in range(text.num_hidden_layers):
@@ -100,9 +107,9 @@ def divergences(
     return list(result.split([len(sample.dialogue.scored) for sample in samples], 1))
 
 
-def means(found: Sequence[Tensor]) -> list[float]:
-    """Of `divergences`, over all places."""
-    return torch.cat(list(found), 1).mean(1).tolist()
+def means(by_place: Sequence[Tensor]) -> list[float]:
+    """Average what `divergences` returns over all places, for each scheme."""
+    return torch.cat(list(by_place), 1).mean(1).tolist()
 
 
 def _begins(scheme: Scheme) -> int:
@@ -138,14 +145,14 @@ class _Forms:
             return weight
         if (path, form) not in self._packed:
             self._packed[path, form] = self._pack(weight, form)
-        return qwen2.dequantize(form, *self._packed[path, form])
+        return dequantize(form, *self._packed[path, form])
 
     def block(self, path: str, form: Format | None, rows: slice) -> Tensor:
         """float32, some rows of a matrix."""
         return self.rounded(self.source.matrix(f"{path}.weight").float(rows), form)
 
     def rounded(self, weight: Tensor, form: Format | None) -> Tensor:
-        return weight if form is None else qwen2.dequantize(form, *self._pack(weight, form))
+        return weight if form is None else dequantize(form, *self._pack(weight, form))
 
     def _pack(self, weight: Tensor, form: Format) -> list[mx.array]:
         found = llm.finish(mx.array(weight.numpy()), form, self._dtype)
@@ -209,16 +216,13 @@ class _Layer:
 
 
 def _start(
-    checkpoint: Checkpoint,
-    tokenizer: ExportedTokenizer,
-    reference: Reference,
+    config: TextConfig,
+    dialogue: Dialogue,
+    features: Tensor,
     forms: _Forms,
     rows: Sequence[Scheme],
 ) -> _Sample:
     """An image and its questions embedded, as the source has them and as each assignment."""
-    features = torch.from_numpy(reference.features)
-    questions, image_id = reference.sample.questions, tokenizer.image_token_id
-    dialogue = Dialogue.build(tokenizer.tokenizer, questions, image_id, features.shape[1])
     # Many rows have the same before the first layer.
     made: dict[tuple[Format | None, ...], Tensor] = {}
 
@@ -235,7 +239,7 @@ def _start(
     for i, scheme in enumerate(rows):
         if _begins(scheme) < 0:
             hidden[i] = embedded(scheme)
-    rotation = qwen2.rotary_embedding(checkpoint.config.text)(source, dialogue.positions[None])
+    rotation = qwen2.rotary_embedding(config)(source, dialogue.positions[None])
     return _Sample(dialogue, rotation, source, hidden)
 
 

@@ -1,8 +1,8 @@
-"""Images and questions that quantization is measured and calibrated on.
+"""Calibration data: images and questions that quantization is measured and calibrated on.
 
-The user's own, a directory of images or JSON lines of image, prompt and answer; else generated
-scenes for a small encoder; for a large one a photograph, scenes and documents. None of them is
-among the gates'.
+They are the user's own (a directory of images, or JSON lines of image, prompt and answer), or else
+generated: scenes for a small encoder; a photograph, scenes and documents for a large one. None of
+them is among the gates' samples.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ SCENE_QUESTIONS = 5
 MAX_IMAGES = 32
 # What the encoder looks at: so many images at 1024×1024, or the same pixels in smaller ones.
 IMAGES = 16
-JUDGES = 8
+HELD_OUT_IMAGES = 8
 # One image in so many is kept back, and more of a few.
-KEPT_BACK = 4
+HELD_OUT_EVERY = 4
 # Longer than any message needs; the rest is counted.
 LISTED = 5
 
@@ -78,11 +78,11 @@ class Calibration:
         return digest(self.samples)
 
     def spread(self, count: int) -> tuple[Sample, ...]:
-        """At most `count` of the images, evenly over all of them."""
+        """Take at most `count` of the images, evenly over all of them."""
         return tuple(_spread(self.samples, count))
 
     def notes(self) -> list[str]:
-        """What was skipped, in one line; nothing if nothing was."""
+        """Say what was skipped, in one line; return nothing if nothing was."""
         if not self.skipped:
             return []
         more = f" and {len(self.skipped) - LISTED} more" if len(self.skipped) > LISTED else ""
@@ -100,7 +100,7 @@ def digest(samples: Sequence[Sample]) -> str:
 
 
 def record(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Which these are, for the manifest."""
+    """Describe samples for the manifest: their count, names and hash."""
     names = [sample.name for sample in samples]
     return {"count": len(names), "names": names, "sha256": digest(samples)}
 
@@ -108,12 +108,12 @@ def record(samples: Sequence[Sample]) -> dict[str, Any]:
 def split(
     calibration: Calibration, image_size: int, least: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """The images that a method looks at, and others that its result is judged by.
+    """Split samples into a calibration set and a held-out set.
 
     An image that is there twice is used once.
 
     Args:
-        least: so many are kept back, more than a quarter, as far as half of all are enough.
+        least: the held-out set has so many images, or half of all if these are fewer.
     """
 
     def some(samples: Sequence[Sample], at_1024: int, least: int = 1) -> tuple[Sample, ...]:
@@ -122,11 +122,11 @@ def split(
 
     samples = list({digest([replace(p, questions=())]): p for p in calibration.samples}.values())
     count = len(samples)
-    kept_back = max(count // KEPT_BACK, min(least, count // 2))
-    places = {(i + 1) * count // kept_back - 1 for i in range(kept_back)}
-    seen = [sample for i, sample in enumerate(samples) if i not in places]
-    judges = [samples[i] for i in sorted(places)]
-    return some(seen, IMAGES), some(judges, JUDGES, least)
+    held_out_count = max(count // HELD_OUT_EVERY, min(least, count // 2))
+    places = {(i + 1) * count // held_out_count - 1 for i in range(held_out_count)}
+    calibration_set = [sample for i, sample in enumerate(samples) if i not in places]
+    held_out_set = [samples[i] for i in sorted(places)]
+    return some(calibration_set, IMAGES), some(held_out_set, HELD_OUT_IMAGES, least)
 
 
 def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:

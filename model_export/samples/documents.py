@@ -13,23 +13,23 @@ the same seed gives the same image.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from model_export.samples.sheet import INK, UNITS, Sheet
 
 # What is asked of a document, and the answers; what describes it last.
 Questions = tuple[tuple[str, str], ...]
 Named = tuple[tuple[str, int], ...]
 
 PAPERS = ((255, 255, 255), (250, 246, 236), (240, 244, 248))
-INK = (28, 28, 34)
 PALE = (196, 198, 204)
 ACCENTS = ((196, 58, 48), (40, 98, 176), (40, 130, 84), (128, 74, 160), (206, 122, 24))
 
-# Of a side; every position and size below is in these.
-UNITS = 1_000
+# In units of a sheet's side.
 MARGIN = 80
 TITLE, TEXT, SMALL = 56, 38, 30
 
@@ -99,7 +99,7 @@ class Page:
         )
 
     def draw(self, size: int) -> Image.Image:
-        sheet = _Sheet(size, self.paper)
+        sheet = Sheet(size, self.paper)
         sheet.text((MARGIN, MARGIN), self.heading, TITLE)
         y = MARGIN + 2 * TITLE
         for paragraph in self.paragraphs:
@@ -138,7 +138,7 @@ class Table:
     TOP, STEP = 220, 84
 
     def draw(self, size: int) -> Image.Image:
-        sheet = _Sheet(size, self.paper)
+        sheet = Sheet(size, self.paper)
         sheet.text((MARGIN, MARGIN), self.title, TITLE)
         sheet.box((MARGIN, self.TOP, UNITS - MARGIN, self.TOP + self.STEP), self.accent)
         for x, name in zip(self.STARTS, self.COLUMNS, strict=True):
@@ -195,8 +195,8 @@ class _Chart:
     def lowest(self) -> str:
         return min(self.values, key=lambda pair: pair[1])[0]
 
-    def _frame(self, size: int) -> _Sheet:
-        sheet = _Sheet(size, self.paper)
+    def _frame(self, size: int) -> Sheet:
+        sheet = Sheet(size, self.paper)
         sheet.text((MARGIN, MARGIN), self.title, TITLE)
         sheet.line([(MARGIN, self.FLOOR), (UNITS - MARGIN, self.FLOOR)], INK, 4)
         for index, (name, _) in enumerate(self.values):
@@ -204,7 +204,7 @@ class _Chart:
             sheet.text((x, self.FLOOR + 20), name, SMALL, middle=True)
         return sheet
 
-    def _label(self, sheet: _Sheet, index: int, above: bool = True) -> None:
+    def _label(self, sheet: Sheet, index: int, above: bool = True) -> None:
         """The value beside its point, over a line that may run through it."""
         x, value = self.middle(index), self.values[index][1]
         y = self.height(value) - 54 if above else self.height(value) + 18
@@ -328,68 +328,3 @@ _KINDS: tuple[Callable[[random.Random], Document], ...] = (_page, _table, _bars,
 def _month(short: str) -> str:
     """A month's whole name."""
     return next(month for month in MONTHS if month.startswith(short))
-
-
-class _Sheet:
-    """A square to draw on, in units."""
-
-    def __init__(self, size: int, paper: tuple[int, int, int]):
-        self.image = Image.new("RGB", (size, size), paper)
-        self._draw = ImageDraw.Draw(self.image)
-        self._size = size
-
-    def _pixels(self, units: float) -> int:
-        return round(units * self._size / UNITS)
-
-    def _at(self, point: tuple[int, int]) -> tuple[int, int]:
-        return self._pixels(point[0]), self._pixels(point[1])
-
-    def font(self, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        return font(self._size, height)
-
-    def text(
-        self,
-        at: tuple[int, int],
-        words: str,
-        height: int,
-        colour: tuple[int, int, int] = INK,
-        middle: bool = False,
-    ) -> None:
-        """`at`: the upper left corner; or the upper edge's middle."""
-        x, y = self._at(at)
-        if middle:
-            x -= round(self.font(height).getlength(words) / 2)
-        self._draw.text((x, y), words, colour, self.font(height))
-
-    def width(self, words: str, height: int) -> int:
-        """In units."""
-        return round(self.font(height).getlength(words) * UNITS / self._size)
-
-    def wrapped(self, words: str, height: int, width: int) -> Iterator[str]:
-        """Lines that are not wider than `width`."""
-        line = ""
-        for word in words.split():
-            longer = f"{line} {word}".strip()
-            if line and self.font(height).getlength(longer) > self._pixels(width):
-                yield line
-                longer = word
-            line = longer
-        yield line
-
-    def box(self, corners: tuple[int, int, int, int], colour: tuple[int, int, int]) -> None:
-        x0, y0, x1, y1 = map(self._pixels, corners)
-        # The lower right corner is the last pixel of it.
-        self._draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), colour)
-
-    def line(self, points: list[tuple[int, int]], colour: tuple[int, int, int], width: int) -> None:
-        pixels = max(1, self._pixels(width))
-        self._draw.line([self._at(point) for point in points], colour, pixels)
-
-    def dot(self, at: tuple[int, int], radius: int, colour: tuple[int, int, int]) -> None:
-        (x, y), r = self._at(at), self._pixels(radius)
-        self._draw.ellipse((x - r, y - r, x + r, y + r), colour)
-
-
-def font(size: int, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Of a document of `size` pixels, for letters of `height` units."""
-    return ImageFont.load_default(max(1, round(height * size / UNITS)))

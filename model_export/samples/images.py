@@ -1,23 +1,16 @@
-"""What the gates look at: images, questions about them, and what the source makes of each."""
+"""The samples that the gates compare models on: images, and questions about them with answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.bundle.config import VisionConfig
-from fastvlm_mlx.image.preprocess import ImageProcessor, load_image
-from model_export.checkpoint.checkpoint import Checkpoint
+from fastvlm_mlx.image.preprocess import load_image
 from model_export.samples import scenes
-
-if TYPE_CHECKING:
-    import torch
 
 # A photograph, and as many scenes as together have the pixels of one image at 1024×1024.
 GATE_PIXELS = 2**20
@@ -31,27 +24,18 @@ PHOTOGRAPH_QUESTIONS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """An image the gates look at, and questions about it with their answers."""
+    """An image, and questions about it with their answers."""
 
     name: str
     image: Image.Image
     questions: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What the source makes of an image: pixels [1, 3, S, S] in, features [1, N, C] out."""
-
-    sample: Sample
-    pixels: np.ndarray
-    features: np.ndarray
-
-
 def gate_samples(vision: VisionConfig) -> list[Sample]:
-    """Scenes, which have questions with answers, and last a photograph.
+    """Make the gates' samples: scenes, which have questions with answers, and last a photograph.
 
-    A large encoder sees the photograph alone, and is asked about it; where scenes fit, the
-    questions are about them.
+    A large encoder gets only the photograph, with questions. Where scenes fit, the questions are
+    about them.
     """
     size = vision.image_size
     photograph = [p for p in photographs() if p.name == "china.jpg"]
@@ -67,7 +51,7 @@ def gate_samples(vision: VisionConfig) -> list[Sample]:
 
 
 def photographs() -> list[Sample]:
-    """china.jpg and flower.jpg from scikit-learn's wheel, CC BY 2.0, 640×427; none without it."""
+    """Load china.jpg and flower.jpg from scikit-learn's wheel, CC BY 2.0, 640×427, or nothing."""
     spec = find_spec("sklearn")
     files = [
         Path(folder) / "datasets" / "images" / name
@@ -75,56 +59,3 @@ def photographs() -> list[Sample]:
         for name in ("china.jpg", "flower.jpg")
     ]
     return [Sample(file.name, load_image(file)) for file in files if file.is_file()]
-
-
-def reference_features(
-    state: dict[str, torch.Tensor],
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    image_size: int | None = None,
-) -> list[Reference]:
-    """The unfolded module of the source weights on every image, in float32.
-
-    Args:
-        state: FastViTHD's state dict, from `Checkpoint.encoder_state`.
-        image_size: in pixels, in place of the checkpoint's own.
-    """
-    return list(each_reference(state, checkpoint, samples, image_size))
-
-
-def each_reference(
-    state: dict[str, torch.Tensor],
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    image_size: int | None = None,
-) -> Iterator[Reference]:
-    """`reference_features` one at a time: the pixels of many images are hundreds of megabytes."""
-    import torch
-
-    from model_export.encoder.reference import FastViTHD
-
-    config = checkpoint.config
-    with torch.device("meta"):
-        module = FastViTHD(config.vision)
-    module.load_state_dict(state, strict=True, assign=True)
-    module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    process = ImageProcessor(image_size or config.vision.image_size, config.image_aspect_ratio)
-    for sample in samples:
-        pixels = process(sample.image)
-        with torch.inference_mode():
-            images = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
-            features = module(images).contiguous().numpy()
-        yield Reference(sample, pixels, features)
-
-
-def references_of_sizes(
-    state: dict[str, torch.Tensor], checkpoint: Checkpoint, other_sizes: Sequence[int] = ()
-) -> dict[int, list[Reference]]:
-    """`reference_features` of the gates' images at each size, the checkpoint's own first."""
-    vision = checkpoint.config.vision
-    return {
-        size: reference_features(
-            state, checkpoint, gate_samples(replace(vision, image_size=size)), size
-        )
-        for size in (vision.image_size, *other_sizes)
-    }

@@ -167,8 +167,8 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
         return pipeline._ExportedEncoder({256: []}, describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
-    monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(pipeline, "gates_of_sizes", lambda *arguments: ([], []))
+    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [])
     reference, options = source(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     result = pipeline.export(reference, tmp_path / "out", EXACT, **options)

@@ -6,7 +6,10 @@ import pytest
 from hub_server import COMMIT
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LOCATE = "import sys; from model_export.hub import locate; print(*locate(sys.argv[1]), sep='\\n')"
+LOCATE = (
+    "import sys; from model_export.checkpoint.hub import locate; "
+    "print(*locate(sys.argv[1]), sep='\\n')"
+)
 
 
 def test_only_what_an_export_reads_is_fetched_and_once(hub, with_hub):

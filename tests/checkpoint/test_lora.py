@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fastvlm_mlx.errors import CheckpointError
-from model_export.checkpoint import lora
+from model_export.checkpoint import lora, lora_config
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import read_tensors, to_torch
+from model_export.checkpoint.tensors import to_torch
+from model_export.checkpoint.weight_files import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # What PEFT itself merged: oracles/make_lora.py.
@@ -376,7 +377,7 @@ def test_any_config_is_read_or_refused_in_words(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("config") / "adapter_config.json"
     file.write_text(json.dumps(data))
     try:
-        config = lora.LoraConfig.read(file)
+        config = lora_config.LoraConfig.read(file)
     except CheckpointError as error:
         assert str(file) in str(error)  # noqa: PT017
     else:

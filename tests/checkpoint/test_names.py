@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from fastvlm_mlx.bundle.config import FastVLMConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.language.model import Model
-from model_export.checkpoint import names as weights
+from model_export.checkpoint.names import (
+    ENCODER_PREFIX,
+    TIMM,
+    TRANSFORMERS,
+    TensorSpec,
+    check_names,
+    encoder_specs,
+    from_transformers,
+    is_unused,
+    llm_specs,
+)
 from model_export.encoder import fastvithd, reference
 from model_export.encoder.package_size import _convolutions
 
@@ -42,19 +52,19 @@ def fastvlm(text: TextConfig) -> FastVLMConfig:
 
 @cache
 def source_names(text: TextConfig, tied: bool) -> dict[str, tuple[int, ...]]:
-    specs = weights.encoder_specs(VisionConfig()) + weights.llm_specs(fastvlm(text), tied=tied)
+    specs = encoder_specs(VisionConfig()) + llm_specs(fastvlm(text), tied=tied)
     return {spec.source: spec.shape for spec in specs}
 
 
 def encoder(name: str) -> str:
-    return name.removeprefix(weights.ENCODER_PREFIX)
+    return name.removeprefix(ENCODER_PREFIX)
 
 
 def test_all_629_encoder_tensors_have_a_parameter():
-    specs = weights.encoder_specs(VisionConfig())
+    specs = encoder_specs(VisionConfig())
     assert len(specs) == 629
     assert sum(spec.name.endswith("num_batches_tracked") for spec in specs) == 44
-    used = [spec for spec in specs if not weights.is_unused(spec.name)]
+    used = [spec for spec in specs if not is_unused(spec.name)]
     assert len(used) == 629 - 44 - 1
     assert specs[0].source == (
         "model.vision_tower.vision_tower.model.patch_embed.0.reparam_conv.weight"
@@ -65,7 +75,7 @@ def test_all_629_encoder_tensors_have_a_parameter():
 def test_the_encoder_is_listed_as_torch_s_modules_are(vision):
     with torch.device("meta"):
         state, folded = reference.FastViTHD(vision).state_dict(), fastvithd.FastViTHD(vision)
-    listed = [(spec.name, spec.shape) for spec in weights.encoder_specs(vision)]
+    listed = [(spec.name, spec.shape) for spec in encoder_specs(vision)]
     assert listed == [(name, tuple(tensor.shape)) for name, tensor in state.items()]
     counted = sum(prod(shape) + shape[0] for shape in _convolutions(vision))
     assert counted == sum(p.numel() for p in folded.parameters())
@@ -87,25 +97,25 @@ def test_the_llm_specs_fill_the_mlx_model_exactly(tied):
         tie_word_embeddings=tied,
     )
     expected = {n: tuple(a.shape) for n, a in tree_flatten(Model(fastvlm(small)).parameters())}
-    specs = weights.llm_specs(fastvlm(small), tied=tied)
+    specs = llm_specs(fastvlm(small), tied=tied)
     assert {spec.name: spec.shape for spec in specs} == expected
 
 
 def test_names_that_fit_pass():
     found = source_names(QWEN2_05B, tied=True)
-    specs = weights.encoder_specs(VisionConfig()) + weights.llm_specs(fastvlm(QWEN2_05B), tied=True)
-    weights.check_names(found, specs)
-    weights.check_names({**found, "model.layers.0.self_attn.rotary_emb.inv_freq": (32,)}, specs)
+    specs = encoder_specs(VisionConfig()) + llm_specs(fastvlm(QWEN2_05B), tied=True)
+    check_names(found, specs)
+    check_names({**found, "model.layers.0.self_attn.rotary_emb.inv_freq": (32,)}, specs)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_tensor_missing_extra_or_misshapen_is_named(data):
     found = dict(source_names(QWEN2_05B, tied=False))
-    specs = [weights.TensorSpec(n, encoder(n), shape) for n, shape in found.items()]
+    specs = [TensorSpec(n, encoder(n), shape) for n, shape in found.items()]
     damage = data.draw(st.sampled_from(["missing", "extra", "shape"]))
     # What no computation uses may be missing: transformers' layout has no classification head.
-    names = [n for n in sorted(found) if damage != "missing" or not weights.is_unused(encoder(n))]
+    names = [n for n in sorted(found) if damage != "missing" or not is_unused(encoder(n))]
     name = data.draw(st.sampled_from(names))
     if damage == "missing":
         del found[name]
@@ -118,13 +128,13 @@ def test_any_tensor_missing_extra_or_misshapen_is_named(data):
     else:
         found[name] = (*found[name], 7)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        weights.check_names(found, specs)
+        check_names(found, specs)
 
 
 def test_every_name_of_transformers_is_a_different_one_of_apple_s():
     """The table, over the names that timm's fastvit_mci3 and transformers' Qwen2 have."""
     vision = VisionConfig()
-    targets = {s.source: s for s in weights.encoder_specs(vision)}
+    targets = {s.source: s for s in encoder_specs(vision)}
     found = set()
     for stage, blocks in enumerate(vision.layers):
         attention = vision.token_mixers[stage] == "attention"
@@ -136,19 +146,14 @@ def test_every_name_of_transformers_is_a_different_one_of_apple_s():
             names += [f"blocks.{block}.{part}" for part in parts]
             scales = ("layer_scale_1", "layer_scale_2") if attention else ("layer_scale",)
             gammas = [f"blocks.{block}.{scale}.gamma" for scale in scales]
-            found |= {
-                weights.from_transformers(f"{weights.TIMM}stages.{stage}.{g}", vision)
-                for g in gammas
-            }
+            found |= {from_transformers(f"{TIMM}stages.{stage}.{g}", vision) for g in gammas}
         for name in names:
             for part in ("weight", "bias"):
-                apple = weights.from_transformers(
-                    f"{weights.TIMM}stages.{stage}.{name}.{part}", vision
-                )
+                apple = from_transformers(f"{TIMM}stages.{stage}.{name}.{part}", vision)
                 assert apple in targets, (stage, name)
                 found.add(apple)
     for name in ("stem.0.reparam_conv", "final_conv.reparam_conv", "final_conv.se.fc2"):
-        found.add(weights.from_transformers(f"{weights.TIMM}{name}.weight", vision))
+        found.add(from_transformers(f"{TIMM}{name}.weight", vision))
     assert found <= set(targets)
     blocks = sum(vision.layers)
     attention = sum(vision.layers[3:])
@@ -156,17 +161,17 @@ def test_every_name_of_transformers_is_a_different_one_of_apple_s():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(max_size=20), st.sampled_from(["", weights.TIMM, weights.TIMM + "stages."]))
+@given(st.text(max_size=20), st.sampled_from(["", TIMM, TIMM + "stages."]))
 def test_any_other_name_has_none(name, prefix):
-    known = tuple(source for source, _ in weights.TRANSFORMERS)
-    found = weights.from_transformers(prefix + name, VisionConfig())
+    known = tuple(source for source, _ in TRANSFORMERS)
+    found = from_transformers(prefix + name, VisionConfig())
     assert found is None or (prefix + name).startswith(known) or "." in name
 
 
 def test_an_extra_tensor_comes_with_the_nearest_known_name():
     found = source_names(QWEN2_05B, tied=True) | {"model.mm_projector.0.weights": (896, 3072)}
-    specs = weights.encoder_specs(VisionConfig()) + weights.llm_specs(fastvlm(QWEN2_05B), tied=True)
+    specs = encoder_specs(VisionConfig()) + llm_specs(fastvlm(QWEN2_05B), tied=True)
     with pytest.raises(
         CheckpointError, match=r"nearest known name: model\.mm_projector\.0\.weight"
     ):
-        weights.check_names(found, specs)
+        check_names(found, specs)

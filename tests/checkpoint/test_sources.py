@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError, OptionError
 from model_export.checkpoint import fast_vlm, hub, tensors
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import read_tensors
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.checkpoint.weight_files import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEAD_PROJ = "model.vision_tower.vision_tower.model.head.proj"

@@ -10,6 +10,7 @@ from fastvlm_mlx.errors import BundleError, CheckpointError, DestinationError, O
 from model_export.cli import compare as cli_compare
 from model_export.comparison import compare, plot, sweep
 from model_export.comparison.compare import Row, mark_best
+from model_export.comparison.models import open_model
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 
@@ -65,10 +66,10 @@ def test_fewer_bits_lose_more(rows, demo_bundle, coarse):
 
 def test_an_answer_has_changed_where_the_runtime_says_another(demo_checkpoint, demo_bundle, coarse):
     """Followed token by token here, decoded freely there."""
-    reference = compare.open_model(demo_bundle)
+    reference = open_model(demo_bundle)
     samples = compare.samples_of(reference, None, COUNT)
     bench = compare.Bench.of(reference, samples, silent)
-    row = bench.row(compare.open_model(coarse))
+    row = bench.row(open_model(coarse))
     ours, theirs = fastvlm_mlx.load(demo_bundle), fastvlm_mlx.load(coarse)
     changed = 0
     for sample in samples:
@@ -83,7 +84,7 @@ def test_an_answer_has_changed_where_the_runtime_says_another(demo_checkpoint, d
 
 def test_wrong_guesses_end_in_the_model_s_own_answer(demo_checkpoint):
     """The answers that an image comes with are guesses and nothing else."""
-    model = compare.open_model(demo_checkpoint)
+    model = open_model(demo_checkpoint)
     (sample, *_) = compare.samples_of(model, None, 1)
     (features,) = model.encode([sample])
     dialogue, ended = compare.answers(model, sample, features)

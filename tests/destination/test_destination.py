@@ -262,7 +262,7 @@ class TestKilled:
         publish(out, "old")
         script = (
             "import sys, time, pathlib\n"
-            "from model_export.destination import appearing, check_replaceable\n"
+            "from model_export.destination.destination import appearing, check_replaceable\n"
             "from model_export.interruption import interruptible\n"
             "out = check_replaceable(pathlib.Path(sys.argv[1]), overwrite=True)\n"
             "with interruptible(lambda *a: None), appearing(out) as directory:\n"
@@ -568,7 +568,7 @@ class TestForeign:
         (out / "fastvithd.mlpackage" / "images").mkdir()
         script = (
             "import pathlib, subprocess, sys\n"
-            "from model_export.destination import check_replaceable\n"
+            "from model_export.destination.destination import check_replaceable\n"
             "from fastvlm_mlx.errors import DestinationError\n"
             "subprocess.run(['mount', '--bind', sys.argv[2], sys.argv[3]], check=True)\n"
             "try:\n"

@@ -28,7 +28,9 @@ from model_export.encoder.compression import (
     rounded,
     stored_parameters,
 )
+from model_export.encoder.references import reference_features
 from model_export.gates import verify
+from model_export.gates.encoder import encoder_gates, mean_cosine, snr_db
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization.encoder_sensitivity import Moments, calibration_pixels, sensitivities
@@ -59,7 +61,7 @@ def pixels(checkpoint):
 @pytest.fixture(scope="module")
 def references(checkpoint):
     seen = images.gate_samples(checkpoint.config.vision)[-2:]
-    return images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    return reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
 def write(module, checkpoint, path, compression, target="iOS16"):
@@ -205,7 +207,7 @@ class TestGates:
 
     def test_a_compressed_encoder_passes(self, palette6, module, references):
         options = ExportOptions(encoder_precision="palette6")
-        gates, _ = verify.encoder_gates(palette6, lambda: module, references, options)
+        gates, _ = encoder_gates(palette6, lambda: module, references, options)
         assert [gate.name for gate in gates] == [
             "encoder SNR",
             "encoder cosine",
@@ -227,14 +229,14 @@ class TestGates:
             weight[[0, 1]] = weight[[1, 0]].clone()
         other = fastvithd.fold(state, checkpoint.config.vision)
         options = ExportOptions(encoder_precision="palette6")
-        gates, _ = verify.encoder_gates(palette6, lambda: other, references, options)
+        gates, _ = encoder_gates(palette6, lambda: other, references, options)
         assert "encoder weights SNR" in [gate.name for gate in gates if not gate.passed]
 
     def test_cosine_is_of_each_token(self):
         a = np.array([[[1.0, 0.0], [0.0, 2.0]]])
-        assert verify.mean_cosine(a, 3 * a) == pytest.approx(1)
-        assert verify.mean_cosine(a, a[:, :, ::-1]) == pytest.approx(0)
-        assert verify.mean_cosine(a, np.zeros_like(a)) == 0
+        assert mean_cosine(a, 3 * a) == pytest.approx(1)
+        assert mean_cosine(a, a[:, :, ::-1]) == pytest.approx(0)
+        assert mean_cosine(a, np.zeros_like(a)) == 0
 
 
 class TestMixed:
@@ -254,7 +256,7 @@ class TestMixed:
         def snr(package):
             encoder = MLProgramEncoder(package)
             made = [encoder.evaluate(r.pixels, round_fp16=True) for r in references]
-            return min(verify.snr_db(r.features, m) for r, m in zip(references, made, strict=True))
+            return min(snr_db(r.features, m) for r, m in zip(references, made, strict=True))
 
         assert snr(bundle / "fastvithd.mlpackage") >= snr(uniform) + 6
 

@@ -40,6 +40,7 @@ from model_export.encoder.coreml import EncoderMetadata, Form
 from model_export.encoder.fastvithd import fold
 from model_export.encoder.multifunction import export_sizes
 from model_export.gates import verify
+from model_export.gates.encoder import snr_db
 from model_export.layouts import app, install
 from model_export.options import ExportOptions, parse_sizes
 from model_export.pipeline import export
@@ -123,7 +124,7 @@ class TestThePackage:
         encoder = MLProgramEncoder(package, size)
         assert (encoder.image_size, encoder.num_tokens) == (size, (size // 64) ** 2)
         found = encoder.evaluate(pixels(size), round_fp16=round_fp16)
-        assert verify.snr_db(expected(size), found) > (45 if round_fp16 else 60)
+        assert snr_db(expected(size), found) > (45 if round_fp16 else 60)
 
     def test_what_it_declares(self, package: Path) -> None:
         info = describe(package)
@@ -315,10 +316,10 @@ class TestImages:
         assert "images in" in images.info.short_description
         assert images.info.outputs[0].dtype == "float32"
         found = images(pixels(size))
-        assert verify.snr_db(arrays(pixels(size)), found) > 100
+        assert snr_db(arrays(pixels(size)), found) > 100
         between = pixels(size) + np.float32(0.4 / 255)
         np.testing.assert_array_equal(images(between), found)
-        assert verify.snr_db(arrays(between), found) < 100
+        assert snr_db(arrays(between), found) < 100
 
     @settings(max_examples=30, deadline=None)
     @given(

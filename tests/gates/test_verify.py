@@ -21,9 +21,14 @@ from fastvlm_mlx.vision.package import model_path, read_spec
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer, extended
 from model_export.encoder import coreml, fastvithd
+from model_export.encoder.references import reference_features
 from model_export.gates import equality, verify
-from model_export.gates.verify import Gate
+from model_export.gates.answers import COUNTED_PLACES, USABLE_SHARE, answer_gates
+from model_export.gates.encoder import encoder_gates, snr_db
+from model_export.gates.gate import Gate
 from model_export.language import llm, qwen2, recipes
+from model_export.language.dialogue import Dialogue
+from model_export.language.weights import SourceWeights
 from model_export.options import ExportOptions
 from model_export.samples import images
 
@@ -32,7 +37,7 @@ from model_export.samples import images
 def references(demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     seen = images.gate_samples(checkpoint.config.vision)[:2]
-    return images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    return reference_features(checkpoint.encoder_state(), checkpoint, seen)
 
 
 def folded(checkpoint):
@@ -75,14 +80,14 @@ def test_a_damaged_package_fails_the_encoder_gate(
     coreml.export_encoder(module, checkpoint.config.vision, package, coreml.Form("fp16", metadata))
     if damage == "an op":
         replace_an_op(package)
-    gates, _ = verify.encoder_gates(package, folded(checkpoint), references, ExportOptions())
+    gates, _ = encoder_gates(package, folded(checkpoint), references, ExportOptions())
     assert "encoder conversion SNR" in [gate.name for gate in gates if not gate.passed]
 
 
 def test_the_untouched_package_passes(demo_checkpoint, demo_bundle, references):
     checkpoint = Checkpoint(demo_checkpoint)
     package = demo_bundle / "fastvithd.mlpackage"
-    gates, features = verify.encoder_gates(package, folded(checkpoint), references, ExportOptions())
+    gates, features = encoder_gates(package, folded(checkpoint), references, ExportOptions())
     assert all(gate.passed for gate in gates)
     assert gates[0].value < 120, "rounded to fp16, it can't be exact"
     assert features[0].shape == references[0].features.shape
@@ -107,10 +112,10 @@ def test_a_gate_passes_on_its_own_side_only(value, limit, at_least, passed):
 
 def test_snr_is_rms_over_rms():
     reference = np.array([3.0, -4.0], np.float32)
-    assert verify.snr_db(reference, reference + np.float32(0.05)) == pytest.approx(
+    assert snr_db(reference, reference + np.float32(0.05)) == pytest.approx(
         20 * np.log10(np.sqrt(12.5) / 0.05), rel=1e-4
     )
-    assert verify.snr_db(reference, reference) == float("inf")
+    assert snr_db(reference, reference) == float("inf")
 
 
 def test_branches_are_as_though_each_question_were_asked_alone(demo_checkpoint, demo_bundle):
@@ -126,8 +131,8 @@ def test_branches_are_as_though_each_question_were_asked_alone(demo_checkpoint, 
     questions = [("How many shapes are there?", "Two."), ("What colour is the star?", "Red.")]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, n, checkpoint.config.vision.hidden_size, generator=generator)
-    side = qwen2.Side(qwen2.SourceWeights(checkpoint), features)
-    dialogue = qwen2.Dialogue.build(tokenizer, questions, image_id, n)
+    side = qwen2.Side(SourceWeights(checkpoint), features)
+    dialogue = Dialogue.build(tokenizer, questions, image_id, n)
     (outcome,) = qwen2.run(text, dialogue, [side])
 
     reference = Qwen2ForCausalLM(qwen2._settings(text)).eval()
@@ -140,7 +145,7 @@ def test_branches_are_as_though_each_question_were_asked_alone(demo_checkpoint, 
     reference.load_state_dict(state)
     expected = []
     for question in questions:
-        alone = qwen2.Dialogue.build(tokenizer, [question], image_id, n)
+        alone = Dialogue.build(tokenizer, [question], image_id, n)
         embedded = reference.model.embed_tokens(alone.ids).detach().clone()
         embedded[alone.image] = qwen2.project(side)
         with torch.inference_mode():
@@ -197,7 +202,7 @@ def answers(demo_checkpoint, references):
         checkpoint = extended(checkpoint, own.tokenizer, bundle.config.text.vocab_size)
         features = [reference.features for reference in seen]
         options = ExportOptions(llm_bits=4, **limits)
-        found = verify.answer_gates(checkpoint, bundle, own.tokenizer, seen, features, options)
+        found = answer_gates(checkpoint, bundle, own.tokenizer, seen, features, options)
         return {gate.name: gate for gate in found}
 
     return gates
@@ -209,9 +214,7 @@ def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, refere
     sample = replace(references[0].sample, questions=references[0].sample.questions[:1])
     seen = [replace(references[0], sample=sample)]
     tokenizer = bundle.tokenizer()
-    dialogue = qwen2.Dialogue.build(
-        tokenizer, sample.questions, tokenizer.token_to_id("<image>"), 16
-    )
+    dialogue = Dialogue.build(tokenizer, sample.questions, tokenizer.token_to_id("<image>"), 16)
     rows = bundle.config.text.vocab_size
     source = {spec.name: checkpoint.tensor(spec.source) for spec in checkpoint.llm_specs}
     embedding = source["language_model.model.embed_tokens.weight"]
@@ -451,12 +454,12 @@ class TestLimits:
         llm.write(checkpoint, chosen, options, out, lambda count: None)
         bundle, made = Bundle.open(out), equality.Made(chosen, torch.float16)
         assert equality.tensor_gate(checkpoint, bundle, made).passed
-        seen = images.reference_features(
+        seen = reference_features(
             checkpoint.encoder_state(),
             checkpoint,
             images.gate_samples(checkpoint.config.vision)[:1],
         )
-        gate, *_ = verify.answer_gates(
+        gate, *_ = answer_gates(
             checkpoint, bundle, bundle.tokenizer(), seen, [seen[0].features], options
         )
         assert gate.value > gate.limit == pytest.approx(0.693, abs=1e-3)
@@ -472,7 +475,7 @@ class TestLimits:
         """By the binomial distribution, and no fewer would."""
 
         def misjudged(places):
-            floor = verify.USABLE_SHARE * places
+            floor = USABLE_SHARE * places
             good, bad = (
                 [comb(places, k) * p**k * (1 - p) ** (places - k) for k in range(places + 1)]
                 for p in (0.95, 0.5)
@@ -482,7 +485,7 @@ class TestLimits:
                 sum(p for k, p in enumerate(bad) if k >= floor),
             )
 
-        assert misjudged(verify.COUNTED_PLACES) < 0.01
+        assert misjudged(COUNTED_PLACES) < 0.01
 
 
 def test_verify_repeats_what_the_manifest_records(demo_checkpoint, demo_bundle):

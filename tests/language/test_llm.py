@@ -17,8 +17,8 @@ from model_export.checkpoint import tensors
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tensors import ALL
 from model_export.language import llm
-from model_export.language.qwen2 import Matrix
 from model_export.language.recipes import scheme
+from model_export.language.weights import Matrix
 from model_export.loaders import LOADERS
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
 

@@ -24,7 +24,9 @@ from fastvlm_mlx.fastvlm import placeholder_id
 from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.prompt import CHAT_TEMPLATE
 from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.encoder.references import reference_features
 from model_export.gates import verify
+from model_export.gates.encoder import gates_of_sizes, mlx_encoder_gates, snr_db
 from model_export.layouts import mlx
 from model_export.options import ExportOptions
 from model_export.samples import images, scenes
@@ -115,7 +117,7 @@ def test_it_answers_as_the_app_bundle_does(mlx_bundle, demo_bundle, scene):
     found, expected = fastvlm_mlx.load(mlx_bundle), fastvlm_mlx.load(demo_bundle)
     assert found.encoder.backend == "MLX"
     features = [np.array(model.encode(scene).features) for model in (found, expected)]
-    assert verify.snr_db(features[1], features[0]) > 35
+    assert snr_db(features[1], features[0]) > 35
     answers = [model.generate(scene, QUESTION, max_tokens=48).text for model in (found, expected)]
     assert answers[0] == answers[1]
     assert found.generate(None, "Hello?", max_tokens=4).image_tokens == 0
@@ -167,9 +169,9 @@ def test_the_written_side_has_pixels_of_its_own_settings(copy, demo_checkpoint):
     """A photograph that is not square, once padded and once cropped."""
     checkpoint = Checkpoint(demo_checkpoint)
     seen = images.gate_samples(checkpoint.config.vision)[-1:]
-    references = images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    references = reference_features(checkpoint.encoder_state(), checkpoint, seen)
     edit_json(copy, "config.json", image_aspect_ratio="square")
-    gates, _ = verify.gates_of_sizes(
+    gates, _ = gates_of_sizes(
         Bundle.open(copy), None, {256: references}, ExportOptions(layout="mlx")
     )
     assert [gate.name for gate in gates if not gate.passed] == ["encoder SNR"]
@@ -187,7 +189,7 @@ def test_an_answer_ends_with_the_turn_whatever_the_files_say(copy, scene):
 def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
     checkpoint = Checkpoint(demo_checkpoint)
     seen = images.gate_samples(checkpoint.config.vision)[:1]
-    references = images.reference_features(checkpoint.encoder_state(), checkpoint, seen)
+    references = reference_features(checkpoint.encoder_state(), checkpoint, seen)
     name = "vision_tower.vision_model.network.4.0.token_mixer.reparam_conv.weight"
 
     def swap_channels(arrays):
@@ -197,7 +199,7 @@ def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
 
     edit_weights(copy, swap_channels)
     options = ExportOptions(layout="mlx")
-    gates, features = verify.mlx_encoder_gates(Bundle.open(copy), references, options)
+    gates, features = mlx_encoder_gates(Bundle.open(copy), references, options)
     assert features[0].shape == references[0].features.shape
     assert [gate.name for gate in gates if not gate.passed] == ["encoder SNR"]
 

@@ -31,7 +31,7 @@ from fastvlm_mlx.image.preprocess import load_image
 from model_export.checkpoint.names import ENCODER_PREFIX
 from model_export.conversion import convert
 from model_export.demo.model import DemoModel
-from model_export.gates import verify
+from model_export.gates.encoder import snr_db
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.samples import images, scenes
@@ -151,11 +151,11 @@ def test_the_published_encoder_s_shape_as_it_is(
     source = DemoModel.load(checkpoint)
     with torch.inference_mode():
         expected = source.encode(torch.from_numpy(pixels)).numpy()
-    assert verify.snr_db(expected, seen.features) > floor
-    assert verify.snr_db(expected, theirs["features"]) > floor
-    assert verify.snr_db(seen.features, theirs["features"]) > floor
+    assert snr_db(expected, seen.features) > floor
+    assert snr_db(expected, theirs["features"]) > floor
+    assert snr_db(seen.features, theirs["features"]) > floor
     projected = np.array(seen.projected.astype(mx.float32))[None]
-    assert verify.snr_db(projected, theirs["projected"]) > floor
+    assert snr_db(projected, theirs["projected"]) > floor
     if options.dtype == "float32":
         for found in (seen.features, theirs["features"]):
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -179,7 +179,7 @@ def test_the_trained_checkpoint(name, mlx_vlm, demo_checkpoint, image, tmp_path,
     source = DemoModel.load(demo_checkpoint)
     with torch.inference_mode():
         expected = source.encode(torch.from_numpy(pixels))
-    assert verify.snr_db(expected.numpy(), theirs["features"]) > floor
+    assert snr_db(expected.numpy(), theirs["features"]) > floor
     answer = ours.generate(image, PROMPT, max_tokens=MAX_TOKENS).text
     assert text == answer == source.answer(expected, [PROMPT], max_tokens=MAX_TOKENS)[0]
 

@@ -33,7 +33,9 @@ from model_export.conversion import (
     scheme_for_app,
 )
 from model_export.gates import verify
-from model_export.language import llm, qwen2
+from model_export.gates.gate import Gate
+from model_export.language import llm
+from model_export.language.weights import BundleWeights
 from model_export.layouts import app
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
 from model_export.pipeline import export
@@ -70,8 +72,8 @@ def few_samples(monkeypatch):
 
 @pytest.fixture
 def no_gates(monkeypatch):
-    monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(pipeline, "gates_of_sizes", lambda *arguments: ([], []))
+    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [])
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ def test_the_bundle_as_a_checkpoint_is_its_own(mlx_bundle, demo_checkpoint):
         if not name.endswith("num_batches_tracked"):
             assert tensor.is_contiguous()
             assert (tensor == state[name].half().float()).all(), name
-    unpack = qwen2.BundleWeights(bundle)
+    unpack = BundleWeights(bundle)
     for spec in expected.llm_specs:
         tensor = found.tensors[spec.source]
         whole = tensor.read()
@@ -489,8 +491,8 @@ class TestGates:
     def test_a_failed_one_is_kept_beside_the_destination(
         self, mlx_bundle, tmp_path, quick, monkeypatch
     ):
-        gate = verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
-        monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([gate], []))
+        gate = Gate("encoder SNR", 12.3, "dB", 35.0, True)
+        monkeypatch.setattr(pipeline, "gates_of_sizes", lambda *arguments: ([gate], []))
         with pytest.raises(GateError, match=r"floor of 35 dB\) .*, or export the checkpoint"):
             convert(mlx_bundle, tmp_path / "out", "app")
         assert [path.name for path in tmp_path.iterdir()] == ["out.failed-gates"]

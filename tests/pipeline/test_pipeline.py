@@ -19,6 +19,7 @@ from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, Opt
 from model_export import pipeline
 from model_export.destination.destination import Destination, appearing, check_replaceable
 from model_export.destination.staging import MAGIC
+from model_export.gates.gate import Gate
 from model_export.language import llm
 from model_export.options import ExportOptions
 from model_export.pipeline import export
@@ -46,8 +47,8 @@ def quick(monkeypatch, demo_bundle):
         return pipeline._ExportedEncoder(references, describe(package))
 
     monkeypatch.setattr(pipeline, "_export_encoder", encoder)
-    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr("model_export.gates.encoder.encoder_gates", lambda *arguments: ([], []))
+    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [])
 
 
 def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
@@ -347,8 +348,8 @@ class TestRefusedBeforeAnyWork:
 @pytest.fixture
 def failing(monkeypatch, quick):
     """A gate that fails; its figure can be set."""
-    gate = pipeline.verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
-    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([gate], []))
+    gate = Gate("encoder SNR", 12.3, "dB", 35.0, True)
+    monkeypatch.setattr("model_export.gates.encoder.encoder_gates", lambda *arguments: ([gate], []))
 
 
 class TestAFailedGate:
@@ -404,8 +405,8 @@ class TestAFailedGate:
 
 
 def test_a_gate_with_too_little_to_judge_is_told(demo_checkpoint, tmp_path, quick, monkeypatch):
-    gate = pipeline.verify.Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [gate])
+    gate = Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
+    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [gate])
     manifest = export(demo_checkpoint, tmp_path / "out", ExportOptions()).manifest
     assert manifest["gates_passed"]
     assert manifest["gates_left_out"] == {"greedy agreement": "2 places"}

@@ -27,8 +27,8 @@ from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.model import load_model
 from model_export.checkpoint import names
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.encoder import compression as compress
 from model_export.encoder import coreml, reference
+from model_export.encoder.compression import uniform
 from model_export.encoder.fastvithd import FastViTHD, fold
 from model_export.encoder.multifunction import export_sizes
 from model_export.language import llm, recipes
@@ -200,7 +200,7 @@ def test_an_encoder_is_as_large_as_its_package(demo_checkpoint, tmp_path, option
         pixels = calibration_pixels(load_calibration(None, vision), vision, "pad")[:4]
         compression = mixed(module, pixels, asked.encoder_bits)
     elif asked.compressed:
-        compression = compress.uniform(module, asked.encoder_precision)
+        compression = uniform(module, asked.encoder_precision)
     form = coreml.Form(
         precision="fp32" if asked.encoder_precision == "fp32" else "fp16",
         metadata=coreml.EncoderMetadata(checkpoint.name, checkpoint.license),

@@ -16,7 +16,8 @@ from mlx_lm.quant import gptq as mlx_gptq
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import MODES, Format
 from model_export.language import affine, qwen2
-from model_export.quantization import awq, gptq, layerwise
+from model_export.language.weights import unpack
+from model_export.quantization import awq, gptq, layers
 
 AFFINE_BITS, GROUPS = MODES["affine"]
 
@@ -41,7 +42,7 @@ class TestAffine:
     def test_codes_are_packed_as_they_are_unpacked(self, bits, rows, seed):
         generator = torch.Generator().manual_seed(seed)
         codes = torch.randint(2**bits, (rows, 64), generator=generator, dtype=torch.uint8)
-        assert torch.equal(qwen2.unpack(affine.pack(codes, bits), bits), codes)
+        assert torch.equal(unpack(affine.pack(codes, bits), bits), codes)
 
     @pytest.mark.parametrize("bits", AFFINE_BITS)
     def test_the_grid_is_mlx_s(self, bits):
@@ -141,9 +142,9 @@ def small():
     mask = torch.full((40, 40), float("-inf")).triu(1)[None, None]
     rotation = qwen2.rotary_embedding(TEXT)(hidden, torch.arange(40)[None])
     around = {"attention_mask": mask, "position_embeddings": rotation}
-    sample = layerwise.Sample(hidden, around, torch.arange(40))
+    sample = layers.HiddenStates(hidden, around, torch.arange(40))
     with torch.inference_mode():
-        seen = awq.Seen(layerwise.seen_by(layer, [sample]), [sample.around])
+        seen = awq.CalibrationInputs(layers.inputs_of(layer, [sample]), [sample.around])
     block = mlx_qwen2.TransformerBlock(
         mlx_qwen2.ModelArgs(
             model_type="qwen2",
@@ -158,13 +159,13 @@ def small():
         )
     )
     block.load_weights([(name, mx.array(tensor.numpy())) for name, tensor in state.items()])
-    for name, reads in awq.READS.items():
+    for name, reads in layers.READS.items():
         (x,) = seen.inputs[reads]
         mlx_awq.submodule_from_key(block, name).input_feat = mx.array(x.numpy())[None]
     return SimpleNamespace(layer=layer, state=state, seen=seen, block=block)
 
 
-FORMATS = dict.fromkeys(layerwise.MATRICES, Format(3, 32))
+FORMATS = dict.fromkeys(layers.MATRICES, Format(3, 32))
 
 
 def mlx_rounding(weight: mx.array) -> mx.array:
@@ -201,7 +202,7 @@ class TestAwq:
 
     @torch.inference_mode()
     def test_what_is_not_rounded_is_not_touched(self, small):
-        formats = dict.fromkeys(layerwise.MATRICES) | {"mlp.down_proj": Format(3, 32)}
+        formats = dict.fromkeys(layers.MATRICES) | {"mlp.down_proj": Format(3, 32)}
         found = awq.transformed(small.layer, small.seen, formats)
         changed = {name for name in found if not torch.equal(found[name], small.state[name])}
         assert changed == {"mlp.down_proj.weight", "mlp.up_proj.weight"}

@@ -14,7 +14,8 @@ from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.language import qwen2
 from model_export.language.recipes import PREFIX
-from model_export.quantization import dwq, layerwise
+from model_export.quantization import dwq
+from model_export.quantization.layers import LAYERS, MATRICES
 
 LENGTH = 12
 FORM = Format(3, 32)
@@ -64,13 +65,13 @@ def small(tmp_path):
     )
     layers = []
     for index in range(2):
-        prefix = f"{layerwise.LAYERS}{index}."
+        prefix = f"{LAYERS}{index}."
         names = [n.removeprefix(prefix) for n in weights if n.startswith(prefix)]
         groups = {
             f"{m}.weight": dwq.Groups(
                 weights[f"{prefix}{m}.weight"], FORM, tmp_path / f"{prefix}{m}"
             )
-            for m in layerwise.MATRICES
+            for m in MATRICES
         }
         rest = {n: weights[prefix + n] for n in names if n not in groups}
         layers.append(dwq.Layer(groups, lambda rest=rest: rest))
@@ -82,11 +83,11 @@ def small(tmp_path):
     target = hidden
     with torch.no_grad():
         for index in range(2):
-            prefix = f"{layerwise.LAYERS}{index}."
+            prefix = f"{LAYERS}{index}."
             state = {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
             target = torch.func.functional_call(layer, state, (target,), around)
     scored = torch.tensor([5, 6, 11])
-    lesson = dwq.Lesson(hidden, around, scored, target[0, scored])
+    lesson = dwq.TrainingDialogue(hidden, around, scored, target[0, scored])
     head = dwq.Head(TEXT, weights, weights)
     return SimpleNamespace(model=model, layer=layer, layers=layers, lesson=lesson, head=head)
 

@@ -18,15 +18,19 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.cli.main import app
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
+from model_export.checkpoint.names import LAYER
 from model_export.checkpoint.tensors import safe_tensors
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.encoder.references import reference_features
 from model_export.gates.verify import recorded_options
 from model_export.language import llm, qwen2, recipes
+from model_export.language.dialogue import Dialogue
+from model_export.language.weights import Matrix, SourceWeights
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.quantization import awq, dwq, held_out, layerwise
+from model_export.quantization import awq, dwq, held_out, layers, layerwise
 from model_export.samples.calibration import load_calibration
-from model_export.samples.images import gate_samples, reference_features
+from model_export.samples.images import gate_samples
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def demo(demo_checkpoint):
     judged = [
         (
             torch.from_numpy(reference.features),
-            qwen2.Dialogue.build(
+            Dialogue.build(
                 tokenizer.tokenizer,
                 reference.sample.questions,
                 tokenizer.image_token_id,
@@ -83,7 +87,7 @@ class _Weights:
     """Some of a model's weights, and the source's for the rest."""
 
     def __init__(self, checkpoint, changed):
-        self._source, self._changed = qwen2.SourceWeights(checkpoint), changed
+        self._source, self._changed = SourceWeights(checkpoint), changed
 
     def matrix(self, name):
         return self._changed.get(name) or self._source.matrix(name)
@@ -96,7 +100,7 @@ def divergence(demo, changed) -> float:
         sides = [
             qwen2.Side(weights, features)
             for weights in (
-                qwen2.SourceWeights(demo.checkpoint),
+                SourceWeights(demo.checkpoint),
                 _Weights(demo.checkpoint, changed),
             )
         ]
@@ -129,8 +133,8 @@ def written(demo, directory, **options):
     weights = {}
     for path, form in chosen.items():
         parts = (stored.get(f"{path}.{part}") for part in ("weight", "scales", "biases"))
-        weights[f"{path}.weight"] = qwen2.Matrix(*parts, form)
-    norms = {name: qwen2.Matrix(tensor) for name, tensor in stored.items() if "norm" in name}
+        weights[f"{path}.weight"] = Matrix(*parts, form)
+    norms = {name: Matrix(tensor) for name, tensor in stored.items() if "norm" in name}
     return {name: m for name, m in (weights | norms).items() if "projector" not in name}
 
 
@@ -178,18 +182,18 @@ def test_the_same_input_gives_the_same_bytes(brief, tmp_path):
 @torch.inference_mode()
 def test_awq_changes_nothing_before_rounding(demo):
     """The scaled model in float32 is the source."""
-    source = qwen2.SourceWeights(demo.checkpoint)
+    source = SourceWeights(demo.checkpoint)
     state, samples = demo.checkpoint.encoder_state(), demo.calibration.spread(4)
     references = reference_features(state, demo.checkpoint, samples)
-    samples = layerwise.samples_of(demo.checkpoint, demo.tokenizer, references, source)
+    samples = layers.first_states(demo.checkpoint, demo.tokenizer, references, source)
     layer = qwen2.decoder_layer(demo.checkpoint.config.text)
-    formats = dict.fromkeys(layerwise.MATRICES, Format(3, 64))
+    formats = dict.fromkeys(layers.MATRICES, Format(3, 64))
     changed = {}
     for index in range(demo.text.num_hidden_layers):
-        prefix = f"{layerwise.LAYERS}{index}."
-        state = {name: source.matrix(prefix + name).float() for name, _ in layerwise.LAYER}
+        prefix = f"{layers.LAYERS}{index}."
+        state = {name: source.matrix(prefix + name).float() for name, _ in LAYER}
         layer.load_state_dict(state, assign=True)
-        seen = awq.Seen(layerwise.seen_by(layer, samples), [s.around for s in samples])
+        seen = awq.CalibrationInputs(layers.inputs_of(layer, samples), [s.around for s in samples])
         scaled = awq.scaled(state, awq.search_scales(layer, seen, formats))
         assert any(not torch.equal(scaled[name], state[name]) for name in state)
         changed |= {prefix + name: _Held(weight) for name, weight in scaled.items()}
@@ -237,8 +241,8 @@ def test_what_is_judged_is_what_is_written(demo, tmp_path):
     references = [
         r for r in reference_features(state, demo.checkpoint, samples) if r.sample.questions
     ]
-    source = qwen2.SourceWeights(demo.checkpoint)
-    candidates = [held_out.Candidate(source, chosen, made) for made in ({}, ready)]
+    source = SourceWeights(demo.checkpoint)
+    candidates = [held_out.PlannedWeights(source, chosen, made) for made in ({}, ready)]
     found = held_out.divergences(demo.checkpoint, demo.tokenizer, references, candidates)
     means = [torch.cat([lost[i] for lost in found]).mean() for i in range(2)]
     for method, mean in zip(("rtn", "gptq"), means, strict=True):
@@ -271,7 +275,7 @@ SMALL = (1e-6, 3e-6, 2e-6, 5e-6, 4e-6, 8e-6, 7e-6, 6e-6, 9e-6)
     ],
 )
 def test_a_gain_is_told_from_chance(rounding, method, gains, words):
-    verdict = held_out.Verdict(held_out.Losses(rounding), held_out.Losses(method))
+    verdict = held_out.PairedTest(held_out.Losses(rounding), held_out.Losses(method))
     assert verdict.gains is gains
     assert words in str(verdict)
 
@@ -286,7 +290,7 @@ def test_the_p_value_is_the_share_of_all_signs_that_gain_as_much(gains):
         sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign)
         for signs in product((False, True), repeat=len(gains))
     ]
-    verdict = held_out.Verdict(
+    verdict = held_out.PairedTest(
         held_out.Losses((0.0,) * len(gains)), held_out.Losses(tuple(-g for g in gains))
     )
     assert verdict.p_value == pytest.approx(sum(as_much >= won for as_much in every) / len(every))

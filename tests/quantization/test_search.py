@@ -15,14 +15,16 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.encoder.references import reference_features
 from model_export.language import llm, qwen2, recipes
+from model_export.language.dialogue import Dialogue
+from model_export.language.weights import SourceWeights, rounded
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization import held_out, search, sensitivity, trial
 from model_export.quantization.candidates import Space, at_or_below
 from model_export.quantization.measurements import Measurements
 from model_export.samples.calibration import Calibration, load_calibration
-from model_export.samples.images import reference_features
 
 FORMS = [Format(bits, 64) for bits in (2, 3, 4, 8)]
 PATHS = [
@@ -83,7 +85,7 @@ class _Held:
         return iter([self._weight])
 
 
-class _OneRounded(qwen2.SourceWeights):
+class _OneRounded(SourceWeights):
     """The source, one matrix of it in a format."""
 
     def __init__(self, checkpoint, path, form):
@@ -94,19 +96,19 @@ class _OneRounded(qwen2.SourceWeights):
         found = super().matrix(name)
         if name != f"{self._path}.weight":
             return found
-        return _Held(qwen2.rounded(found.float(), self._form))
+        return _Held(rounded(found.float(), self._form))
 
 
 def _divergence(checkpoint, tokenizer, references, path, form):
     """Of whole models, one after the other, through what the gates run."""
     total, places = 0.0, 0
     for reference in references:
-        dialogue = qwen2.Dialogue.build(
+        dialogue = Dialogue.build(
             tokenizer.tokenizer, reference.sample.questions, tokenizer.image_token_id, 16
         )
         features = torch.from_numpy(reference.features)
         sides = [
-            qwen2.Side(qwen2.SourceWeights(checkpoint), features),
+            qwen2.Side(SourceWeights(checkpoint), features),
             qwen2.Side(_OneRounded(checkpoint, path, form), features),
         ]
         p, q = (o.log_probabilities for o in qwen2.run(checkpoint.config.text, dialogue, sides))
@@ -154,8 +156,8 @@ def test_whole_assignments_are_measured_as_the_judge_measures_them(
     late = {path: FORMS[1] if ".layers.2." in path else None for path in paths}
     schemes = [late, mixed, {paths[-1]: FORMS[0]}, {}]
     found = trial.divergences(checkpoint, tokenizer, references, schemes, "float32")
-    source = qwen2.SourceWeights(checkpoint)
-    candidates = [held_out.Candidate(source, scheme) for scheme in schemes]
+    source = SourceWeights(checkpoint)
+    candidates = [held_out.PlannedWeights(source, scheme) for scheme in schemes]
     expected = trial.means(held_out.divergences(checkpoint, tokenizer, references, candidates))
     found = trial.means(found)
     assert found == pytest.approx(expected, rel=0.01, abs=1e-7)
@@ -217,7 +219,7 @@ def test_candidates_fit_and_are_the_layout_s(checkpoint, layout, target):
     space = Space(checkpoint.llm_specs, checkpoint.config, options)
     made_up = {
         path: {form: 4.0**-form.bits for form in forms}
-        for path, forms in search._asked(space, target).items()
+        for path, forms in search._formats_to_measure(space, target).items()
     }
     found = at_or_below(space, made_up, target)
     total = sum(torch.Size(spec.shape).numel() for spec in checkpoint.llm_specs)

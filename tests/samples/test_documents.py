@@ -10,17 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from model_export.samples import documents
-from model_export.samples.documents import (
-    INK,
-    SMALL,
-    TEXT,
-    TITLE,
-    Bars,
-    Line,
-    Page,
-    Table,
-    generate,
-)
+from model_export.samples.documents import SMALL, TEXT, TITLE, Bars, Line, Page, Table, generate
+from model_export.samples.sheet import INK, UNITS, Sheet, font
 
 SIZE = 512
 SEEDS = range(1_000, 1_008)
@@ -33,10 +24,10 @@ def of(kind):
 def places(image, words, height, paper, ink=INK):
     """Where `words` are drawn: the centres of the boxes around them that are equal pixel by pixel,
     as (x, y)."""
-    font = documents.font(SIZE, height)
-    left, top, right, bottom = font.getbbox(words)
+    letters = font(SIZE, height)
+    left, top, right, bottom = letters.getbbox(words)
     wanted = Image.new("RGB", (right - left, bottom - top), paper)
-    ImageDraw.Draw(wanted).text((-left, -top), words, ink, font)
+    ImageDraw.Draw(wanted).text((-left, -top), words, ink, letters)
     whole, part = (np.asarray(image).astype(np.int32) for image in (image, wanted))
     whole, part = (a[..., 0] * 65_536 + a[..., 1] * 256 + a[..., 2] for a in (whole, part))
     rows, columns = (a.ravel() for a in np.mgrid[: SIZE - len(part), : SIZE - part.shape[1]])
@@ -60,7 +51,8 @@ def painted(image, colour):
 
 def test_the_same_seed_is_the_same_image_in_any_process():
     code = (
-        "import hashlib; from model_export import documents as d; print(hashlib.sha256("
+        "import hashlib; from model_export.samples import documents as d;"
+        "print(hashlib.sha256("
         "b''.join(d.generate(s).draw(96).tobytes() + repr(d.generate(s).questions()).encode() "
         "for s in range(8))).hexdigest())"
     )
@@ -102,9 +94,9 @@ def test_a_page_says_what_is_answered():
     for page in of(Page):
         image, answers = page.draw(SIZE), dict(page.questions())
         ys = [place(image, answers["What is the heading of this page?"], TITLE, page.paper)[1]]
-        sheet = documents._Sheet(SIZE, page.paper)
+        drawn = Sheet(SIZE, page.paper)
         for paragraph in page.paragraphs:
-            lines = list(sheet.wrapped(paragraph, TEXT, documents.UNITS - 2 * documents.MARGIN))
+            lines = list(drawn.wrapped(paragraph, TEXT, UNITS - 2 * documents.MARGIN))
             assert " ".join(lines) == paragraph
             ys += [place(image, line, TEXT, page.paper)[1] for line in lines]
         ys.append(place(image, answers["Who signed the notice?"][:-1], TEXT, page.paper)[1])
