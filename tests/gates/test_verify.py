@@ -225,6 +225,37 @@ def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, refere
     assert answers(demo_bundle, seen)["KL divergence"].value == pytest.approx(expected, rel=0.05)
 
 
+def test_the_agreement_is_transformers_own(demo_checkpoint, bundle_copy, references, answers):
+    """Of a bundle that often says something else, at the places where the source is sure."""
+
+    def disturb(arrays):
+        for name in arrays:
+            if name.startswith(LAYERS) and name.endswith((".scales", ".biases")):
+                arrays[name] = arrays[name] * 3
+
+    edit_weights(bundle_copy, disturb)
+    checkpoint, bundle = Checkpoint(demo_checkpoint), Bundle.open(bundle_copy)
+    tokenizer, text = bundle.tokenizer(), bundle.config.text
+    source = {spec.name: checkpoint.tensor(spec.source) for spec in checkpoint.llm_specs}
+    written = unpacked(bundle_copy)
+    agreed = []
+    for reference in references:
+        for question in reference.sample.questions:
+            dialogue = qwen2.Dialogue.build(
+                tokenizer, [question], tokenizer.token_to_id("<image>"), 16
+            )
+            p, q = (
+                transformers_answer(tensors, text, reference.features, dialogue)
+                for tensors in (source, written)
+            )
+            first, second = p.topk(2, 1).values.T
+            agreed += (p.argmax(1) == q.argmax(1))[first - second >= np.log(2)].tolist()
+    assert 0.1 < np.mean(agreed) < 0.9
+    assert answers(bundle_copy)["greedy agreement"].value == pytest.approx(
+        np.mean(agreed), abs=1.5 / len(agreed)
+    )
+
+
 LAYERS = "language_model.model.layers."
 
 
