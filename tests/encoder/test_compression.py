@@ -339,6 +339,14 @@ class TestFeedback:
         assert fed_back < plain / 8
         assert fed_back / plain == pytest.approx(feedback.gain, rel=0.9)
 
+    def test_in_blocks_it_is_the_same(self, monkeypatch):
+        inputs, weight = self.correlated()
+        feedback = Feedback.of(Moments(inputs.mean(1), torch.cov(inputs, correction=0)))
+        palette = torch.from_numpy(Histogram.of(weight).palette(4)[0]).float()
+        whole = feedback.round(weight, palette)
+        monkeypatch.setattr("model_export.quantization.mixed._BLOCK", 5)
+        assert torch.equal(feedback.round(weight, palette), whole)
+
     def test_uncorrelated_inputs_leave_plain_rounding(self):
         _, weight = self.correlated()
         palette = torch.from_numpy(Histogram.of(weight).palette(4)[0]).float()

@@ -181,7 +181,7 @@ class TestAwq:
         assert not np.allclose(ours.numpy(), np.array(module.weight))
 
     @torch.inference_mode()
-    def test_the_scales_are_mlx_lm_s(self, small):
+    def test_the_scales_and_then_the_clipping_are_mlx_lm_s(self, small):
         ours = awq.scaled(small.state, awq.search_scales(small.layer, small.seen, FORMATS))
         mlx_awq.scale_block(
             small.block, mlx_awq.llama_awq.scale_configs, mlx_rounding, {"mask": "causal"}, 20
@@ -192,6 +192,13 @@ class TestAwq:
         assert not torch.equal(
             ours["input_layernorm.weight"], small.state["input_layernorm.weight"]
         )
+        # What is clipped next reads inputs that are divided by the scales.
+        mlx_awq.clip_block(small.block, mlx_awq.llama_awq.no_clip, mlx_rounding, 32, 20)
+        theirs = dict(mlx.utils.tree_flatten(small.block.parameters()))
+        for name, weight in awq.transformed(small.layer, small.seen, FORMATS).items():
+            same = np.isclose(weight.numpy(), np.array(theirs[name]), rtol=1e-3, atol=1e-5)
+            # Two cuts of a group may lose the same.
+            assert same.mean() > 0.99, name
 
     @torch.inference_mode()
     def test_the_layer_is_left_as_it_was(self, small):
