@@ -71,6 +71,16 @@ def write(module, checkpoint, path, compression, target="iOS16"):
     )
 
 
+def bits_per_weight(module, compression):
+    """Codes and palettes, over all weights."""
+    bits = weights = 0
+    for name, convolution in convolutions(module).items():
+        count, palette = convolution.weight.numel(), compression.palettes.get(name)
+        weights += count
+        bits += 16 * count if palette is None else np.log2(len(palette)) * count + 16 * len(palette)
+    return bits / weights
+
+
 def digests(package):
     return {
         str(p.relative_to(package)): hashlib.sha256(p.read_bytes()).hexdigest()
@@ -180,11 +190,12 @@ class TestWhatIsWritten:
         grouped = {n for n, c in convolutions(module).items() if c.groups > 1}
         assert left == grouped | {"patch_embed.0.reparam_conv"}
 
-    def test_the_same_bytes_again(self, checkpoint, pixels, tmp_path):
+    def test_the_same_bytes_again_of_the_size_asked_for(self, checkpoint, pixels, tmp_path):
         for name in ("one", "two"):
             fresh = fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
             chosen = mixed(fresh, pixels[:8], 5.5)
             write(fresh, checkpoint, tmp_path / f"{name}.mlpackage", chosen)
+            assert 5.4 < bits_per_weight(fresh, chosen) <= 5.5
         assert digests(tmp_path / "one.mlpackage") == digests(tmp_path / "two.mlpackage")
 
     def test_formats_name_the_precision(self):
@@ -229,6 +240,20 @@ class TestGates:
         options = ExportOptions(encoder_precision="palette6")
         gates, _ = verify.encoder_gates(palette6, lambda: other, references, options)
         assert "encoder weights SNR" in [gate.name for gate in gates if not gate.passed]
+
+    @pytest.mark.parametrize("shape", [None, (3, 3), "two"])
+    def test_another_encoder_s_package_is_named(self, palette6, module, shape):
+        constants = dict(MLProgramEncoder(palette6).constants)
+        (name,) = [n for n in constants if n.startswith("p_conv_exp_se_reduce_weight_to_fp16")]
+        if shape is None:
+            del constants[name]
+        elif shape == "two":
+            for suffix in compress._SUFFIXES:
+                constants["p_conv_exp_se_reduce_weight_to_fp16" + suffix] = constants[name]
+        else:
+            constants[name] = torch.zeros(shape)
+        with pytest.raises(EncoderError, match=r"has no weight of conv_exp\.se\.reduce: expected"):
+            list(stored_parameters(module, constants))
 
     def test_cosine_is_of_each_token(self):
         a = np.array([[[1.0, 0.0], [0.0, 2.0]]])

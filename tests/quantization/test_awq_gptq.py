@@ -1,5 +1,7 @@
 """AWQ and GPTQ as algorithms: against mlx-lm's own functions, and against plain rounding."""
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -15,7 +17,8 @@ from mlx_lm.quant import gptq as mlx_gptq
 
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import MODES, Format
-from model_export.language import affine, qwen2
+from fastvlm_mlx.errors import OptionError
+from model_export.language import affine, llm, qwen2
 from model_export.quantization import awq, gptq, layerwise
 
 AFFINE_BITS, GROUPS = MODES["affine"]
@@ -161,7 +164,7 @@ def small():
     for name, reads in awq.READS.items():
         (x,) = seen.inputs[reads]
         mlx_awq.submodule_from_key(block, name).input_feat = mx.array(x.numpy())[None]
-    return SimpleNamespace(layer=layer, state=state, seen=seen, block=block)
+    return SimpleNamespace(layer=layer, state=state, sample=sample, seen=seen, block=block)
 
 
 FORMATS = dict.fromkeys(layerwise.MATRICES, Format(3, 32))
@@ -212,3 +215,14 @@ class TestAwq:
         found = awq.transformed(small.layer, small.seen, formats)
         changed = {name for name in found if not torch.equal(found[name], small.state[name])}
         assert changed == {"mlp.down_proj.weight", "mlp.up_proj.weight"}
+
+    @torch.inference_mode()
+    def test_a_scaled_weight_that_can_t_be_stored_is_named(self, small, monkeypatch):
+        inputs = layerwise.Inputs(
+            copy.deepcopy(small.layer), [replace(small.sample)], FORMATS, "float16"
+        )
+        assert layerwise.awq_layer(replace(inputs, layer=copy.deepcopy(small.layer)))
+        largest = max(float(weight.abs().max()) for weight in small.state.values())
+        monkeypatch.setattr(llm, "FLOAT16_MAX", largest / 2)
+        with pytest.raises(OptionError, match="beyond float16"):
+            layerwise.awq_layer(inputs)
