@@ -132,7 +132,7 @@ def quantization(chosen: Scheme, layout: str) -> Quantization | None:
 
 
 def layer_bits(chosen: Scheme, specs: Iterable[TensorSpec]) -> int:
-    """Compute the mean bits of the layers' weights, rounded down; the gates' limits go by it."""
+    """Compute the mean bits of the layers' weights, rounded down: what a model card's tag says."""
     layers = [spec for spec in specs if is_matrix(spec) and ".layers." in spec.name]
     formats = [chosen.get(path_of(spec)) for spec in layers]
     if not any(formats):

@@ -33,8 +33,8 @@ from model_export.gates import verify
 from model_export.gates.encoder import encoder_gates, mean_cosine, snr_db
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.quantization.encoder_sensitivity import Moments, calibration_pixels, sensitivities
-from model_export.quantization.mixed import Feedback, mixed
+from model_export.quantization.encoder_sensitivity import calibration_pixels, sensitivities
+from model_export.quantization.mixed import mixed
 from model_export.samples import images
 from model_export.samples.calibration import load_calibration
 
@@ -71,6 +71,16 @@ def write(module, checkpoint, path, compression, target="iOS16"):
         path,
         coreml.Form("fp16", METADATA, compression, target),
     )
+
+
+def bits_per_weight(module, compression):
+    """Codes and palettes, over all weights."""
+    bits = weights = 0
+    for name, convolution in convolutions(module).items():
+        count, palette = convolution.weight.numel(), compression.palettes.get(name)
+        weights += count
+        bits += 16 * count if palette is None else np.log2(len(palette)) * count + 16 * len(palette)
+    return bits / weights
 
 
 def digests(package):
@@ -182,11 +192,12 @@ class TestWhatIsWritten:
         grouped = {n for n, c in convolutions(module).items() if c.groups > 1}
         assert left == grouped | {"patch_embed.0.reparam_conv"}
 
-    def test_the_same_bytes_again(self, checkpoint, pixels, tmp_path):
+    def test_the_same_bytes_again_of_the_size_asked_for(self, checkpoint, pixels, tmp_path):
         for name in ("one", "two"):
             fresh = fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)
             chosen = mixed(fresh, pixels[:8], 5.5)
             write(fresh, checkpoint, tmp_path / f"{name}.mlpackage", chosen)
+            assert 5.4 < bits_per_weight(fresh, chosen) <= 5.5
         assert digests(tmp_path / "one.mlpackage") == digests(tmp_path / "two.mlpackage")
 
     def test_formats_name_the_precision(self):
@@ -231,6 +242,20 @@ class TestGates:
         options = ExportOptions(encoder_precision="palette6")
         gates, _ = encoder_gates(palette6, lambda: other, references, options)
         assert "encoder weights SNR" in [gate.name for gate in gates if not gate.passed]
+
+    @pytest.mark.parametrize("shape", [None, (3, 3), "two"])
+    def test_another_encoder_s_package_is_named(self, palette6, module, shape):
+        constants = dict(MLProgramEncoder(palette6).constants)
+        (name,) = [n for n in constants if n.startswith("p_conv_exp_se_reduce_weight_to_fp16")]
+        if shape is None:
+            del constants[name]
+        elif shape == "two":
+            for suffix in compress._SUFFIXES:
+                constants["p_conv_exp_se_reduce_weight_to_fp16" + suffix] = constants[name]
+        else:
+            constants[name] = torch.zeros(shape)
+        with pytest.raises(EncoderError, match=r"has no weight of conv_exp\.se\.reduce: expected"):
+            list(stored_parameters(module, constants))
 
     def test_cosine_is_of_each_token(self):
         a = np.array([[[1.0, 0.0], [0.0, 2.0]]])
@@ -314,44 +339,6 @@ class TestMixed:
 def features(module, pixels):
     with torch.inference_mode():
         return torch.cat([module(torch.from_numpy(p)) for p in pixels])
-
-
-class TestFeedback:
-    def correlated(self):
-        generator = torch.Generator().manual_seed(1)
-        mixing = torch.randn(32, 8, generator=generator)
-        inputs = mixing @ torch.randn(8, 4000, generator=generator)
-        inputs += 0.1 * torch.randn(32, 4000, generator=generator) + 3
-        weight = torch.randn(16, 32, generator=generator)
-        return inputs, weight
-
-    def test_correlated_inputs_take_up_the_error(self):
-        inputs, weight = self.correlated()
-        mean = inputs.mean(1)
-        feedback = Feedback.of(Moments(mean, torch.cov(inputs, correction=0)))
-        palette = torch.from_numpy(Histogram.of(weight).palette(4)[0]).float()
-        stored = feedback.round(weight, palette)
-        assert set(stored.unique().tolist()) <= set(palette.tolist())
-
-        def noise(found, bias):
-            return float(((found - weight) @ inputs + bias).square().mean())
-
-        plain = noise(rounded(weight, palette), 0.0)
-        fed_back = noise(stored, ((weight - stored) @ mean)[:, None])
-        assert fed_back < plain / 8
-        assert fed_back / plain == pytest.approx(feedback.gain, rel=0.9)
-
-    def test_uncorrelated_inputs_leave_plain_rounding(self):
-        _, weight = self.correlated()
-        palette = torch.from_numpy(Histogram.of(weight).palette(4)[0]).float()
-        feedback = Feedback.of(Moments(torch.zeros(32), torch.eye(32)))
-        assert torch.equal(feedback.round(weight, palette), rounded(weight, palette))
-
-    def test_an_input_that_never_changes_is_no_error(self):
-        _, weight = self.correlated()
-        palette = torch.from_numpy(Histogram.of(weight).palette(4)[0]).float()
-        feedback = Feedback.of(Moments(torch.ones(32), torch.zeros(32, 32)))
-        assert torch.equal(feedback.round(weight, palette), rounded(weight, palette))
 
 
 class TestOptions:

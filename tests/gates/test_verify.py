@@ -228,6 +228,37 @@ def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, refere
     assert answers(demo_bundle, seen)["KL divergence"].value == pytest.approx(expected, rel=0.05)
 
 
+def test_the_agreement_is_transformers_own(demo_checkpoint, bundle_copy, references, answers):
+    """Of a bundle that often says something else, at the places where the source is sure."""
+
+    def disturb(arrays):
+        for name in arrays:
+            if name.startswith(LAYERS) and name.endswith((".scales", ".biases")):
+                arrays[name] = arrays[name] * 3
+
+    edit_weights(bundle_copy, disturb)
+    checkpoint, bundle = Checkpoint(demo_checkpoint), Bundle.open(bundle_copy)
+    tokenizer, text = bundle.tokenizer(), bundle.config.text
+    source = {spec.name: checkpoint.tensor(spec.source) for spec in checkpoint.llm_specs}
+    written = unpacked(bundle_copy)
+    agreed = []
+    for reference in references:
+        for question in reference.sample.questions:
+            dialogue = qwen2.Dialogue.build(
+                tokenizer, [question], tokenizer.token_to_id("<image>"), 16
+            )
+            p, q = (
+                transformers_answer(tensors, text, reference.features, dialogue)
+                for tensors in (source, written)
+            )
+            first, second = p.topk(2, 1).values.T
+            agreed += (p.argmax(1) == q.argmax(1))[first - second >= np.log(2)].tolist()
+    assert 0.1 < np.mean(agreed) < 0.9
+    assert answers(bundle_copy)["greedy agreement"].value == pytest.approx(
+        np.mean(agreed), abs=1.5 / len(agreed)
+    )
+
+
 LAYERS = "language_model.model.layers."
 
 
@@ -557,6 +588,24 @@ def test_an_answer_is_read_and_ended_as_the_source_s(
     gate = equality.settings_gate(checkpoint, Bundle.open(bundle_copy))
     assert not gate.passed
     assert words in gate.sentence()
+
+
+def test_without_a_manifest_the_files_say_what_it_is(bundle_copy, mlx_bundle, tmp_path):
+    """An `mlx` bundle's encoder has the type of the rest, and is judged by its limits."""
+    of_app = replace(Bundle.open(bundle_copy), manifest=None)
+    found = verify.recorded_options(of_app)
+    assert (found.layout, found.dtype, found.encoder_format) == ("app", "float16", "fp16")
+    copy = Path(shutil.copytree(mlx_bundle, tmp_path / "mlx"))
+    edit_json(copy, "config.json", torch_dtype="float32")
+    found = verify.recorded_options(replace(Bundle.open(copy), manifest=None))
+    assert (found.layout, found.dtype, found.encoder_format) == ("mlx", "float32", "fp32")
+    assert found.snr_floor_db == 80
+
+
+@pytest.mark.parametrize(("said", "found"), [(32, 32), (128, 128), (None, 64)])
+def test_the_group_size_is_the_recorded_one(bundle_copy, said, found):
+    edit_json(bundle_copy, "manifest.json", lambda data: data["options"].update(group_size=said))
+    assert verify.recorded_options(Bundle.open(bundle_copy)).group_size == found
 
 
 def test_a_manifest_decides_neither_its_limits_nor_what_is_exempt(demo_checkpoint, bundle_copy):

@@ -177,6 +177,10 @@ def test_a_question_without_an_image(model):
         ({"top_k": -1}, "--top-k"),
         ({"repetition_penalty": -1.0}, "--repetition-penalty"),
         ({"stop": ("",)}, "--stop is empty"),
+        *(
+            ({name: None}, f"--{name.replace('_', '-')} is None: expected")
+            for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p")
+        ),
     ],
 )
 def test_options_out_of_range(options, words):

@@ -42,6 +42,25 @@ def test_parts_have_their_own_bits(checkpoint):
     assert chosen[recipes.EMBEDDING] == Format(5, 64)
 
 
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"llm_bits": 16}, 16),
+        ({"llm_bits": 8}, 8),
+        ({"llm_mode": "mxfp8"}, 8),
+        # Three of 128 × 256 at 8 bits; at 4 two of 128 × 128 and two of 64 × 128.
+        ({"llm_bits": 4, "recipe": "mlp"}, 6),
+    ],
+)
+def test_the_layers_bits_are_their_mean(checkpoint, tmp_path, options, bits):
+    """Of the embedding and the projector nothing counts."""
+    if "recipe" in options:
+        options["recipe"] = str(tmp_path / "recipe.json")
+        (tmp_path / "recipe.json").write_text('{"*.mlp.*": 8, "*.embed_tokens": 2}')
+    chosen = scheme(checkpoint, **options, layout="mlx")
+    assert recipes.layer_bits(chosen, checkpoint.llm_specs) == bits
+
+
 @pytest.mark.parametrize("name", recipes.STOCK)
 def test_stock_recipes_are_mlx_lm_s(checkpoint, name):
     """Held to what mlx-lm's convert does to the same language model."""

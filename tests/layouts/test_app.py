@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -214,3 +215,30 @@ class TestEndOfTurn:
         edit_json(mlx_copy, "config.json", lambda data: data.update(eos_token_id=428))
         with pytest.raises(BundleError, match="eos_token_id is 428, expected 430"):
             check_mlx(mlx_copy)
+
+
+class TestTheEncoderThatTheAppCalls:
+    """Its generated class has `images` and `image_features`, in these types and shapes."""
+
+    @pytest.mark.parametrize(
+        ("side", "change", "words"),
+        [
+            ("inputs", {"name": "image"}, r"'image', .* expected images, float32 \[1, 3, 256, 256"),
+            ("inputs", {"dtype": "float16"}, "float16.* expected images, float32"),
+            ("inputs", {"shape": (1, 3, 512, 512)}, r"512.* expected images, float32"),
+            ("outputs", {"name": "features"}, "'features', .* expected image_features, float32"),
+            ("outputs", {"dtype": "float16"}, "float16.* expected image_features, float32"),
+            ("outputs", {"shape": (1, 64, 768)}, r"64.* expected image_features, float32 \[1, 16"),
+        ],
+        ids=str,
+    )
+    def test_another_one_is_refused(self, demo_bundle, side, change, words):
+        bundle = Bundle.open(demo_bundle)
+        info = describe(bundle.package)
+        app.check_app(bundle, info)
+        (declared,) = getattr(info, side)
+        other = replace(info, **{side: (replace(declared, **change),)})
+        with pytest.raises(BundleError, match=rf"the encoder declares \[\(.*{words}"):
+            app.check_app(bundle, other)
+        with pytest.raises(BundleError, match=r"declares \[\(.*\), \(.*\)\], expected"):
+            app.check_app(bundle, replace(info, **{side: (declared, declared)}))

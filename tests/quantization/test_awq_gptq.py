@@ -1,5 +1,7 @@
 """AWQ and GPTQ as algorithms: against mlx-lm's own functions, and against plain rounding."""
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -15,7 +17,8 @@ from mlx_lm.quant import gptq as mlx_gptq
 
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import MODES, Format
-from model_export.language import affine, qwen2
+from fastvlm_mlx.errors import OptionError
+from model_export.language import affine, llm, qwen2
 from model_export.language.weights import unpack
 from model_export.quantization import awq, gptq, layers
 
@@ -162,7 +165,7 @@ def small():
     for name, reads in layers.READS.items():
         (x,) = seen.inputs[reads]
         mlx_awq.submodule_from_key(block, name).input_feat = mx.array(x.numpy())[None]
-    return SimpleNamespace(layer=layer, state=state, seen=seen, block=block)
+    return SimpleNamespace(layer=layer, state=state, sample=sample, seen=seen, block=block)
 
 
 FORMATS = dict.fromkeys(layers.MATRICES, Format(3, 32))
@@ -182,7 +185,7 @@ class TestAwq:
         assert not np.allclose(ours.numpy(), np.array(module.weight))
 
     @torch.inference_mode()
-    def test_the_scales_are_mlx_lm_s(self, small):
+    def test_the_scales_and_then_the_clipping_are_mlx_lm_s(self, small):
         ours = awq.scaled(small.state, awq.search_scales(small.layer, small.seen, FORMATS))
         mlx_awq.scale_block(
             small.block, mlx_awq.llama_awq.scale_configs, mlx_rounding, {"mask": "causal"}, 20
@@ -193,6 +196,13 @@ class TestAwq:
         assert not torch.equal(
             ours["input_layernorm.weight"], small.state["input_layernorm.weight"]
         )
+        # What is clipped next reads inputs that are divided by the scales.
+        mlx_awq.clip_block(small.block, mlx_awq.llama_awq.no_clip, mlx_rounding, 32, 20)
+        theirs = dict(mlx.utils.tree_flatten(small.block.parameters()))
+        for name, weight in awq.transformed(small.layer, small.seen, FORMATS).items():
+            same = np.isclose(weight.numpy(), np.array(theirs[name]), rtol=1e-3, atol=1e-5)
+            # Two cuts of a group may lose the same.
+            assert same.mean() > 0.99, name
 
     @torch.inference_mode()
     def test_the_layer_is_left_as_it_was(self, small):
@@ -206,3 +216,14 @@ class TestAwq:
         found = awq.transformed(small.layer, small.seen, formats)
         changed = {name for name in found if not torch.equal(found[name], small.state[name])}
         assert changed == {"mlp.down_proj.weight", "mlp.up_proj.weight"}
+
+    @torch.inference_mode()
+    def test_a_scaled_weight_that_can_t_be_stored_is_named(self, small, monkeypatch):
+        inputs = layers.LayerInputs(
+            copy.deepcopy(small.layer), [replace(small.sample)], FORMATS, "float16"
+        )
+        assert awq.awq_layer(replace(inputs, layer=copy.deepcopy(small.layer)))
+        largest = max(float(weight.abs().max()) for weight in small.state.values())
+        monkeypatch.setattr(llm, "FLOAT16_MAX", largest / 2)
+        with pytest.raises(OptionError, match="beyond float16"):
+            awq.awq_layer(inputs)

@@ -22,7 +22,7 @@ from model_export.language.weights import SourceWeights, rounded
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.quantization import held_out, search, sensitivity, trial
-from model_export.quantization.candidates import Space, at_or_below
+from model_export.quantization.candidates import Space, alternatives, at_or_below
 from model_export.quantization.measurements import Measurements
 from model_export.samples.calibration import Calibration, load_calibration
 
@@ -200,6 +200,32 @@ def test_what_a_little_more_buys_is_said(checkpoint, tokenizer, calibration):
     assert enough.taken.measured_kl_nats <= told[0].measured_kl_nats
 
 
+@pytest.mark.parametrize(
+    ("predicted", "measured", "told"),
+    [(0.01, 0.05, True), (0.05, 0.01, True), (0.02, 0.05, False), (1e-9, 9e-6, False)],
+)
+def test_a_gap_is_told_where_it_is_wide_and_of_something(predicted, measured, told):
+    taken = search.Tried("search", 4.0, predicted, measured)
+    larger = search.Tried("every matrix at 4 bits", 4.54, 0.0, measured / 10)
+    found = search.Found({}, 4.0, (taken,), (larger,), Calibration((), ()), ("a",), ("b",))
+    notes = found.notes()
+    assert any("losses of single matrices add up to" in note for note in notes) is told
+    assert any("a little more buys much" in note for note in notes) is (measured > 1e-5)
+
+
+def test_each_matrix_is_measured_in_the_forms_that_it_may_get(checkpoint):
+    """The app has one form for all; elsewhere a matrix that is read once may have any."""
+    for layout, everywhere in (("app", {3, 4}), ("mlx", {2, 3, 4, 5, 6, 8})):
+        options = ExportOptions(llm_bpw=4.6, layout=layout)
+        space = Space(checkpoint.llm_specs, checkpoint.config, options)
+        asked = {p: {f.bits for f in forms} for p, forms in search._asked(space, 4.6).items()}
+        assert asked[recipes.EMBEDDING] == asked[PATHS[0]] == everywhere
+        layers = {3, 4} if layout == "app" else {3, 4, 5, 6, 8}
+        assert {frozenset(asked[path]) for path in asked if ".layers." in path} == {
+            frozenset(layers)
+        }
+
+
 def test_what_decides_is_kept_back(checkpoint, tokenizer, calibration):
     found = searched(checkpoint, tokenizer, calibration, llm_bpw=3.0, layout="mlx")
     assert not set(found.measured_on) & set(found.chosen_on)
@@ -207,6 +233,10 @@ def test_what_decides_is_kept_back(checkpoint, tokenizer, calibration):
     names = [each.name for each in found.tried]
     assert any(name.startswith("layers at 2 bits, ") for name in names)
     assert "search" in names
+    judges = [sample for sample in calibration.samples if sample.name in found.chosen_on]
+    deciding = reference_features(checkpoint.encoder_state(), checkpoint, judges)
+    lost = trial.divergences(checkpoint, tokenizer, deciding, [found.scheme], "float16")
+    assert trial.means(lost) == pytest.approx([found.taken.measured_kl_nats], rel=1e-3)
     one = Calibration(calibration.samples[:1], ())
     alone = searched(checkpoint, tokenizer, one, llm_bpw=3.0, layout="mlx")
     assert alone.measured_on == alone.chosen_on
@@ -230,6 +260,33 @@ def test_candidates_fit_and_are_the_layout_s(checkpoint, layout, target):
         assert recipes.unreadable(candidate.scheme, layout) is None
     assert len({tuple(candidate.scheme.items()) for candidate in found}) == len(found)
     assert any(candidate.name.startswith("every matrix at") for candidate in found)
+
+
+def test_the_widest_plain_choices_leave_out_none_that_nothing_else_is_wider_than(checkpoint):
+    options = ExportOptions(llm_bpw=4.6, layout="mlx")
+    space = Space(checkpoint.llm_specs, checkpoint.config, options)
+
+    def widths(widest):
+        found = alternatives(space, 4.6, widest=widest)
+        return {
+            tuple(form.bits if (form := each.scheme[path]) else 16 for path in PATHS)
+            for each in found
+            if each.name not in recipes.STOCK
+        }
+
+    def as_wide(one, other):
+        return all(a >= b for a, b in zip(one, other, strict=True))
+
+    every, some = widths(False), widths(True)
+    expected = {w for w in every if not any(as_wide(other, w) for other in every - {w})}
+    assert some == expected
+    assert 2 < len(some) < len(every)
+
+
+def test_an_image_costs_two_operations_a_weight_and_token(checkpoint):
+    for size, tokens in ((256, 16), (512, 64)):
+        operations = 2 * checkpoint.llm_parameters * (tokens + search.TEXT_TOKENS)
+        assert search._cost(checkpoint, size) == operations
 
 
 @pytest.mark.parametrize(
