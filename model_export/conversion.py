@@ -35,7 +35,7 @@ from model_export.gates.verify import Gate, recorded_options
 from model_export.interruption import ONE_AT_A_TIME, Progress, interruptible
 from model_export.language import llm, recipes
 from model_export.language.recipes import Scheme
-from model_export.options import ENCODER_SNR_DB, ExportOptions
+from model_export.options import ENCODER_SNR_DB, DestinationOptions, ExportOptions
 from model_export.pipeline import ExportResult, build, check_overlap, counted
 
 # safetensors' names of the three types that weights have where they are not quantized.
@@ -64,7 +64,7 @@ def convert(
         DestinationError: `destination` exists or can't be written.
         GateError: what was written is not the same model.
     """
-    ExportOptions(layout=layout)  # type: ignore[arg-type]
+    DestinationOptions(layout=layout)  # type: ignore[arg-type]
     with ONE_AT_A_TIME, interruptible(progress) as stage:
         stage("bundle", None)
         place = check_replaceable(resolve(destination), overwrite=overwrite)
@@ -97,7 +97,7 @@ def _job(bundle: Bundle) -> Job:
     parts = [llm.Part(tensor.entries, tensor.blocks) for tensor in copied]
     total = sum(part.bytes for part in parts)
     exact = tensors[STEM].dtype == "F32"
-    limits = ExportOptions(
+    limits = ExportOptions.of(
         dtype=TYPES[tensors[NORM].dtype],  # type: ignore[arg-type]
         encoder_precision="fp32" if exact else "fp16",
     )
@@ -309,16 +309,16 @@ def _check_same_reading(bundle: Bundle, tokenizer: ExportedTokenizer) -> None:
 def _options(bundle: Bundle, chosen: Scheme, limits: ExportOptions) -> ExportOptions:
     """What the manifest records: the first export's choices and limits, for the other layout."""
     made = _asked_for(chosen) if bundle.manifest is None else recorded_options(bundle)
-    floor = made.min_snr_db
+    floor = made.limits.min_snr_db
     if floor is not None:
         # Of the source the package can't keep more than what it is made from does.
-        floor = min(floor, ENCODER_SNR_DB[limits.encoder_precision])
+        floor = min(floor, ENCODER_SNR_DB[limits.encoder.precision])
     return replace(
         made,
-        layout="app",
-        dtype=limits.dtype,
-        encoder_precision=limits.encoder_precision,
-        min_snr_db=floor,
+        destination=replace(made.destination, layout="app"),
+        llm=replace(made.llm, dtype=limits.llm.dtype),
+        encoder=replace(made.encoder, precision=limits.encoder.precision),
+        limits=replace(made.limits, min_snr_db=floor),
     )
 
 
@@ -326,12 +326,12 @@ def _asked_for(chosen: Scheme) -> ExportOptions:
     """The options that give this scheme of at most one format."""
     form = next((form for form in chosen.values() if form is not None), None)
     if form is None:
-        return ExportOptions(llm_bits=16)
+        return ExportOptions.of(llm_bits=16)
 
     def bits(path: str) -> int:
         return form.bits if chosen[path] else 16
 
-    return ExportOptions(
+    return ExportOptions.of(
         llm_bits=form.bits,
         group_size=form.group_size,
         embed_bits=bits(recipes.EMBEDDING),

@@ -48,9 +48,9 @@ def make_manifest(
     vision = checkpoint.config.vision
     return {
         "schema_version": SCHEMA_VERSION,
-        "layout": options.layout,
+        "layout": options.destination.layout,
         **job.origin(),
-        "options": options.resolved(),
+        "options": options.to_record(),
         "encoder": {
             "precision": options.encoder_format,
             "image_size": vision.image_size,
@@ -58,13 +58,13 @@ def make_manifest(
             "channels": vision.hidden_size,
             "bytes": summary.encoder_bytes,
         }
-        | ({"image_sizes": sorted(options.image_sizes)} if options.image_sizes else {})
+        | ({"image_sizes": sorted(sizes)} if (sizes := options.encoder.image_sizes) else {})
         | ({} if info is None else _package_facts(info)),
         "llm": {
             "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
-            "group_size": options.group_size if options.format else None,
+            "group_size": options.llm.format.group_size if options.llm.format else None,
             "formats": {path: form and form.to_dict() for path, form in chosen.items()},
-            "dtype": options.dtype,
+            "dtype": options.llm.dtype,
             "parameters": summary.parameters,
             "bytes": summary.bytes,
             "bits_per_weight": round(summary.bits_per_weight, 3),

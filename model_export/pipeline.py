@@ -73,7 +73,7 @@ class ExportResult:
 def export(
     checkpoint_path: str | Path,
     destination: str | Path,
-    options: ExportOptions,
+    options: ExportOptions = ExportOptions(),  # noqa: B008
     progress: Progress = lambda stage, done: None,
     *,
     base: str | Path | None = None,
@@ -95,9 +95,9 @@ def export(
     with ONE_AT_A_TIME, interruptible(progress) as stage:
         stage("checkpoint", None)
         # Before a hub's gigabytes are fetched for nothing.
-        place = check_replaceable(resolve(destination), overwrite=options.overwrite)
+        place = check_replaceable(resolve(destination), overwrite=options.destination.overwrite)
         checkpoint = Checkpoint(
-            checkpoint_path, base=base, revision=revision, image_size=options.default_size
+            checkpoint_path, base=base, revision=revision, image_size=options.encoder.default_size
         )
         check_overlap(place.path, checkpoint.directories)
         return build(_job(checkpoint, options, stage), place, stage)
@@ -107,26 +107,28 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
     # Reads the checkpoint's tokenizer, so that nothing is written if there is none.
     tokenizer = export_tokenizer(checkpoint)
     checkpoint = extended(checkpoint, tokenizer.tokenizer, tokenizer.image_token_id + 1)
-    calibration, found = None, None
+    calibration, found, layout = None, None, options.destination.layout
     if options.calibrates:
         calibration = load_calibration(options.calibration, checkpoint.config.vision)
-    if calibration and options.llm_bpw is not None:
+    if calibration and options.llm.bpw is not None:
         found = search.search(
-            checkpoint, tokenizer, calibration, options, options.llm_bpw, progress
+            checkpoint, tokenizer, calibration, options, options.llm.bpw, progress
         )
     chosen = (
-        found.scheme if found else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+        found.scheme
+        if found
+        else recipes.scheme(checkpoint.llm_specs, checkpoint.config, options.llm, layout)
     )
-    if options.method != "rtn":
-        layerwise.check(chosen, options.method)
-    total = llm.total_bytes(checkpoint, chosen, options)
+    if options.llm.method != "rtn":
+        layerwise.check(chosen, options.llm.method)
+    total = llm.total_bytes(checkpoint, chosen, layout, options.llm.dtype)
     facts: dict[str, Any] = {"search": found.to_dict()} if found else {}
     notes = tuple(calibration.notes()) if calibration else ()
     notes += tuple(found.notes()) if found else ()
 
     def write_llm(directory: Path, progress: Progress) -> Written:
-        write = partial(llm.write, checkpoint, chosen, options, directory)
-        if calibration is None or options.method == "rtn":
+        write = partial(llm.write, checkpoint, chosen, layout, options.llm.dtype, directory)
+        if calibration is None or options.llm.method == "rtn":
             return Written(write(counted(progress, total)), facts, notes)
         # What the method makes waits there; it is gone before the bundle is complete.
         with tempfile.TemporaryDirectory(dir=directory) as waiting:
@@ -139,7 +141,7 @@ def _job(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> 
         return Written(summary, facts | told, (*notes, *made.notes))
 
     def compare(bundle: Bundle, written: Written) -> list[Gate]:
-        dtype = getattr(torch, options.dtype)
+        dtype = getattr(torch, options.llm.dtype)
         made = equality.Made(chosen, dtype, written.facts.get(equality.TENSORS, {}))
         return [equality.tensor_gate(checkpoint, bundle, made)]
 
@@ -196,7 +198,7 @@ def build(job: Job, destination: Destination, progress: Progress) -> ExportResul
         manifest = make_manifest(job, encoder.package, written, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         failed = [gate for gate in gates if not gate.passed]
-        if failed and not job.limits.allow_failed_gates:
+        if failed and not job.limits.destination.allow_failed_gates:
             raise _refused(failed, gates, _keep(directory, destination.path), job)
     notes = (*job.tokenizer.notes, *written.notes)
     return ExportResult(destination.path, manifest, tuple(gates), notes)
@@ -236,12 +238,15 @@ def _refused(failed: list[Gate], gates: list[Gate], kept: Path, job: Job) -> Gat
 
 def _write_small_files(job: Job, directory: Path) -> None:
     checkpoint, options, tokenizer = job.checkpoint, job.options, job.tokenizer
+    layout = options.destination.layout
     tokenizer.save(directory)
-    config = app.app_config(checkpoint, job.chosen, options, tokenizer.image_token_id)
-    if options.layout == "app":
+    config = app.app_config(
+        checkpoint, job.chosen, layout, options.llm.dtype, tokenizer.image_token_id
+    )
+    if layout == "app":
         app.write_app_configs(checkpoint, tokenizer, config, directory)
     else:
-        mlx.write_mlx_configs(checkpoint, options, tokenizer, config, directory)
+        mlx.write_mlx_configs(checkpoint, tokenizer, config, directory)
     # The base's first, so that a fine-tune's own stands where both have one.
     for source in reversed(checkpoint.directories):
         for file in sorted(source.glob("LICENSE*")):
@@ -262,22 +267,24 @@ class _ExportedEncoder:
 def _export_encoder(job: Job, package: Path, progress: Progress) -> _ExportedEncoder:
     checkpoint, options = job.checkpoint, job.options
     progress("reference encoder", None)
-    references = references_of_sizes(checkpoint.encoder_state(), checkpoint, options.other_sizes)
-    if options.layout == "mlx":
+    references = references_of_sizes(
+        checkpoint.encoder_state(), checkpoint, options.encoder.other_sizes
+    )
+    if options.destination.layout == "mlx":
         return _ExportedEncoder(references, None)
     vision = checkpoint.config.vision
     module = _folded(checkpoint, vision)
     compression = _compression(job, module, progress)
-    progress("Core ML encoder", 0.0 if options.other_sizes else None)
+    progress("Core ML encoder", 0.0 if options.encoder.other_sizes else None)
     metadata = coreml.EncoderMetadata(
         source=checkpoint.name, license=checkpoint.license, version=version("fastvlm-mlx")
     )
     form = coreml.Form(
-        precision="fp32" if options.encoder_precision == "fp32" else "fp16",
+        precision="fp32" if options.encoder.precision == "fp32" else "fp16",
         metadata=metadata,
         compression=compression,
-        target=options.target,
-        image_input=options.image_input,
+        target=options.encoder.target,
+        image_input=options.encoder.image_input,
     )
     info = multifunction.export_sizes(
         module,
@@ -300,13 +307,13 @@ def _compression(job: Job, module: fastvithd.FastViTHD, progress: Progress) -> c
         progress("compress encoder", done)
 
     options, calibration, config = job.options, job.calibration, job.checkpoint.config
-    if not options.compressed:
+    if not options.encoder.compressed:
         return coreml.NOT_COMPRESSED
     advance(0.0)
-    if calibration is None or options.encoder_precision != "mixed":
-        return compress.uniform(module, options.encoder_precision, advance)
+    if calibration is None or options.encoder.precision != "mixed":
+        return compress.uniform(module, options.encoder.precision, advance)
     pixels = calibration_pixels(calibration, config.vision, config.image_aspect_ratio)
-    chosen = mixed(module, pixels, options.encoder_bits, advance)
+    chosen = mixed(module, pixels, options.encoder.bits_per_weight, advance)
     record = {"sha256": calibration.digest, "skipped": list(calibration.skipped)}
     return replace(chosen, calibration=record)
 
@@ -346,17 +353,17 @@ def check_overlap(destination: Path, sources: Iterable[Path]) -> None:
 def _check_space(directory: Path, job: Job) -> None:
     options = job.options
     parameters = job.checkpoint.encoder_parameters
-    encoder = int(parameters * options.encoder_bits / 8 * UNCOMPRESSED_SHARE)
-    if options.layout == "mlx":
+    encoder = int(parameters * options.encoder.bits_per_weight / 8 * UNCOMPRESSED_SHARE)
+    if options.destination.layout == "mlx":
         encoder = 0  # in the language model's files
     language = job.llm_bytes
-    if options.method != "rtn":
+    if options.llm.method != "rtn":
         language *= 2  # what is calibrated waits beside what is written
-    if options.method == "dwq":
+    if options.llm.method == "dwq":
         language += sum(prod(spec.shape) for spec in job.checkpoint.llm_specs)  # codes, unpacked
     # coremltools writes the encoder's weights twice, before there is a language model; where there
     # are several sizes, beside a package of each.
-    others = len(options.other_sizes)
+    others = len(options.encoder.other_sizes)
     copies = others + 2 if others else 1
     after = max(language, copies * encoder)
     needed = encoder + after + PACKAGE_OVERHEAD_BYTES

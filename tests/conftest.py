@@ -46,7 +46,7 @@ def demo_checkpoint() -> Path:
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint exported as most will: fp16 encoder, 4-bit LLM. Not to be written to."""
     out = tmp_path_factory.mktemp("export") / "bundle"
-    export(DEMO, out, ExportOptions(llm_bits=4))
+    export(DEMO, out, ExportOptions.of(llm_bits=4))
     return out
 
 
@@ -54,7 +54,7 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint as an `mlx` bundle at 4 bits, its gates passed. Not to be written to."""
     out = tmp_path_factory.mktemp("mlx") / "bundle"
-    export(DEMO, out, ExportOptions(llm_bits=4, layout="mlx"))
+    export(DEMO, out, ExportOptions.of(llm_bits=4, layout="mlx"))
     return out
 
 

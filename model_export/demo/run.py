@@ -51,7 +51,7 @@ def run_demo(directory: Path, *, seed: int, llm_bits: int) -> None:
         raise DestinationError(
             f"{directory} exists and is not an earlier demo's: name another directory"
         )
-    options = ExportOptions(llm_bits=llm_bits, overwrite=True)
+    options = ExportOptions.of(llm_bits=llm_bits, overwrite=True)
     shipped = files("model_export.demo") / "checkpoint"
     with as_file(shipped) as checkpoint, show.stages() as progress:
         export(checkpoint, bundle, options, progress)

@@ -1,0 +1,27 @@
+"""What an export is asked for: frozen groups, each checked by itself before anything is read."""
+
+from model_export.options.destination import LAYOUTS, DestinationOptions
+from model_export.options.encoder import PALETTE_BITS, PRECISIONS, EncoderOptions, parse_sizes
+from model_export.options.export import FLAT_NAMES, ExportOptions, FlatOptions
+from model_export.options.limits import ENCODER_SNR_DB, GateLimits
+from model_export.options.llm import BITS, DTYPES, FLOAT16_MAX, GROUP_SIZES, METHODS, LLMOptions
+
+__all__ = [
+    "BITS",
+    "DTYPES",
+    "ENCODER_SNR_DB",
+    "FLAT_NAMES",
+    "FLOAT16_MAX",
+    "GROUP_SIZES",
+    "LAYOUTS",
+    "METHODS",
+    "PALETTE_BITS",
+    "PRECISIONS",
+    "DestinationOptions",
+    "EncoderOptions",
+    "ExportOptions",
+    "FlatOptions",
+    "GateLimits",
+    "LLMOptions",
+    "parse_sizes",
+]

@@ -19,8 +19,8 @@ from model_export.options import ExportOptions
 from model_export.samples import images
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-EXACT = ExportOptions(llm_bits=16, dtype="float32", encoder_precision="fp32")
-EXACT_MLX = ExportOptions(llm_bits=16, dtype="float32", layout="mlx")
+EXACT = ExportOptions.of(llm_bits=16, dtype="float32", encoder_precision="fp32")
+EXACT_MLX = ExportOptions.of(llm_bits=16, dtype="float32", layout="mlx")
 CASES = json.loads((GOLDEN / "answers.json").read_text())
 # Q of one layer, an MLP's matrix, and a convolution of the encoder.
 ADAPTED = (
@@ -240,6 +240,6 @@ def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, o
     checked = fastvlm("verify", out, "--checkpoint", path, "--base", moved)
     assert checked.returncode == 0, checked.stderr
     assert "KL divergence" in checked.stdout
-    in_mlx = ExportOptions(llm_bits=16, image_size=128, layout="mlx")
+    in_mlx = ExportOptions.of(llm_bits=16, image_size=128, layout="mlx")
     pipeline.export(path, tmp_path / "mlx", in_mlx, base=moved)
     assert answers(tmp_path / "mlx") == answers(out) != [case["tokens"] for case in CASES]

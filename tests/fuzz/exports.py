@@ -68,7 +68,7 @@ def _export(case: Case, out: Path, place: str | None = None) -> None:
             out.mkdir()
             (out / "thesis.txt").write_text("precious")
 
-    options = ExportOptions(llm_bits=4, overwrite=case.facts["overwrite"])
+    options = ExportOptions.of(llm_bits=4, overwrite=case.facts["overwrite"])
     with _quick(case.stock / "app"):
         export(case.source, out, options, look)
 
@@ -98,7 +98,7 @@ def _export_now(case: Case, out: Path) -> None:
     from model_export.options import ExportOptions
     from model_export.pipeline import export
 
-    export(case.source, out, ExportOptions(llm_bits=4))
+    export(case.source, out, ExportOptions.of(llm_bits=4))
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def test_a_source_that_the_bundle_s_type_rounds(edit_checkpoint, tmp_path, few_s
                 tensor.mul_(type(tensor)(noise.astype(np.float32)))
 
     checkpoint = edit_checkpoint(tensors=blur)
-    options = ExportOptions(llm_bits=16, dtype="bfloat16", layout="mlx")
+    options = ExportOptions.of(llm_bits=16, dtype="bfloat16", layout="mlx")
     export(checkpoint, tmp_path / "mlx", options)
     result = convert(tmp_path / "mlx", tmp_path / "app", "app")
     assert result.manifest["options"]["min_snr_db"] == 20
@@ -244,14 +244,14 @@ def test_a_float32_bundle_stays_exact(copy, tmp_path, quick, monkeypatch):
     )
     edit_weights(copy, widen)
     result = convert(copy, tmp_path / "out", "app")
-    assert [options.encoder_precision for options in asked] == ["fp32"]
+    assert [options.encoder.precision for options in asked] == ["fp32"]
     assert result.manifest["options"]["dtype"] == "float32"
     assert result.manifest["options"]["min_snr_db"] == 80
     assert json.loads((result.path / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_bits_of_single_parts_stay_recorded(demo_checkpoint, tmp_path, quick, no_gates):
-    options = ExportOptions(llm_bits=4, embed_bits=16, projector_bits=4, layout="mlx")
+    options = ExportOptions.of(llm_bits=4, embed_bits=16, projector_bits=4, layout="mlx")
     before = export(demo_checkpoint, tmp_path / "mlx", options).manifest
     assert before["llm"]["left_unquantized"].keys() == {EMBEDDING}
     for told in (True, False):
@@ -262,7 +262,9 @@ def test_bits_of_single_parts_stay_recorded(demo_checkpoint, tmp_path, quick, no
             assert manifest["options"][key] == before["options"][key], key
         assert manifest["llm"]["formats"] == before["llm"]["formats"]
         assert manifest["llm"]["left_unquantized"].keys() == {EMBEDDING}
-        assert verify.recorded_options(Bundle.open(tmp_path / f"app-{told}")).projector_bits == 4
+        assert (
+            verify.recorded_options(Bundle.open(tmp_path / f"app-{told}")).llm.projector_bits == 4
+        )
 
 
 def test_a_conversion_of_mlx_vlm_s(copy, scene, tmp_path, few_samples):

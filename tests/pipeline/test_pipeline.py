@@ -87,7 +87,7 @@ def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
 
 
 def test_two_exports_are_the_same_bytes(demo_checkpoint, demo_bundle, tmp_path, quick):
-    export(demo_checkpoint, tmp_path / "again", ExportOptions(llm_bits=4))
+    export(demo_checkpoint, tmp_path / "again", ExportOptions.of(llm_bits=4))
     first = {k: v[0] for k, v in fingerprint(demo_bundle).items() if k != "manifest.json"}
     second = {k: v[0] for k, v in fingerprint(tmp_path / "again").items() if k != "manifest.json"}
     assert first == second
@@ -99,7 +99,7 @@ def test_calibration_that_can_t_be_read_is_told(demo_checkpoint, tmp_path, quick
     images.mkdir()
     Image.new("RGB", (40, 30), "red").save(images / "red.png")
     (images / "broken.png").write_bytes(b"no image")
-    options = ExportOptions(encoder_precision="mixed", calibration=str(images))
+    options = ExportOptions.of(encoder_precision="mixed", calibration=str(images))
     (note,) = export(demo_checkpoint, tmp_path / "out", options).notes
     assert note.startswith("calibration: 1 skipped")
     assert "broken.png" in note
@@ -150,23 +150,23 @@ class TestDestination:
             broken.setattr(llm, "write", raiser(OSError(errno.EIO, "Input/output error")))
             (out / "mine.txt").unlink()
             with pytest.raises(DestinationError, match="can't be read or written"):
-                export(demo_checkpoint, out, ExportOptions(overwrite=True))
+                export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
             (out / "mine.txt").write_text("precious")
         with pytest.raises(DestinationError, match=r"what is no bundle \(mine\.txt\)"):
-            export(demo_checkpoint, out, ExportOptions(overwrite=True))
+            export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert (out / "mine.txt").read_text() == "precious"
         (out / "mine.txt").unlink()
-        export(demo_checkpoint, out, ExportOptions(overwrite=True))
+        export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
     def test_one_inside_the_checkpoint_is_refused(self, edit_checkpoint):
         path = edit_checkpoint()
         before = fingerprint(path)
         with pytest.raises(DestinationError, match="never written to"):
-            export(path, path / "out", ExportOptions(overwrite=True))
+            export(path, path / "out", ExportOptions.of(overwrite=True))
         for out in (path, path.parent):
             with pytest.raises(DestinationError, match=r"never written to|holds what is no bundle"):
-                export(path, out, ExportOptions(overwrite=True))
+                export(path, out, ExportOptions.of(overwrite=True))
         assert fingerprint(path) == before
 
     def test_a_full_disk(self, demo_checkpoint, tmp_path, quick, monkeypatch):
@@ -199,7 +199,7 @@ class TestDestination:
         sentence = rf"the disk of {tmp_path} is full, nothing was left at .*: make room, or choose"
         for destination in (out, tmp_path / "another"):
             with pytest.raises(DestinationError, match=sentence):
-                export(demo_checkpoint, destination, ExportOptions(overwrite=True), look)
+                export(demo_checkpoint, destination, ExportOptions.of(overwrite=True), look)
             assert found[-1] == shards[:3]
         assert fingerprint(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -251,7 +251,7 @@ class TestDestination:
         with pytest.raises(
             DestinationError, match=r"changed while .* \(thesis.txt is new\), and st"
         ):
-            export(demo_checkpoint, out, ExportOptions(overwrite=True), intrude)
+            export(demo_checkpoint, out, ExportOptions.of(overwrite=True), intrude)
         assert thesis.read_text() == "precious"
         assert fingerprint(out).items() > before.items()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -279,7 +279,7 @@ class TestDestination:
     def test_all_files_have_the_modes_that_the_umask_gives(self, demo_checkpoint, tmp_path):
         earlier = os.umask(0o027)
         try:
-            export(demo_checkpoint, tmp_path / "out", ExportOptions(llm_bits=4))
+            export(demo_checkpoint, tmp_path / "out", ExportOptions.of(llm_bits=4))
         finally:
             os.umask(earlier)
         modes = {
@@ -293,11 +293,11 @@ class TestDestination:
         docs.mkdir(parents=True)
         (docs / "thesis.txt").write_text("precious")
         with pytest.raises(DestinationError, match=r"holds what is no bundle \(docs"):
-            export(demo_checkpoint, docs.parent, ExportOptions(overwrite=True))
+            export(demo_checkpoint, docs.parent, ExportOptions.of(overwrite=True))
         monkeypatch.chdir(docs)
         for out in (".", "..", "", "~", "/"):
             with pytest.raises(DestinationError, match="can't become a bundle"):
-                export(demo_checkpoint, out, ExportOptions(overwrite=True))
+                export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert (docs / "thesis.txt").read_text() == "precious"
 
     def test_a_symbolic_link_is_refused(self, demo_checkpoint, tmp_path):
@@ -329,7 +329,7 @@ class TestRefusedBeforeAnyWork:
     )
     def test_options(self, options, words):
         with pytest.raises(OptionError, match=words):
-            ExportOptions(**options)
+            ExportOptions.of(**options)
 
     def test_a_checkpoint_that_is_not_one(self, tmp_path):
         with pytest.raises(CheckpointError):
@@ -362,7 +362,7 @@ class TestAFailedGate:
             rf"{kept}` and limits of your own, or choose more bits"
         )
         with pytest.raises(GateError, match=words):
-            export(demo_checkpoint, out, ExportOptions(llm_bits=4))
+            export(demo_checkpoint, out, ExportOptions.of(llm_bits=4))
         assert list(out.parent.iterdir()) == [kept]
         bundle = Bundle.open(kept)
         bundle.check_files()
@@ -373,7 +373,7 @@ class TestAFailedGate:
         kept = tmp_path / "out.failed-gates"
         for bits in (4, 8):
             with pytest.raises(GateError, match="is kept at"):
-                export(demo_checkpoint, tmp_path / "out", ExportOptions(llm_bits=bits))
+                export(demo_checkpoint, tmp_path / "out", ExportOptions.of(llm_bits=bits))
             assert Bundle.open(kept).manifest["llm"]["bits"] == bits
         assert list(tmp_path.iterdir()) == [kept]
 
@@ -393,11 +393,11 @@ class TestAFailedGate:
         shutil.copytree(demo_bundle, out)
         before = fingerprint(out)
         with pytest.raises(GateError, match="is kept at"):
-            export(demo_checkpoint, out, ExportOptions(overwrite=True))
+            export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert fingerprint(out) == before
 
     def test_it_is_at_the_destination_where_that_is_asked(self, demo_checkpoint, tmp_path, failing):
-        options = ExportOptions(allow_failed_gates=True)
+        options = ExportOptions.of(allow_failed_gates=True)
         result = export(demo_checkpoint, tmp_path / "out", options)
         assert not result.manifest["gates_passed"]
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
