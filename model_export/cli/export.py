@@ -112,18 +112,15 @@ def export(
     with needs_export_extra():
         from model_export.options import ExportOptions, parse_sizes
         from model_export.pipeline import export as run
-        from model_export.presets import preset as with_preset
 
     from fastvlm_mlx.cli import show
 
     given = {k: v for k, v in call.params.items() if v is not None and k not in OWN}
     if image_sizes is not None:
         given["image_sizes"] = parse_sizes(image_sizes)
-    if preset is not None:
-        given = with_preset(preset, given)
     with show.stages() as progress:
         result = run(
-            checkpoint, out, ExportOptions(**given), progress, base=base, revision=revision
+            checkpoint, out, ExportOptions.of(**given), progress, base=base, revision=revision
         )
     for note in result.notes:
         show.note(note)

@@ -57,7 +57,6 @@ def plan(
     with needs_export_extra():
         from model_export.options import parse_sizes
         from model_export.planning.plan import run
-        from model_export.presets import preset as with_preset
 
     own = ("path", "device", "base", "revision", "context", "kv_bits", "as_json")
     # An option that is not given is None, a flag False.
@@ -68,8 +67,6 @@ def plan(
     }
     if image_sizes is not None:
         given["image_sizes"] = parse_sizes(image_sizes)
-    if preset is not None:
-        given = with_preset(preset, given)
     plans = run(path, device, given, base=base, revision=revision, context=context, kv_bits=kv_bits)
     if as_json:
         print_json({"path": path, "devices": plans})

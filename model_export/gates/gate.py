@@ -84,7 +84,7 @@ def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
     image = gate_samples(config.vision)[-1].image
     if bundle.layout == "mlx":
-        rounded = RoundedEncoder(bundle, options.dtype)
+        rounded = RoundedEncoder(bundle, options.llm.dtype)
         rounded(process(image))
         return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
     encoder = MLProgramEncoder(bundle.package, config.vision.image_size)

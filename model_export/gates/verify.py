@@ -62,7 +62,7 @@ from model_export.gates.core_ml import core_ml_gates
 from model_export.gates.gate import Gate, Magnitude, overflow_gates
 from model_export.gates.mlx_encoder import RoundedEncoder
 from model_export.layouts import app, mlx
-from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions
+from model_export.options import FLOAT16_MAX, PRECISIONS, ExportOptions, GateLimits
 from model_export.samples.images import Reference, references_of_sizes
 
 if TYPE_CHECKING:
@@ -120,24 +120,24 @@ def encoder_gates(
     worst = np.min([snr_db(r.features, f) for r, f in zip(references, features, strict=True)])
     floor = options.snr_floor_db
     exact = encoder(references[-1].pixels)
-    constants = encoder.constants if options.compressed else {}
+    constants = encoder.constants if options.encoder.compressed else {}
     del encoder
     module = folded()
     gates = [Gate("encoder SNR", float(worst), "dB", floor, True)]
-    if options.compressed:
+    if options.encoder.compressed:
         pairs = zip(references, features, strict=True)
         cosine = np.min([mean_cosine(r.features, f) for r, f in pairs])
         weights = _take_stored(module, constants)
         gates += [
             Gate("encoder cosine", float(cosine), "", COMPRESSED_COSINE, True),
-            Gate("encoder weights SNR", weights, "dB", options.weights_floor_db, True),
+            Gate("encoder weights SNR", weights, "dB", options.encoder.weights_floor_db, True),
         ]
     conversion = snr_db(_rounded_features(module, options, references[-1].pixels), exact)
     gates.append(Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True))
-    if options.encoder_precision != "fp32":
+    if options.encoder.precision != "fp32":
         gates.append(Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False))
     if sys.platform == "darwin":
-        gates += core_ml_gates(package, references[-1].pixels, exact, options.min_snr_db)
+        gates += core_ml_gates(package, references[-1].pixels, exact, options.limits.min_snr_db)
     return gates, features
 
 
@@ -152,12 +152,12 @@ def mlx_encoder_gates(
     Returns:
         The gates, and the features of every image.
     """
-    encoder = RoundedEncoder(bundle, options.dtype)
+    encoder = RoundedEncoder(bundle, options.llm.dtype)
     features = [encoder(r.pixels) for r in references]
     worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
     floor = options.snr_floor_db
     gates = [Gate("encoder SNR", worst, "dB", floor, True)]
-    if options.dtype == "float16":
+    if options.llm.dtype == "float16":
         gates.append(Gate("encoder largest magnitude", encoder.largest, "", FLOAT16_MAX, False))
     if mx.default_device() != mx.Device(mx.cpu):
         on_gpu = load_bundle_encoder(bundle)
@@ -223,7 +223,7 @@ def _take_stored(module: FastViTHD, constants: Mapping[str, torch.Tensor]) -> fl
 def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndarray) -> np.ndarray:
     import torch
 
-    if options.encoder_precision == "fp16":
+    if options.encoder.precision == "fp16":
         for parameter in module.parameters():
             parameter.data = parameter.data.half().float()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -282,7 +282,7 @@ def answer_gates(
         decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
         agreed.append(top.indices[:, 0] == q.log_probabilities.argmax(1))
         largest = float(np.maximum(largest, q.largest))
-    ceiling = options.max_kl_nats
+    ceiling = options.limits.max_kl_nats
     if ceiling is None:
         cost = float(torch.cat(expected).mean())
         # In so many digits as are shown.
@@ -292,14 +292,14 @@ def answer_gates(
         Gate("KL divergence", kl, "nats", ceiling, False),
         _agreement(torch.cat(agreed)[torch.cat(decided)], options),
     ]
-    if options.dtype == "float16":
+    if options.llm.dtype == "float16":
         gates.append(Gate("LLM largest magnitude", largest, "", FLOAT16_MAX, False))
     return gates
 
 
 def _agreement(agreed: torch.Tensor, options: ExportOptions) -> Gate:
     """Of the places where the source is sure: bool [P]."""
-    floor = USABLE_SHARE if options.min_agreement is None else options.min_agreement
+    floor = USABLE_SHARE if options.limits.min_agreement is None else options.limits.min_agreement
     places = len(agreed)
     share = float(agreed.float().mean()) if places else 0.0
     why = ""
@@ -350,7 +350,7 @@ def verify(
 
     Args:
         checkpoint_path, base, revision: as for the export.
-        limits: fields of `ExportOptions` to judge by in place of the manifest's, where not None.
+        limits: fields of `GateLimits` to judge by in place of the manifest's, where not None.
 
     Raises:
         BundleError: a file changed, the layout's rules are broken, or another checkpoint is given.
@@ -364,9 +364,9 @@ def verify(
         app.check_app(bundle, describe(bundle.package))
     else:
         mlx.check_mlx(bundle)
-    options = replace(
-        _own_limits(recorded_options(bundle)), **{k: v for k, v in limits.items() if v is not None}
-    )
+    options = _own_limits(recorded_options(bundle))
+    given = {k: v for k, v in limits.items() if v is not None}
+    options = replace(options, limits=replace(options.limits, **given))
     other_sizes = _other_sizes(bundle, options)
     if checkpoint_path is None:
         if any(limit is not None for limit in limits.values()):
@@ -413,14 +413,14 @@ def _folded(
     from model_export.encoder import fastvithd
 
     if "converted_from" in (bundle.manifest or {}):
-        dtype = getattr(torch, options.dtype)
+        dtype = getattr(torch, options.llm.dtype)
         state = {name: tensor.to(dtype).float() for name, tensor in state.items()}
     return fastvithd.fold(state, vision)
 
 
 def _other_sizes(bundle: Bundle, options: ExportOptions) -> list[int]:
     """What the encoder takes besides its default size: a package says it, else the manifest."""
-    sizes = options.other_sizes
+    sizes = options.encoder.other_sizes
     if bundle.layout == "app":
         sizes = tuple(describe(bundle.package).functions.values())
     return sorted({*sizes} - {bundle.config.vision.image_size})
@@ -465,24 +465,17 @@ def _hashes(source: Mapping[str, Any]) -> list[str]:
 
 def _own_limits(recorded: ExportOptions) -> ExportOptions:
     """By our limits, whatever a bundle says of itself; but for a stricter one of the encoder's."""
-    ours = replace(recorded, min_snr_db=None, max_kl_nats=None, min_agreement=None)
+    ours = replace(recorded, limits=GateLimits())
     strict = max(recorded.snr_floor_db, ours.snr_floor_db)
-    return replace(ours, min_snr_db=strict)
+    return replace(ours, limits=GateLimits(min_snr_db=strict))
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:
     """The options that the manifest says the bundle was made with; else what its files show."""
     if bundle.manifest is not None:
-        recorded = bundle.manifest["options"]
-        known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
-        if known.get("group_size") is None:
-            known.pop("group_size", None)
-        if known.get("layout") == "mlx":
-            # What it says follows from the type.
-            known.pop("encoder_precision", None)
-        return ExportOptions(**known)
+        return ExportOptions.from_record(bundle.manifest["options"])
     precision = describe(bundle.package).precision if bundle.layout == "app" else "fp16"
-    return ExportOptions(
+    return ExportOptions.of(
         dtype=bundle.config.dtype,  # type: ignore[arg-type]
         encoder_precision=precision if precision in PRECISIONS else "fp16",  # type: ignore[arg-type]
         layout=bundle.layout,  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def run(
     Args:
         path: a bundle's directory, or a checkpoint of any kind; what a hub id names is downloaded,
             and an export finds it in the cache.
-        given: those of `ExportOptions` that were asked for.
+        given: the options of export that were asked for, by the command line's names.
         context: tokens in the KV cache; `CONTEXT`, or all that the model has, if it is not given.
 
     Raises:
@@ -137,8 +137,10 @@ def run(
             )
         subject = of_bundle(found_here)
     else:
-        options = ExportOptions(**given)
-        checkpoint = Checkpoint(path, base=base, revision=revision, image_size=options.default_size)
+        options = ExportOptions.of(**given)
+        checkpoint = Checkpoint(
+            path, base=base, revision=revision, image_size=options.encoder.default_size
+        )
         subject = of_checkpoint(checkpoint, options)
         export = exporter(checkpoint, options)
     if context is None:
@@ -258,7 +260,9 @@ def exporter(checkpoint: Checkpoint, options: ExportOptions) -> Callable[[int], 
 
     def export(bits: int) -> Subject | None:
         try:
-            return of_checkpoint(checkpoint, replace(options, llm_bits=bits, llm_bpw=None))
+            return of_checkpoint(
+                checkpoint, replace(options, llm=replace(options.llm, bits=bits, bpw=None))
+            )
         except OptionError:
             return None
 

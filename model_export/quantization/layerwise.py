@@ -115,12 +115,12 @@ def quantize(
     """Quantize the layers that `chosen` quantizes, into files in `directory`.
 
     Args:
-        options: `method` is "awq", "gptq" or "dwq".
+        options: `llm.method` is "awq", "gptq" or "dwq".
 
     Raises:
         CheckpointError, OptionError: as `llm.convert`.
     """
-    method, name = options.method, options.method.upper()
+    method, name = options.llm.method, options.llm.method.upper()
     seen, judges = split(calibration, checkpoint.config.vision.image_size, held_out.LEAST_IMAGES)
     facts: dict[str, Any] = {
         "sha256": calibration.digest,
@@ -201,7 +201,9 @@ class Work:
             prefix = f"{LAYERS}{index}."
             state = qwen2.layer_state(source, prefix)
             for name, tensor in state.items():
-                llm.check_range((prefix + name).removeprefix(PREFIX), tensor, self.options.dtype)
+                llm.check_range(
+                    (prefix + name).removeprefix(PREFIX), tensor, self.options.llm.dtype
+                )
             yield prefix, state
 
     def formats(self, prefix: str) -> awq.Formats:
@@ -216,12 +218,12 @@ class Work:
 def _layer_by_layer(work: Work, samples: Sequence[Sample]) -> llm.Ready:
     """AWQ, GPTQ."""
     layer = qwen2.decoder_layer(work.checkpoint.config.text)
-    method = gptq_layer if work.options.method == "gptq" else awq_layer
+    method = gptq_layer if work.options.llm.method == "gptq" else awq_layer
     ready: dict[str, Path] = {}
     for index, (prefix, state) in enumerate(work.layers()):
         work.progress(index / work.count)
         layer.load_state_dict(state, strict=True, assign=True)
-        inputs = Inputs(layer, samples, work.formats(prefix), work.options.dtype)
+        inputs = Inputs(layer, samples, work.formats(prefix), work.options.llm.dtype)
         ready |= work.save(prefix, method(inputs))
     work.progress(1.0)
     return ready
@@ -259,7 +261,7 @@ def _train(work: Work, taught: Sequence[Sample], learning: Sequence[Sample]) -> 
     ]
     head = dwq.Head(text, source, held_out.Candidate(source, work.chosen))
     dwq.train(layer, list(layers.values()), head, lessons, work.progress)
-    dtype = getattr(torch, work.options.dtype)
+    dtype = getattr(torch, work.options.llm.dtype)
     ready: dict[str, Path] = {}
     for prefix, each in layers.items():
         finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}

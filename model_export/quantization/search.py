@@ -169,7 +169,7 @@ def search(
             tokenizer,
             on,
             [candidate.scheme for candidate in of],
-            options.dtype,
+            options.llm.dtype,
             partial(progress, stage),
         )
         return trial.means(found)
@@ -177,10 +177,10 @@ def search(
     def measure(missing: Asked) -> Losses:
         report = partial(progress, "sensitivities")
         return sensitivity.measure(
-            checkpoint, tokenizer, references, missing, options.dtype, report
+            checkpoint, tokenizer, references, missing, options.llm.dtype, report
         )
 
-    losses = _losses(_measurements(checkpoint, seen, options.dtype), asked, measure)
+    losses = _losses(_measurements(checkpoint, seen, options.llm.dtype), asked, measure)
     fitting = at_or_below(space, losses, target)
     finalists = max(FINALISTS, room // len(judges))
     if len(fitting) > finalists:
@@ -212,7 +212,7 @@ def _asked(space: Space, target: float) -> Asked:
     every one."""
     near = space.near(target)
     paths = map(path_of, space.matrices)
-    whole = near if space.options.layout == "app" else space.forms
+    whole = near if space.options.destination.layout == "app" else space.forms
     return {path: near if space.part(path) == "layers" else whole for path in paths}
 
 
