@@ -11,7 +11,7 @@ from typing import Any
 from fastvlm_mlx.bundle.config import fits_mlx_vlm
 from fastvlm_mlx.bundle.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
-from model_export.bundle_spec import Job, Written
+from model_export.bundle_spec import BundleSpec, WrittenLLM
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.gates.gate import Gate
 from model_export.language import recipes
@@ -32,9 +32,9 @@ RECORDED = ("weight_formats", "calibration")
 
 
 def make_manifest(
-    job: Job,
+    spec: BundleSpec,
     info: PackageInfo | None,
-    written: Written,
+    written: WrittenLLM,
     gates: list[Gate],
     directory: Path,
 ) -> dict[str, Any]:
@@ -43,13 +43,13 @@ def make_manifest(
     Args:
         info: of the encoder's package; an `mlx` bundle has none.
     """
-    checkpoint, chosen, options = job.checkpoint, job.chosen, job.options
+    checkpoint, formats, options = spec.checkpoint, spec.formats, spec.options
     summary = written.summary
     vision = checkpoint.config.vision
     return {
         "schema_version": SCHEMA_VERSION,
-        "layout": options.destination.layout,
-        **job.origin(),
+        "layout": spec.layout,
+        **spec.provenance(),
         "options": options.to_record(),
         "encoder": {
             "precision": options.encoder_format,
@@ -61,9 +61,9 @@ def make_manifest(
         | ({"image_sizes": sorted(sizes)} if (sizes := options.encoder.image_sizes) else {})
         | ({} if info is None else _package_facts(info)),
         "llm": {
-            "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
+            "bits": recipes.layer_bits(formats, checkpoint.llm_specs),
             "group_size": options.llm.format.group_size if options.llm.format else None,
-            "formats": {path: form and form.to_dict() for path, form in chosen.items()},
+            "formats": {path: form and form.to_dict() for path, form in formats.items()},
             "dtype": options.llm.dtype,
             "parameters": summary.parameters,
             "bytes": summary.bytes,

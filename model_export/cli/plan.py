@@ -55,7 +55,7 @@ def plan(
 ) -> None:
     """Foresee memory, time to the first token and speed on a device, without exporting."""
     with needs_export_extra():
-        from model_export.options import parse_sizes
+        from model_export.options import ExportOptions, parse_sizes
         from model_export.planning.plan import run
 
     own = ("path", "device", "base", "revision", "context", "kv_bits", "as_json")
@@ -67,7 +67,10 @@ def plan(
     }
     if image_sizes is not None:
         given["image_sizes"] = parse_sizes(image_sizes)
-    plans = run(path, device, given, base=base, revision=revision, context=context, kv_bits=kv_bits)
+    options = ExportOptions.of(**given) if given else None
+    plans = run(
+        path, device, options, base=base, revision=revision, context=context, kv_bits=kv_bits
+    )
     if as_json:
         print_json({"path": path, "devices": plans})
         return

@@ -63,4 +63,4 @@ def forecast(path: Path, chip: str) -> dict[str, Any]:
     """
     from model_export.planning.plan import run
 
-    return run(path, chip, {})[0]
+    return run(path, chip, None)[0]

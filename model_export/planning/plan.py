@@ -107,7 +107,7 @@ class Forecast:
 def run(
     path: str | Path,
     device: str | None,
-    given: dict[str, Any],
+    options: ExportOptions | None,
     *,
     base: str | None = None,
     revision: str | None = None,
@@ -119,7 +119,7 @@ def run(
     Args:
         path: a bundle's directory, or a checkpoint of any kind; what a hub id names is downloaded,
             and an export finds it in the cache.
-        given: the options of export that were asked for, by the command line's names.
+        options: of the export; a bundle takes none.
         context: tokens in the KV cache; `CONTEXT`, or all that the model has, if it is not given.
 
     Raises:
@@ -130,14 +130,14 @@ def run(
     found_here = Path(path).expanduser()
     export = None
     if found_here.is_dir() and is_bundle(found_here):
-        if given or base or revision:
+        if options or base or revision:
             raise OptionError(
                 f"{path} is a bundle, whose bits and sizes are made: leave out the options of "
                 "export, or name the checkpoint"
             )
         subject = of_bundle(found_here)
     else:
-        options = ExportOptions.of(**given)
+        options = options or ExportOptions()
         checkpoint = Checkpoint(
             path, base=base, revision=revision, image_size=options.encoder.default_size
         )

@@ -13,9 +13,9 @@ from fastvlm_mlx.bundle.manifest import MANIFEST, hash_tree
 from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import DestinationError
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from model_export.bundle_source import bundle_tensors
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.comparison.sweep import _State
-from model_export.conversion import bundle_tensors
 from model_export.layouts import install as installer
 from model_export.planning import plan
 from model_export.publish import push

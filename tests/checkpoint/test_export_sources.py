@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fastvlm_mlx
 from fastvlm_mlx.vision.package import describe
-from model_export import pipeline
+from model_export import build, pipeline
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.samples import images
@@ -160,15 +160,15 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
 ):
     states = []
 
-    def encoder(job, package, progress):
+    def encoder(spec, package, progress):
         # Made from these alone; converting the same ones again would tell nothing new.
-        states.append(job.checkpoint.encoder_state())
+        states.append(spec.checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
-        return pipeline._ExportedEncoder({256: []}, describe(package))
+        return build.ExportedEncoder({256: []}, describe(package))
 
-    monkeypatch.setattr(pipeline, "_export_encoder", encoder)
-    monkeypatch.setattr(pipeline.verify, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "export_encoder", encoder)
+    monkeypatch.setattr(build.verify, "gates_of_sizes", lambda *arguments: ([], []))
+    monkeypatch.setattr(build.verify, "answer_gates", lambda *arguments: [])
     reference, options = source(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     result = pipeline.export(reference, tmp_path / "out", EXACT, **options)

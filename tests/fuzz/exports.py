@@ -105,17 +105,17 @@ def _export_now(case: Case, out: Path) -> None:
 def _quick(bundle: Path) -> Iterator[None]:
     """The encoder copied and the gates left out: for what surrounds them."""
     from fastvlm_mlx.vision.package import describe
-    from model_export import pipeline
+    from model_export import build
 
-    def encoder(job: Any, package: Path, progress: Any) -> Any:
+    def encoder(spec: Any, package: Path, progress: Any) -> Any:
         shutil.copytree(bundle / package.name, package)
-        references = {job.checkpoint.config.vision.image_size: []}
-        return pipeline._ExportedEncoder(references, describe(package))  # type: ignore[arg-type]
+        references = {spec.checkpoint.config.vision.image_size: []}
+        return build.ExportedEncoder(references, describe(package))  # type: ignore[arg-type]
 
     with (
-        mock.patch.object(pipeline, "_export_encoder", encoder),
-        mock.patch.object(pipeline.verify, "encoder_gates", return_value=([], [])),
-        mock.patch.object(pipeline.verify, "answer_gates", return_value=[]),
+        mock.patch.object(build, "export_encoder", encoder),
+        mock.patch.object(build.verify, "encoder_gates", return_value=([], [])),
+        mock.patch.object(build.verify, "answer_gates", return_value=[]),
     ):
         yield
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, OptionError
-from model_export import pipeline
+from model_export import build, space
+from model_export.checkpoint import licenses
 from model_export.destination.destination import Destination, appearing, check_replaceable
 from model_export.destination.staging import MAGIC
 from model_export.language import llm
@@ -40,14 +41,14 @@ def quick(monkeypatch, demo_bundle):
     """Exports whose encoder is copied and whose gates are skipped: for what surrounds them."""
     from fastvlm_mlx.vision.package import describe
 
-    def encoder(job, package, progress):
+    def encoder(spec, package, progress):
         shutil.copytree(demo_bundle / package.name, package)
-        references = {job.checkpoint.config.vision.image_size: []}
-        return pipeline._ExportedEncoder(references, describe(package))
+        references = {spec.checkpoint.config.vision.image_size: []}
+        return build.ExportedEncoder(references, describe(package))
 
-    monkeypatch.setattr(pipeline, "_export_encoder", encoder)
-    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "export_encoder", encoder)
+    monkeypatch.setattr(build.verify, "encoder_gates", lambda *arguments: ([], []))
+    monkeypatch.setattr(build.verify, "answer_gates", lambda *arguments: [])
 
 
 def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
@@ -125,7 +126,7 @@ class TestLicences:
 
     def test_one_that_is_too_large(self, edit_checkpoint, tmp_path, quick):
         path = edit_checkpoint()
-        (path / "LICENSE").write_bytes(b"x" * (pipeline.LICENSE_BYTES + 1))
+        (path / "LICENSE").write_bytes(b"x" * (licenses.LICENSE_BYTES + 1))
         with pytest.raises(CheckpointError, match="LICENSE has more than 1,000,000 bytes"):
             export(path, tmp_path / "out", ExportOptions())
 
@@ -184,18 +185,18 @@ class TestDestination:
         export(demo_checkpoint, out, ExportOptions())
         before = fingerprint(out)
         shards = sorted(path.name for path in out.glob("model-*.safetensors"))
-        encoder, found = pipeline._export_encoder, []
+        encoder, found = build.export_encoder, []
 
-        def fill(job, package, progress):
+        def fill(spec, package, progress):
             # Every write to /dev/full fails as on a full disk.
             (package.parent / shards[2]).symlink_to("/dev/full")
-            return encoder(job, package, progress)
+            return encoder(spec, package, progress)
 
         def look(stage, done):
             for directory in tmp_path.glob(".fastvlm-*/bundle"):
                 found.append(sorted(path.name for path in directory.glob("model-*")))
 
-        monkeypatch.setattr(pipeline, "_export_encoder", fill)
+        monkeypatch.setattr(build, "export_encoder", fill)
         sentence = rf"the disk of {tmp_path} is full, nothing was left at .*: make room, or choose"
         for destination in (out, tmp_path / "another"):
             with pytest.raises(DestinationError, match=sentence):
@@ -208,7 +209,7 @@ class TestDestination:
         from collections import namedtuple
 
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
+        monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
         with pytest.raises(DestinationError, match="has 1 MB free and the bundle needs"):
             export(demo_checkpoint, tmp_path / "out", ExportOptions())
         assert list(tmp_path.iterdir()) == []
@@ -267,7 +268,7 @@ class TestDestination:
             out.mkdir()
             (out / "thesis.txt").write_text("precious")
 
-        monkeypatch.setattr(pipeline, "_check_layout", check)
+        monkeypatch.setattr(build, "check_layout", check)
         monkeypatch.setattr("sys.argv", ["fastvlm", "export", str(demo_checkpoint), str(out)])
         with pytest.raises(SystemExit) as ended:
             main.main()
@@ -347,8 +348,8 @@ class TestRefusedBeforeAnyWork:
 @pytest.fixture
 def failing(monkeypatch, quick):
     """A gate that fails; its figure can be set."""
-    gate = pipeline.verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
-    monkeypatch.setattr(pipeline.verify, "encoder_gates", lambda *arguments: ([gate], []))
+    gate = build.verify.Gate("encoder SNR", 12.3, "dB", 35.0, True)
+    monkeypatch.setattr(build.verify, "encoder_gates", lambda *arguments: ([gate], []))
 
 
 class TestAFailedGate:
@@ -404,8 +405,8 @@ class TestAFailedGate:
 
 
 def test_a_gate_with_too_little_to_judge_is_told(demo_checkpoint, tmp_path, quick, monkeypatch):
-    gate = pipeline.verify.Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
-    monkeypatch.setattr(pipeline.verify, "answer_gates", lambda *arguments: [gate])
+    gate = build.verify.Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
+    monkeypatch.setattr(build.verify, "answer_gates", lambda *arguments: [gate])
     manifest = export(demo_checkpoint, tmp_path / "out", ExportOptions()).manifest
     assert manifest["gates_passed"]
     assert manifest["gates_left_out"] == {"greedy agreement": "2 places"}

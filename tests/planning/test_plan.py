@@ -507,14 +507,14 @@ def test_a_mistake_gets_one_sentence(demo_checkpoint, capsys, monkeypatch, argum
 
 def test_a_bundle_has_its_bits_already(demo_bundle, tmp_path):
     with pytest.raises(OptionError, match="is a bundle, whose bits and sizes are made"):
-        plan.run(demo_bundle, None, {"llm_bits": 4})
+        plan.run(demo_bundle, None, ExportOptions.of(llm_bits=4))
     with pytest.raises(CheckpointError, match="does not exist"):
-        plan.run(tmp_path / "apple" / "FastVLM-0.5B", None, {})
+        plan.run(tmp_path / "apple" / "FastVLM-0.5B", None, None)
 
 
 def test_planning_reads_no_weights(sized, monkeypatch):
     monkeypatch.setattr(Checkpoint, "array", lambda *_: pytest.fail("a weight was read"))
-    (found,) = plan.run(sized["7b"].path, "iphone-16-pro", {"llm_bits": 4})
+    (found,) = plan.run(sized["7b"].path, "iphone-16-pro", ExportOptions.of(llm_bits=4))
     parts = found["memory_bytes"]
     assert parts.pop("total") == sum(parts.values())
     assert set(parts) == {field.name for field in fields(plan.Memory)}
