@@ -63,6 +63,7 @@ def convert(
         destination: a directory that does not exist, or with `overwrite` one that holds a bundle.
         layout: the new bundle's.
         progress: called with each stage's name and, where it is known, the share that is done.
+        overwrite: a bundle that is at the destination already is replaced.
 
     Raises:
         BundleError: it is not whole, of the wrong layout, or holds what the other one can't.
