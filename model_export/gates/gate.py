@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure and its limit. `limit` is a floor where `at_least`, else a ceiling.
+    """One figure and its limit.
 
     Attributes:
+        name: what is measured.
+        value: the figure, in `unit`.
+        limit: a floor where `at_least`, else a ceiling.
         detail: what the figure is of, by name.
         left_out: why nothing is judged, where there is not enough to judge by.
     """

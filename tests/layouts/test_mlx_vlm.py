@@ -156,7 +156,7 @@ def test_the_published_encoder_s_shape_as_it_is(
     assert verify.snr_db(seen.features, theirs["features"]) > floor
     projected = np.array(seen.projected.astype(mx.float32))[None]
     assert verify.snr_db(projected, theirs["projected"]) > floor
-    if options.dtype == "float32":
+    if options.llm.dtype == "float32":
         for found in (seen.features, theirs["features"]):
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 

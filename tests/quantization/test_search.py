@@ -182,7 +182,7 @@ def test_a_tie_is_what_the_errors_do_not_tell_apart():
 def searched(checkpoint, tokenizer, calibration, **options):
     asked = ExportOptions.of(**options)
     return search.search(
-        checkpoint, tokenizer, calibration, asked, asked.llm_bpw, lambda stage, done: None
+        checkpoint, tokenizer, calibration, asked, asked.llm.bpw, lambda stage, done: None
     )
 
 
