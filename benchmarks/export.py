@@ -74,7 +74,7 @@ def write_tensors(checkpoint_path: str, out: str, llm_bits: int) -> None:
     """What a conversion without an encoder's package and without checks is of ours."""
     checkpoint = Checkpoint(checkpoint_path)
     options = ExportOptions.of(llm_bits=llm_bits, layout="mlx")
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options.llm, "mlx")
     Path(out).mkdir()
     llm.write(
         checkpoint,

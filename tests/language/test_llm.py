@@ -26,7 +26,9 @@ QUANTIZED = [bits for bits in BITS if bits != 16]
 
 
 def write(checkpoint: Checkpoint, options: ExportOptions, directory: Path) -> llm.Summary:
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    chosen = scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
     return llm.write(
         checkpoint,
         chosen,
@@ -47,7 +49,9 @@ def test_what_is_written_is_what_mlx_quantizes(
     checkpoint = Checkpoint(demo_checkpoint)
     options = ExportOptions.of(llm_bits=bits, group_size=group_size)
     summary = write(checkpoint, options, tmp_path)
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    chosen = scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
     written = mx.load(str(tmp_path / "model.safetensors"))
     assert sum(array.nbytes for array in written.values()) == summary.bytes
     for spec in checkpoint.llm_specs:
@@ -161,7 +165,9 @@ def test_progress_adds_up(demo_checkpoint, tmp_path):
     checkpoint = Checkpoint(demo_checkpoint)
     options = ExportOptions.of(llm_bits=3)
     counts: list[int] = []
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    chosen = scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
     llm.write(checkpoint, chosen, "app", "float16", tmp_path, counts.append)
     assert sum(counts) == llm.total_bytes(checkpoint, chosen, "app", "float16")
 

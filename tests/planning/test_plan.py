@@ -376,12 +376,11 @@ def test_what_is_said_to_make_it_fit_does(sized, size, device, bits, context):
     changes = plan.remedies(given_one, device, context, None, plan.exporter(checkpoint, options))
     for change in changes:
         words = dict(zip(change.split()[::2], map(int, change.split()[1::2]), strict=True))
-        made = footprint.of_checkpoint(
-            checkpoint, replace(options, llm_bits=words.get("--llm-bits", bits))
-        )
+        asked = ExportOptions.of(llm_bits=words.get("--llm-bits", bits))
+        made = footprint.of_checkpoint(checkpoint, asked)
         tokens = words.get("--context", context)
         assert plan.forecast(made, device, tokens, words.get("--kv-bits")).fits
-    smallest = footprint.of_checkpoint(checkpoint, replace(options, llm_bits=min(BITS)))
+    smallest = footprint.of_checkpoint(checkpoint, ExportOptions.of(llm_bits=min(BITS)))
     if not changes:
         assert bits == min(BITS) or not plan.forecast(smallest, device, context, None).fits
 
