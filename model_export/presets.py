@@ -31,13 +31,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 LLM_CHOICES = ("llm_mode", "recipe", "llm_bpw", "method")
 
 
-def with_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a preset, and over them those that are given beside it.
 
     Raises:
         OptionError: there is no such preset.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise OptionError(f"--preset is {name}: expected one of {', '.join(PRESETS)}")
     fields = dict(PRESETS[name])
     if any(choice in given for choice in LLM_CHOICES):

@@ -21,7 +21,7 @@ PRECISIONS = {
 TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 # The first that loads a package of several functions.
 FUNCTIONS_TARGET = "iOS18"
-DEFAULT_MIXED_BPW = 6.0
+DEFAULT_ENCODER_BPW = 6.0
 # Bits of a weight; `mixed` has as many as it is given.
 PRECISION_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "palette6": 6, "palette4": 4}
 PALETTE_BITS = {"palette4": 4, "palette6": 6, "palette8": 8}
@@ -74,7 +74,7 @@ class EncoderOptions:
     def bits_per_weight(self) -> float:
         """The mean over the weights, in bits."""
         if self.precision == "mixed":
-            return self.bpw or DEFAULT_MIXED_BPW
+            return self.bpw or DEFAULT_ENCODER_BPW
         return PRECISION_BITS[self.precision]
 
     @property

@@ -9,13 +9,13 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
+from model_export import presets
 from model_export.loaders import LOADERS
 from model_export.options import destination, encoder, limits, llm
 from model_export.options.destination import DestinationOptions
 from model_export.options.encoder import EncoderOptions
 from model_export.options.limits import GateLimits
 from model_export.options.llm import LLMOptions
-from model_export.presets import with_preset
 
 ENCODER_FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 GROUPS: Mapping[str, tuple[type, Mapping[str, str]]] = {
@@ -88,9 +88,8 @@ class ExportOptions:
         Raises:
             OptionError: there is no such option or preset, or the values don't go together.
         """
-        if flat.get("preset") is not None:
-            return cls._grouped(with_preset(flat["preset"] or "", flat))
-        return cls._grouped(flat)
+        name = flat.get("preset")
+        return cls._grouped(flat if name is None else presets.preset(name, flat))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ExportOptions:
