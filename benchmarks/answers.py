@@ -24,7 +24,6 @@ import fastvlm_mlx
 from model_export.demo.model import DemoModel, to_pixels
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.presets import preset
 from model_export.samples import scenes
 
 CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
@@ -43,7 +42,7 @@ PLAIN = (
 )
 CHOICES = {
     **{f"{p}-{bits}": {"encoder_precision": p, "llm_bits": bits} for bits, p in PLAIN},
-    **{name: preset(name, {}) for name in ("balanced", "phone")},
+    **{name: {"preset": name} for name in ("balanced", "phone")},
 }
 
 
@@ -94,15 +93,15 @@ def main() -> None:
                 continue
             out = Path(folder) / name
             started = time.perf_counter()
-            options = ExportOptions(**fields, allow_failed_gates=True)
+            options = ExportOptions.of(**fields, allow_failed_gates=True)
             manifest = export(CHECKPOINT, out, options).manifest
             exported_s = time.perf_counter() - started
             after = right(bundle_answers(out, pairs, features), pairs)
             gates = {gate["name"]: gate["value"] for gate in manifest["gates"]}
             row = {
                 "choice": name,
-                "encoder": options.encoder_precision,
-                "llm_bits": options.llm_bits,
+                "encoder": options.encoder.precision,
+                "llm_bits": options.llm.resolved_bits,
                 "bits_per_weight": manifest["llm"]["bits_per_weight"],
                 "bundle_bytes": sum(f["bytes"] for f in manifest["files"].values()),
                 "right": int(after.sum()),

@@ -73,7 +73,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     from model_export.samples.calibration import load_calibration
 
     precision, _, bpw = choice.partition(":")
-    options = ExportOptions(
+    options = ExportOptions.of(
         encoder_precision=precision,  # type: ignore[arg-type]
         encoder_bpw=float(bpw) if bpw else None,
     )
@@ -82,8 +82,8 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     compression = coreml.NOT_COMPRESSED
     if precision == "mixed":
         pixels = calibration_pixels(load_calibration(None, config), config, "pad")
-        compression = mixed(module, pixels, options.encoder_bits)
-    elif options.compressed:
+        compression = mixed(module, pixels, options.encoder.bits_per_weight)
+    elif options.encoder.compressed:
         compression = uniform(module, precision)
     compress_s = time.process_time() - started
     info = coreml.export_encoder(
@@ -94,7 +94,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
             "fp16",
             coreml.EncoderMetadata("synthetic", "none: random weights"),
             compression,
-            options.target,
+            options.encoder.target,
         ),
     )
     return {

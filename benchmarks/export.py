@@ -73,10 +73,17 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, float]:
 def write_tensors(checkpoint_path: str, out: str, llm_bits: int) -> None:
     """What a conversion without an encoder's package and without checks is of ours."""
     checkpoint = Checkpoint(checkpoint_path)
-    options = ExportOptions(llm_bits=llm_bits, layout="mlx")
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    options = ExportOptions.of(llm_bits=llm_bits, layout="mlx")
+    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options.llm, "mlx")
     Path(out).mkdir()
-    llm.write(checkpoint, chosen, options, Path(out), lambda count: None)
+    llm.write(
+        checkpoint,
+        chosen,
+        options.destination.layout,
+        options.llm.dtype,
+        Path(out),
+        lambda count: None,
+    )
 
 
 def conversions(peer: str, checkpoint: Path, out: Path, llm_bits: int) -> dict[str, list[str]]:

@@ -100,7 +100,7 @@ def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNS
     found = []
     others: dict[str, list[Candidate]] = {}
     for layout in LAYOUTS:
-        options = ExportOptions(group_size=group_size, layout=layout)  # type: ignore[arg-type]
+        options = ExportOptions.of(group_size=group_size, layout=layout)  # type: ignore[arg-type]
         space = Space(checkpoint.llm_specs, checkpoint.config, options)
         for target in targets:
             started = time.perf_counter()
@@ -126,7 +126,8 @@ def rows(path: Path, group_size: int, targets: Sequence[float], count: int = UNS
     print(f"measured in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     losses = dict(zip(schemes, torch.stack([each.sum(1) for each in lost], 1), strict=True))
     return [
-        _row(each, others[f"{each[0].options.layout} {each[1]}"], losses, places) for each in found
+        _row(each, others[f"{each[0].options.destination.layout} {each[1]}"], losses, places)
+        for each in found
     ]
 
 
@@ -142,7 +143,7 @@ def _row(
     by_loss = sorted(others, key=lambda c: float(losses[_id(c.scheme)].sum()))
     best = by_loss[0]
     return Row(
-        layout=space.options.layout,
+        layout=space.options.destination.layout,
         target=target,
         bits_per_weight=space.bits_per_weight(space.size(found.scheme)),
         taken=found.taken.name,

@@ -19,43 +19,54 @@ from model_export.samples.calibration import Calibration
 
 
 @dataclass(frozen=True)
-class Job:
+class BundleSpec:
     """What a bundle is to be made of, and what it is judged by.
 
     Attributes:
-        checkpoint: the configuration, the encoder's weights, and what the gates compare with.
-        calibration: what measuring and calibrating look at, where anything does.
-        source: the bundle that has the language model that they compare with, if it is not the
-            checkpoint's files.
+        checkpoint: it gives the configuration and the encoder's weights, and the gates compare the
+            bundle with it.
+        calibration: the images that measuring and calibrating look at, where anything does.
+        source_bundle: the bundle whose language model the gates compare with, where that is not
+            the checkpoint's own.
         tokenizer: of the checkpoint, with `<image>`.
-        chosen: each matrix's format.
+        formats: each matrix's format.
         options: as the manifest records them.
-        limits: the options that the gates judge by.
+        gate_options: the options that the gates judge by.
         llm_bytes: what `write_llm` will write, headers left out.
-        write_llm: into a directory; there are minutes of work in it where a method is used.
-        own_gates: of the tensors that were written, and how.
-        origin: the manifest's sections on where the bundle comes from.
-        remedy: what to do about a failed gate.
+        write_llm: writes the language model into a directory. It works for minutes where a method
+            calibrates.
+        tensor_gates: the gates that compare the tensors of the written bundle with their source.
+        provenance: makes the manifest's sections on where the bundle comes from.
+        advice: what to do about a failed gate.
     """
 
     checkpoint: Checkpoint
     calibration: Calibration | None
-    source: Bundle | None
+    source_bundle: Bundle | None
     tokenizer: ExportedTokenizer
-    chosen: Scheme
+    formats: Scheme
     options: ExportOptions
-    limits: ExportOptions
+    gate_options: ExportOptions
     llm_bytes: int
-    write_llm: Callable[[Path, Progress], Written]
-    own_gates: Callable[[Bundle, Written], list[Gate]]
-    origin: Callable[[], dict[str, Any]]
-    remedy: str
+    write_llm: Callable[[Path, Progress], WrittenLLM]
+    tensor_gates: Callable[[Bundle, WrittenLLM], list[Gate]]
+    provenance: Callable[[], dict[str, Any]]
+    advice: str
+
+    @property
+    def layout(self) -> str:
+        return self.options.destination.layout
 
 
 @dataclass(frozen=True)
-class Written:
-    """The language model's files, what the manifest says of how they were found, and what the user
-    should be told."""
+class WrittenLLM:
+    """The language model's files.
+
+    Attributes:
+        summary: their sizes and names.
+        facts: what the manifest's `llm` section says of how they were made.
+        notes: what the user should be told.
+    """
 
     summary: Summary
     facts: dict[str, Any]

@@ -16,8 +16,9 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def interruptible(progress: Progress) -> Iterator[Progress]:
-    """A progress callback that raises the interruption that somebody else caught.
+def interruptible(progress: Progress | None) -> Iterator[Progress]:
+    """A progress callback that raises the interruption that somebody else caught, and hands on to
+    `progress` if there is one.
 
     coremltools catches whatever its imports raise, and a Ctrl-C during one of them is lost. SIGTERM
     and SIGHUP unwind like Ctrl-C, so that nothing is left behind; a second signal changes nothing.
@@ -34,7 +35,8 @@ def interruptible(progress: Progress) -> Iterator[Progress]:
     def stage(name: str, done: float | None) -> None:
         if pressed is not None:
             raise pressed
-        progress(name, done)
+        if progress is not None:
+            progress(name, done)
 
     # Only the main thread may set handlers, and a caller's own are left alone.
     previous = {}
@@ -47,3 +49,16 @@ def interruptible(progress: Progress) -> Iterator[Progress]:
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)
+
+
+def counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """A callback for bytes of the language model just written, of `total`."""
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        written += count
+        progress("language model", written / total)
+
+    progress("language model", 0.0)
+    return advance

@@ -12,7 +12,7 @@ from fastvlm_mlx import __version__
 from fastvlm_mlx.bundle.config import fits_mlx_vlm
 from fastvlm_mlx.bundle.manifest import SCHEMA_VERSION, hash_tree
 from fastvlm_mlx.vision.package import PackageInfo, fits_app
-from model_export.bundle_spec import Job, Written
+from model_export.bundle_spec import BundleSpec, WrittenLLM
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.gates.gate import Gate
 from model_export.language import recipes
@@ -32,9 +32,9 @@ RECORDED = ("weight_formats", "calibration")
 
 
 def make_manifest(
-    job: Job,
+    spec: BundleSpec,
     info: PackageInfo | None,
-    written: Written,
+    written: WrittenLLM,
     gates: list[Gate],
     directory: Path,
 ) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def make_manifest(
     Args:
         info: of the encoder's package; an `mlx` bundle has none.
     """
-    checkpoint, chosen, options = job.checkpoint, job.chosen, job.options
+    checkpoint, formats, options = spec.checkpoint, spec.formats, spec.options
     summary = written.summary
     vision = checkpoint.config.vision
     return {
         "schema_version": SCHEMA_VERSION,
-        "layout": options.layout,
-        **job.origin(),
-        "options": options.resolved(),
+        "layout": spec.layout,
+        **spec.provenance(),
+        "options": options.to_record(),
         "encoder": {
             "precision": options.encoder_format,
             "image_size": vision.image_size,
@@ -58,13 +58,13 @@ def make_manifest(
             "channels": vision.hidden_size,
             "bytes": summary.encoder_bytes,
         }
-        | ({"image_sizes": sorted(options.image_sizes)} if options.image_sizes else {})
+        | ({"image_sizes": sorted(sizes)} if (sizes := options.encoder.image_sizes) else {})
         | ({} if info is None else _package_facts(info)),
         "llm": {
-            "bits": recipes.layer_bits(chosen, checkpoint.llm_specs),
-            "group_size": options.group_size if options.format else None,
-            "formats": {path: form and form.to_dict() for path, form in chosen.items()},
-            "dtype": options.dtype,
+            "bits": recipes.layer_bits(formats, checkpoint.llm_specs),
+            "group_size": options.llm.format.group_size if options.llm.format else None,
+            "formats": {path: form and form.to_dict() for path, form in formats.items()},
+            "dtype": options.llm.dtype,
             "parameters": summary.parameters,
             "bytes": summary.bytes,
             "bits_per_weight": round(summary.bits_per_weight, 3),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model_export.options import unknown
+from fastvlm_mlx.errors import OptionError
 
-# With limits of their own, of what is promised of the answers.
+# Options by the command line's names. Those with limits promise something of the answers.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The smallest that keeps them.
+    # The smallest bundle that keeps the answers.
     "phone": {
         "llm_bits": 4,
         "method": "gptq",
@@ -27,18 +27,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The checkpoint's own precision.
     "exact": {"llm_bits": 16, "encoder_precision": "fp16"},
 }
-# In place of a preset's bits and method, where one of them is given.
+# Each of these replaces a preset's bits and method.
 LLM_CHOICES = ("llm_mode", "recipe", "llm_bpw", "method")
 
 
 def preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ExportOptions` that a preset and what is given beside it come to.
+    """The options of a preset, and over them those that are given beside it.
 
     Raises:
         OptionError: there is no such preset.
     """
-    if name not in PRESETS:
-        raise unknown("preset", name, tuple(PRESETS))
+    if not isinstance(name, str) or name not in PRESETS:
+        raise OptionError(f"--preset is {name}: expected one of {', '.join(PRESETS)}")
     fields = dict(PRESETS[name])
     if any(choice in given for choice in LLM_CHOICES):
         fields = {key: value for key, value in fields.items() if key not in ("llm_bits", "method")}

@@ -78,14 +78,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 @pytest.fixture(scope="session")
 def demo_bundle(shared: Shared) -> Path:
     """The demo checkpoint exported as most will: fp16 encoder, 4-bit LLM. Not to be written to."""
-    options = ExportOptions(llm_bits=4)
+    options = ExportOptions.of(llm_bits=4)
     return shared.get("app", "bundle", lambda out: export(DEMO, out, options))
 
 
 @pytest.fixture(scope="session")
 def mlx_bundle(shared: Shared) -> Path:
     """The demo checkpoint as an `mlx` bundle at 4 bits, its gates passed. Not to be written to."""
-    options = ExportOptions(llm_bits=4, layout="mlx")
+    options = ExportOptions.of(llm_bits=4, layout="mlx")
     return shared.get("mlx", "bundle", lambda out: export(DEMO, out, options))
 
 

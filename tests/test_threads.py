@@ -319,7 +319,7 @@ class TestWorker:
 
 def test_a_second_export_from_another_thread(demo_checkpoint, demo_bundle, tmp_path):
     """The first was the fixture's, in this one."""
-    options = ExportOptions(llm_bits=4)
+    options = ExportOptions.of(llm_bits=4)
     run_in_threads(lambda: export(demo_checkpoint, tmp_path / "second", options))
     name = "model.safetensors"
     assert (tmp_path / "second" / name).read_bytes() == (demo_bundle / name).read_bytes()
@@ -327,7 +327,7 @@ def test_a_second_export_from_another_thread(demo_checkpoint, demo_bundle, tmp_p
 
 def test_exports_at_once_and_a_model_beside_them(demo_checkpoint, demo_bundle, tmp_path, image):
     """torch.export and coremltools keep where they are for the whole process."""
-    options = ExportOptions(llm_bits=4)
+    options = ExportOptions.of(llm_bits=4)
     expected = fastvlm_mlx.load(demo_bundle).generate(image, "What is this?", max_tokens=4).tokens
     with ThreadPoolExecutor(3) as pool:
         places = [tmp_path / "one", tmp_path / "two"]

@@ -7,7 +7,9 @@ their ranges. Keys that a type does not have are left out.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import msgspec
@@ -72,8 +74,13 @@ def check(value: Any, kind: type[T], source: str, error: type[FastVLMError], *, 
         raise error(f"{source}: {_sentence(cause, value)}: {remedy}") from cause
 
 
-def check_fields(instance: Any, error: type[FastVLMError]) -> None:
+def check_fields(
+    instance: Any, error: type[FastVLMError], names: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Hold a frozen dataclass of options to the types of its fields; choices are left to it.
+
+    Args:
+        names: the command line's name of each field that is called otherwise there.
 
     Raises:
         error: naming the first option that has another type.
@@ -81,13 +88,14 @@ def check_fields(instance: Any, error: type[FastVLMError]) -> None:
     for name, kind in get_type_hints(type(instance)).items():
         value = getattr(instance, name)
         # The options look at these by themselves, and tell what there is to choose from.
-        if "Literal" in str(kind) or get_origin(kind) is tuple:
+        if get_origin(kind) is tuple or "Literal" in str(kind) or "Path" in str(kind):
             kind = Any if get_origin(kind) is tuple else str | None
         try:
             msgspec.convert(value, kind)
         except msgspec.ValidationError as cause:
             wanted = re.sub(r"Expected|`", "", str(cause).partition(", got")[0]).strip()
-            raise error(f"--{name.replace('_', '-')} is {value!r}: expected {wanted}") from cause
+            option = names.get(name, name).replace("_", "-")
+            raise error(f"--{option} is {value!r}: expected {wanted}") from cause
 
 
 def _sentence(cause: msgspec.ValidationError, value: Any) -> str:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastvlm_mlx.errors import OptionError
+# The verbs take them from here.
+from fastvlm_mlx.extras import EXTRA as EXTRA
+from fastvlm_mlx.extras import INSTALL_EXTRA as INSTALL_EXTRA
+from fastvlm_mlx.extras import needs_export_extra as needs_export_extra
 
-# The modules of the `export` extra, and the packages that they come in.
-EXTRA = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "scipy": "scipy",
-}
-INSTALL_EXTRA = 'pip install "fastvlm-mlx[export]"'
 # The groups of options that more than one verb has.
 OUTPUT = "Output"
 
@@ -72,22 +65,6 @@ BundlePath = Annotated[Path, argument("BUNDLE", "The directory of a bundle.")]
 def missing_extra() -> list[str]:
     """The packages of the `export` extra that are not installed. None of them is imported."""
     return [package for module, package in EXTRA.items() if find_spec(module) is None]
-
-
-@contextmanager
-def needs_export_extra() -> Iterator[None]:
-    """Turns a missing package of the `export` extra, whenever it is missed, into the command that
-    installs it. Any other missing module is a bug of ours, and stays one."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in EXTRA:
-            raise
-        raise OptionError(
-            f"this needs {EXTRA[name]} of the `export` extra, which is not installed: run "
-            f"{INSTALL_EXTRA}"
-        ) from error
 
 
 def print_json(data: dict[str, Any]) -> None:

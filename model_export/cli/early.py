@@ -22,7 +22,7 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
     check_replaceable(resolve(out), overwrite=overwrite)
 
 
-def check_samples(name: str, path: str | None) -> None:
+def check_samples(name: str, path: str | Path | None) -> None:
     """Raises OptionError: there is nothing at the path of images that the option `name` gives."""
     if path is not None and not _exists(path):
         raise OptionError(
@@ -65,12 +65,14 @@ def check_export(
         CheckpointError, ConfigError: there is no whole checkpoint.
         OptionError: the options don't fit it.
     """
-    check_destination(out, overwrite=options.overwrite)
+    check_destination(out, overwrite=options.destination.overwrite)
     check_samples("--calibration", options.calibration)
-    size = options.default_size
+    size = options.encoder.default_size
     checkpoint = check_checkpoint(reference, base=base, revision=revision, image_size=size)
-    if checkpoint is not None and options.llm_bpw is None:
-        recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+    if checkpoint is not None and options.llm.bpw is None:
+        recipes.scheme(
+            checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+        )
 
 
 def check_model(reference: str) -> None:
@@ -85,7 +87,7 @@ def check_model(reference: str) -> None:
         check_checkpoint(reference)
 
 
-def _exists(name: str) -> bool:
+def _exists(name: str | Path) -> bool:
     try:
         return Path(name).expanduser().exists()
     # A NUL in it, a home that nobody has, or a name that is too long.

@@ -22,11 +22,11 @@ from model_export.options import (
     ExportOptions,
     parse_sizes,
 )
-from model_export.presets import PRESETS, preset
+from model_export.presets import PRESETS
 
 BUNDLE, LANGUAGE, ENCODER = "Bundle", "Language model", "Encoder"
 SOURCE, LIMITS, QUESTIONS = "Checkpoint", "Limits of the checks", "Questions"
-_DEFAULTS = ExportOptions()
+_DEFAULTS = ExportOptions().flat()
 
 Out = Annotated[Path, argument("OUT", "The directory in which the bundle appears.")]
 CheckpointReference = Annotated[
@@ -61,7 +61,7 @@ Layout = Annotated[
         "mlx-swift-lm.",
         group=BUNDLE,
         choices=LAYOUTS,
-        default=_DEFAULTS.layout,
+        default=_DEFAULTS["layout"],
     ),
 ]
 Overwrite = Annotated[
@@ -74,7 +74,7 @@ LlmBits = Annotated[
         "How many bits store a weight; 16 does not quantize.",
         group=LANGUAGE,
         choices=BITS,
-        default=_DEFAULTS.llm_bits,
+        default=_DEFAULTS["llm_bits"],
     ),
 ]
 GroupSize = Annotated[
@@ -92,7 +92,7 @@ LlmMode = Annotated[
         "The format of quantized weights; all but affine have bits and a group size of their own.",
         group=LANGUAGE,
         choices=MODES,
-        default=_DEFAULTS.llm_mode,
+        default=_DEFAULTS["llm_mode"],
     ),
 ]
 EmbedBits = Annotated[
@@ -118,7 +118,7 @@ ProjectorBits = Annotated[
         "The bits of the projector; 16 does not quantize.",
         group=LANGUAGE,
         choices=BITS,
-        default=_DEFAULTS.projector_bits,
+        default=_DEFAULTS["projector_bits"],
     ),
 ]
 Recipe = Annotated[
@@ -145,7 +145,7 @@ Method = Annotated[
         "calibration images.",
         group=LANGUAGE,
         choices=METHODS,
-        default=_DEFAULTS.method,
+        default=_DEFAULTS["method"],
     ),
 ]
 CalibrationSet = Annotated[
@@ -164,7 +164,7 @@ Dtype = Annotated[
         "The type of the weights that are not quantized.",
         group=LANGUAGE,
         choices=DTYPES,
-        default=_DEFAULTS.dtype,
+        default=_DEFAULTS["dtype"],
     ),
 ]
 
@@ -174,7 +174,7 @@ EncoderPrecision = Annotated[
         "How a Core ML encoder stores its weights; mixed chooses for each of them.",
         group=ENCODER,
         choices=PRECISIONS,
-        default=_DEFAULTS.encoder_precision,
+        default=_DEFAULTS["encoder_precision"],
     ),
 ]
 EncoderBpw = Annotated[
@@ -266,7 +266,7 @@ Plot = Annotated[
 
 
 def fields(params: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
-    """The fields of `ExportOptions` that a command line gives, its preset's among them.
+    """The fields of `ExportOptions` that a command line gives.
 
     Args:
         params: all parameters of the verb; None and False are what was not given.
@@ -282,7 +282,7 @@ def fields(params: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
     }
     if "image_sizes" in given:
         given["image_sizes"] = parse_sizes(given["image_sizes"])
-    return given if "preset" not in given else preset(given["preset"], given)
+    return given
 
 
 def export_options(params: Mapping[str, Any], own: Collection[str]) -> ExportOptions:
@@ -291,4 +291,4 @@ def export_options(params: Mapping[str, Any], own: Collection[str]) -> ExportOpt
     Raises:
         OptionError: as `fields`, or they don't go together.
     """
-    return ExportOptions(**fields(params, own))
+    return ExportOptions.of(**fields(params, own))

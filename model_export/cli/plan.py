@@ -91,10 +91,14 @@ def plan(
     """It takes the options of `fastvlm export` and reads headers only. The prediction has the
     memory of each part, the limit of the device, the time to the first token, the tokens per
     second, and what would make the model fit if it does not."""
+    from model_export.options import ExportOptions
     from model_export.planning.plan import run
 
     given = fields(call.params, OWN)
-    plans = run(path, device, given, base=base, revision=revision, context=context, kv_bits=kv_bits)
+    options = ExportOptions.of(**given) if given else None
+    plans = run(
+        path, device, options, base=base, revision=revision, context=context, kv_bits=kv_bits
+    )
     if as_json:
         print_json({"path": path, "devices": plans})
         return

@@ -9,7 +9,8 @@ from fastvlm_mlx.cli.common import Json, option
 from fastvlm_mlx.errors import OptionError
 from model_export.cli.compare import check_plot, deliver
 from model_export.cli.options import CheckpointReference, Count, Plot, Questions
-from model_export.options import LAYOUTS, unknown
+from model_export.options import LAYOUTS
+from model_export.options.checks import unknown
 
 EXPORTS = "Exports"
 

@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from model_export.comparison.compare import Bench, Row, samples_of
 from model_export.comparison.models import open_model
 from model_export.destination.destination import clear_leftovers
 from model_export.interruption import Progress
-from model_export.options import ExportOptions
+from model_export.options import FLAT_NAMES, ExportOptions
 from model_export.pipeline import export
 
 # By layout: name, encoder and language model, → options.
@@ -70,7 +69,7 @@ def sweep(
     """Export and measure every choice that has not been yet.
 
     Args:
-        choices: name → fields of `ExportOptions`.
+        choices: name → options by the command line's names.
         questions, count: as for `compare`.
 
     Returns:
@@ -135,14 +134,14 @@ def read_choices(file: Path | None, layout: str) -> Mapping[str, Mapping[str, An
 def _options(name: str, fields: Mapping[str, Any], layout: str) -> ExportOptions:
     if not name or name.startswith(".") or "/" in name or name == RESULTS:
         raise OptionError(f"the choice {name!r} can't be a directory's name: rename it")
-    unknown = fields.keys() - ExportOptions.__dataclass_fields__.keys()
+    unknown = fields.keys() - set(FLAT_NAMES)
     if unknown:
         raise OptionError(
             f"the choice {name} has {min(unknown)}, which is no option: expected some of "
-            f"{', '.join(ExportOptions.__dataclass_fields__)}"
+            f"{', '.join(FLAT_NAMES)}"
         )
     always = {"layout": layout, "overwrite": True, "allow_failed_gates": True}
-    return ExportOptions(**{**fields, **always})
+    return ExportOptions.of(**{**fields, **always})
 
 
 def _digest(checkpoint: Checkpoint, questions: str | Path | None, count: int) -> str:
@@ -259,7 +258,7 @@ class _State:
 
 
 def _json(options: ExportOptions) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(options)))
+    return json.loads(json.dumps(options.flat()))
 
 
 def _sha256(file: Path) -> str:

@@ -27,7 +27,7 @@ def export_demo(path: Path) -> None:
     from model_export.pipeline import export
 
     with as_file(files("model_export.demo") / "checkpoint") as checkpoint:
-        export(checkpoint, path, ExportOptions(llm_bits=4))
+        export(checkpoint, path, ExportOptions.of(llm_bits=4))
 
 
 def is_demo(bundle: Bundle) -> bool:
@@ -63,4 +63,4 @@ def forecast(path: Path, chip: str) -> dict[str, Any]:
     """
     from model_export.planning.plan import run
 
-    return run(path, chip, {})[0]
+    return run(path, chip, None)[0]

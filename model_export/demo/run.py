@@ -67,7 +67,7 @@ def run_demo(directory: Path, progress: Progress, *, seed: int, llm_bits: int) -
         OptionError: the bits are none that the demo app reads.
         DestinationError: `directory` holds something that the demo did not make.
     """
-    options = ExportOptions(llm_bits=llm_bits, overwrite=True)
+    options = ExportOptions.of(llm_bits=llm_bits, overwrite=True)
     check_directory(directory)
     from model_export.gates.verify import verify
     from model_export.pipeline import export

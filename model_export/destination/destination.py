@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,18 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> Destination:
             "delete: choose another destination, or remove it yourself"
         )
     return seen
+
+
+def check_overlap(destination: Path, sources: Iterable[Path]) -> None:
+    """Raises DestinationError: it is a directory of what the bundle is made from, or around one."""
+    target = destination.resolve()
+    for directory in sources:
+        source = directory.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise DestinationError(
+                f"{destination} overlaps its source {directory}, which is never written to: "
+                "choose a directory of its own"
+            )
 
 
 def _foreign(destination: Path, found: Content) -> str | None:

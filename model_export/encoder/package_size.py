@@ -12,7 +12,7 @@ from math import ceil, prod
 
 from fastvlm_mlx.bundle.config import VisionConfig
 from model_export.checkpoint.names import encoder_specs
-from model_export.options import PALETTE_BITS, ExportOptions
+from model_export.options import PALETTE_BITS, EncoderOptions
 
 _ALIGNMENT = 64
 # coremltools merges equal constants of so many elements: int8's zero points are all alike.
@@ -27,13 +27,13 @@ _FOLDED = (".bn.weight", ".norm.weight")
 _UNPACKED_BYTES = {"int8": 252, "palette": 183}
 
 
-def package_bytes(vision: VisionConfig, options: ExportOptions) -> int:
+def package_bytes(vision: VisionConfig, options: EncoderOptions) -> int:
     """Count the bytes of the package that the options ask for; `mixed` is counted at its limit."""
     shapes = _convolutions(vision)
     unpacked = [shape for shape in shapes if _is_compressed(shape, options)]
-    kind = "int8" if options.encoder_precision == "int8" else "palette"
+    kind = "int8" if options.precision == "int8" else "palette"
     program: float = _FUNCTION_BYTES + _CONVOLUTION_BYTES * len(shapes)
-    if options.encoder_precision == "fp32":
+    if options.precision == "fp32":
         program *= _FP32_SHARE
     program += _UNPACKED_BYTES[kind] * len(unpacked)
     functions = 1 + len(options.other_sizes)
@@ -41,32 +41,32 @@ def package_bytes(vision: VisionConfig, options: ExportOptions) -> int:
     return int(_MANIFEST_BYTES + functions * program) + _ALIGNMENT + blobs
 
 
-def _is_compressed(shape: tuple[int, ...], options: ExportOptions) -> bool:
+def _is_compressed(shape: tuple[int, ...], options: EncoderOptions) -> bool:
     """As `compress.uniform` and `mixed.mixed` choose: the first leaves the depthwise ones and the
     stem, the second leaves nothing out."""
     if not options.compressed:
         return False
-    return options.encoder_precision == "mixed" or (shape[1] > 1 and shape[1] != 3)
+    return options.precision == "mixed" or (shape[1] > 1 and shape[1] != 3)
 
 
-def _blobs(shapes: Iterable[tuple[int, ...]], options: ExportOptions) -> Iterator[int]:
+def _blobs(shapes: Iterable[tuple[int, ...]], options: EncoderOptions) -> Iterator[int]:
     """The bytes of each tensor in the weight file."""
-    size = 4 if options.encoder_precision == "fp32" else 2
+    size = 4 if options.precision == "fp32" else 2
     zeros: set[int] = set()
     for shape in shapes:
         count, out = prod(shape), shape[0]
         yield out * size
         if not _is_compressed(shape, options):
             yield count * size
-        elif options.encoder_precision == "int8":
+        elif options.precision == "int8":
             yield from (count, out * 2)
             if out < _MERGED_ELEMENTS or out not in zeros:
                 yield out
             zeros.add(out)
-        elif options.encoder_precision == "mixed":
-            yield int(options.encoder_bits * count / 8)
+        elif options.precision == "mixed":
+            yield int(options.bits_per_weight * count / 8)
         else:
-            bits = PALETTE_BITS[options.encoder_precision]
+            bits = PALETTE_BITS[options.precision]
             yield from (ceil(count * bits / 8), 2 * 2**bits)
 
 

@@ -111,7 +111,7 @@ def answer_gates(
         decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
         agreed.append(top.indices[:, 0] == q.log_probabilities.argmax(1))
         largest = float(np.maximum(largest, q.largest))
-    ceiling = options.max_kl_nats
+    ceiling = options.limits.max_kl_nats
     if ceiling is None:
         cost = float(torch.cat(expected).mean())
         # In so many digits as are shown.
@@ -121,14 +121,14 @@ def answer_gates(
         Gate("KL divergence", kl, "nats", ceiling, False),
         _agreement(torch.cat(agreed)[torch.cat(decided)], options),
     ]
-    if options.dtype == "float16":
+    if options.llm.dtype == "float16":
         gates.append(Gate("LLM largest magnitude", largest, "", FLOAT16_MAX, False))
     return gates
 
 
 def _agreement(agreed: torch.Tensor, options: ExportOptions) -> Gate:
     """Of the places where the source is sure: bool [P]."""
-    floor = USABLE_SHARE if options.min_agreement is None else options.min_agreement
+    floor = USABLE_SHARE if options.limits.min_agreement is None else options.limits.min_agreement
     places = len(agreed)
     share = float(agreed.float().mean()) if places else 0.0
     why = ""

@@ -84,24 +84,24 @@ def encoder_gates(
     worst = np.min([snr_db(r.features, f) for r, f in zip(references, features, strict=True)])
     floor = options.snr_floor_db
     exact = encoder(references[-1].pixels)
-    constants = encoder.constants if options.compressed else {}
+    constants = encoder.constants if options.encoder.compressed else {}
     del encoder
     module = folded()
     gates = [Gate("encoder SNR", float(worst), "dB", floor, True)]
-    if options.compressed:
+    if options.encoder.compressed:
         pairs = zip(references, features, strict=True)
         cosine = np.min([mean_cosine(r.features, f) for r, f in pairs])
         weights = _take_stored(module, constants)
         gates += [
             Gate("encoder cosine", float(cosine), "", COMPRESSED_COSINE, True),
-            Gate("encoder weights SNR", weights, "dB", options.weights_floor_db, True),
+            Gate("encoder weights SNR", weights, "dB", options.encoder.weights_floor_db, True),
         ]
     conversion = snr_db(_rounded_features(module, options, references[-1].pixels), exact)
     gates.append(Gate("encoder conversion SNR", conversion, "dB", CONVERSION_SNR_DB, True))
-    if options.encoder_precision != "fp32":
+    if options.encoder.precision != "fp32":
         gates.append(Gate("encoder largest magnitude", magnitude.largest, "", FLOAT16_MAX, False))
     if sys.platform == "darwin":
-        gates += core_ml_gates(package, references[-1].pixels, exact, options.min_snr_db)
+        gates += core_ml_gates(package, references[-1].pixels, exact, options.limits.min_snr_db)
     return gates, features
 
 
@@ -116,12 +116,12 @@ def mlx_encoder_gates(
     Returns:
         The gates, and the features of every image.
     """
-    encoder = EmulatedMLXEncoder(bundle, options.dtype)
+    encoder = EmulatedMLXEncoder(bundle, options.llm.dtype)
     features = [encoder(r.pixels) for r in references]
     worst = min(snr_db(r.features, f) for r, f in zip(references, features, strict=True))
     floor = options.snr_floor_db
     gates = [Gate("encoder SNR", worst, "dB", floor, True)]
-    if options.dtype == "float16":
+    if options.llm.dtype == "float16":
         gates.append(Gate("encoder largest magnitude", encoder.largest, "", FLOAT16_MAX, False))
     if mx.default_device() != mx.Device(mx.cpu):
         on_gpu = load_bundle_encoder(bundle)
@@ -187,7 +187,7 @@ def _take_stored(module: FastViTHD, constants: Mapping[str, torch.Tensor]) -> fl
 def _rounded_features(module: FastViTHD, options: ExportOptions, pixels: np.ndarray) -> np.ndarray:
     import torch
 
-    if options.encoder_precision == "fp16":
+    if options.encoder.precision == "fp16":
         for parameter in module.parameters():
             parameter.data = parameter.data.half().float()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure and its limit. `limit` is a floor where `at_least`, else a ceiling.
+    """One figure and its limit.
 
     Attributes:
+        name: what is measured.
+        value: the figure, in `unit`.
+        limit: a floor where `at_least`, else a ceiling.
         detail: what the figure is of, by name.
         left_out: why nothing is judged, where there is not enough to judge by.
     """
@@ -84,7 +87,7 @@ def _overflow(bundle: Bundle, options: ExportOptions) -> Gate:
     process = image_processor(bundle, config.vision.image_size, config.image_aspect_ratio)
     image = gate_samples(config.vision)[-1].image
     if bundle.layout == "mlx":
-        rounded = EmulatedMLXEncoder(bundle, options.dtype)
+        rounded = EmulatedMLXEncoder(bundle, options.llm.dtype)
         rounded(process(image))
         return Gate("encoder largest magnitude", rounded.largest, "", rounded.limit, False)
     encoder = MLProgramEncoder(bundle.package, config.vision.image_size)

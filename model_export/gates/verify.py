@@ -21,7 +21,7 @@ from model_export.gates.answers import answer_gates
 from model_export.gates.encoder import gates_of_sizes
 from model_export.gates.gate import Gate, overflow_gates
 from model_export.layouts import app, mlx
-from model_export.options import PRECISIONS, ExportOptions
+from model_export.options import PRECISIONS, ExportOptions, GateLimits
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def verify(
 
     Args:
         checkpoint_path, base, revision: as for the export.
-        limits: fields of `ExportOptions` to judge by in place of the manifest's, where not None.
+        limits: fields of `GateLimits` to judge by in place of the manifest's, where not None.
 
     Raises:
         BundleError: a file changed, the layout's rules are broken, or another checkpoint is given.
@@ -56,9 +56,9 @@ def verify(
         app.check_app(bundle, describe(bundle.package))
     else:
         mlx.check_mlx(bundle)
-    options = replace(
-        _own_limits(recorded_options(bundle)), **{k: v for k, v in limits.items() if v is not None}
-    )
+    options = _own_limits(recorded_options(bundle))
+    given = {k: v for k, v in limits.items() if v is not None}
+    options = replace(options, limits=replace(options.limits, **given))
     other_sizes = _other_sizes(bundle, options)
     if checkpoint_path is None:
         if any(limit is not None for limit in limits.values()):
@@ -105,14 +105,14 @@ def _folded(
     from model_export.encoder import fastvithd
 
     if "converted_from" in (bundle.manifest or {}):
-        dtype = getattr(torch, options.dtype)
+        dtype = getattr(torch, options.llm.dtype)
         state = {name: tensor.to(dtype).float() for name, tensor in state.items()}
     return fastvithd.fold(state, vision)
 
 
 def _other_sizes(bundle: Bundle, options: ExportOptions) -> list[int]:
     """What the encoder takes besides its default size: a package says it, else the manifest."""
-    sizes = options.other_sizes
+    sizes = options.encoder.other_sizes
     if bundle.layout == "app":
         sizes = tuple(describe(bundle.package).functions.values())
     return sorted({*sizes} - {bundle.config.vision.image_size})
@@ -157,24 +157,17 @@ def _hashes(source: Mapping[str, Any]) -> list[str]:
 
 def _own_limits(recorded: ExportOptions) -> ExportOptions:
     """By our limits, whatever a bundle says of itself; but for a stricter one of the encoder's."""
-    ours = replace(recorded, min_snr_db=None, max_kl_nats=None, min_agreement=None)
+    ours = replace(recorded, limits=GateLimits())
     strict = max(recorded.snr_floor_db, ours.snr_floor_db)
-    return replace(ours, min_snr_db=strict)
+    return replace(ours, limits=GateLimits(min_snr_db=strict))
 
 
 def recorded_options(bundle: Bundle) -> ExportOptions:
     """Read the options that a bundle was made with from its manifest, or else from its files."""
     if bundle.manifest is not None:
-        recorded = bundle.manifest["options"]
-        known = {k: recorded[k] for k in ExportOptions.__dataclass_fields__ if k in recorded}
-        if known.get("group_size") is None:
-            known.pop("group_size", None)
-        if known.get("layout") == "mlx":
-            # What it says follows from the type.
-            known.pop("encoder_precision", None)
-        return ExportOptions(**known)
+        return ExportOptions.from_record(bundle.manifest["options"])
     precision = describe(bundle.package).precision if bundle.layout == "app" else "fp16"
-    return ExportOptions(
+    return ExportOptions.of(
         dtype=bundle.config.dtype,  # type: ignore[arg-type]
         encoder_precision=precision if precision in PRECISIONS else "fp16",  # type: ignore[arg-type]
         layout=bundle.layout,  # type: ignore[arg-type]

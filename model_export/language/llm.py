@@ -28,7 +28,7 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import TensorSpec, bundle_specs, in_encoder
 from model_export.checkpoint.tensors import ALL, magnitude, row_blocks, safe_tensors
 from model_export.language.recipes import PROJECTOR, Scheme, is_matrix, path_of
-from model_export.options import FLOAT16_MAX, ExportOptions
+from model_export.options import FLOAT16_MAX
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +189,8 @@ def finish(weight: mx.array, form: Format | None, dtype: str) -> list[mx.array]:
 def write(
     checkpoint: Checkpoint,
     chosen: Scheme,
-    options: ExportOptions,
+    layout: str,
+    dtype: str,
     directory: Path,
     progress: Callable[[int], None],
     ready: Ready = MappingProxyType({}),
@@ -198,14 +199,14 @@ def write(
 
     Args:
         chosen: each matrix's format, from `recipes.scheme`.
+        dtype: the type of what is not quantized.
         progress: called with the bytes just written.
         ready: what is not converted here, from `layerwise.quantize`.
 
     Raises:
         CheckpointError, OptionError: as `convert`. OSError: the disk is full or not writable.
     """
-    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
-    dtype = options.dtype
+    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
     parts = []
     for spec in specs:
         entries = stored(spec, chosen, dtype)
@@ -276,10 +277,10 @@ def take(file: Path, entries: list[Stored]) -> Iterator[mx.array]:
     return (tensors[entry.name].read() for entry in entries)
 
 
-def total_bytes(checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions) -> int:
+def total_bytes(checkpoint: Checkpoint, chosen: Scheme, layout: str, dtype: str) -> int:
     """Count the bytes that `write` will write, without headers."""
-    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=options.layout)
-    return sum(entry.bytes for spec in specs for entry in stored(spec, chosen, options.dtype))
+    specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
+    return sum(entry.bytes for spec in specs for entry in stored(spec, chosen, dtype))
 
 
 def _unquantized(specs: list[TensorSpec], chosen: Scheme) -> dict[str, str]:

@@ -25,7 +25,7 @@ from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import ConfigError, OptionError
 from model_export.checkpoint.names import TensorSpec
 from model_export.loaders import LOADERS
-from model_export.options import GROUP_SIZES, ExportOptions
+from model_export.options import GROUP_SIZES, LLMOptions
 
 PREFIX = "language_model."
 EMBEDDING = PREFIX + "model.embed_tokens"
@@ -51,7 +51,9 @@ def is_matrix(spec: TensorSpec) -> bool:
     return len(spec.shape) == 2 and model_name(spec.name).startswith((PREFIX, PROJECTOR))
 
 
-def scheme(specs: Sequence[TensorSpec], config: FastVLMConfig, options: ExportOptions) -> Scheme:
+def scheme(
+    specs: Sequence[TensorSpec], config: FastVLMConfig, options: LLMOptions, layout: str
+) -> Scheme:
     """Choose the format of every matrix among `specs`, as the options ask for it.
 
     Raises:
@@ -63,7 +65,7 @@ def scheme(specs: Sequence[TensorSpec], config: FastVLMConfig, options: ExportOp
     projector = options.part_format(options.projector_bits)
     chosen |= {path: projector for path in widths if path.startswith(PROJECTOR)}
     if options.recipe is not None:
-        chosen |= _recipe(options.recipe, widths, config, options)
+        chosen |= _recipe(str(options.recipe), widths, config, options)
     if options.embed_bits is not None:
         chosen[EMBEDDING] = options.part_format(options.embed_bits)
     if options.head_bits is not None:
@@ -75,7 +77,7 @@ def scheme(specs: Sequence[TensorSpec], config: FastVLMConfig, options: ExportOp
         chosen[HEAD] = options.part_format(options.head_bits)
     for path, stored in chosen.items():
         _check_width(path, widths[path], stored)
-    check_layout(chosen, options.layout)
+    check_layout(chosen, layout)
     return chosen
 
 
@@ -155,10 +157,10 @@ def _check_width(path: str, width: int, stored: Format | None) -> None:
 
 
 def _recipe(
-    name: str, widths: Mapping[str, int], config: FastVLMConfig, options: ExportOptions
+    name: str, widths: Mapping[str, int], config: FastVLMConfig, options: LLMOptions
 ) -> dict[str, Format | None]:
     if name in STOCK:
-        predicate = _stock(name, config, options.group_size)
+        predicate = _stock(name, config, options.resolved_group_size)
         return {path: predicate(path.removeprefix(PREFIX)) for path in widths if PREFIX in path}
     file = Path(name).expanduser()
     if not file.is_file():
@@ -188,7 +190,7 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
     return f": the nearest are {', '.join(near)}" if near else ": see `fastvlm inspect --json`"
 
 
-def _entry(file: Path, pattern: str, value: Any, options: ExportOptions) -> Format | None:
+def _entry(file: Path, pattern: str, value: Any, options: LLMOptions) -> Format | None:
     """A number of bits, or a format as config.json has them."""
     if value is False or value == 16:
         return None

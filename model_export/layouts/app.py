@@ -22,7 +22,6 @@ from model_export.language.recipes import Scheme
 from model_export.layouts import rules
 from model_export.layouts.rules import Entry, RuleError
 from model_export.loaders import LOADERS
-from model_export.options import ExportOptions
 
 QWEN2_KEYS = (
     "hidden_size",
@@ -63,7 +62,7 @@ APP_CONFIG: dict[str, type] = {
 
 
 def app_config(
-    checkpoint: Checkpoint, chosen: Scheme, options: ExportOptions, image_token_id: int
+    checkpoint: Checkpoint, chosen: Scheme, layout: str, dtype: str, image_token_id: int
 ) -> dict[str, Any]:
     """`config.json` of an `app` bundle, and what is in both layouts' of the other."""
     config, raw = checkpoint.config, checkpoint.raw_config
@@ -75,9 +74,9 @@ def app_config(
         "mm_hidden_size": config.vision.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
         "tie_word_embeddings": checkpoint.tied,
-        "torch_dtype": options.dtype,
+        "torch_dtype": dtype,
     }
-    if (quantization := recipes.quantization(chosen, options.layout)) is not None:
+    if (quantization := recipes.quantization(chosen, layout)) is not None:
         data["quantization"] = quantization.to_dict()
     return dict(sorted(data.items()))
 

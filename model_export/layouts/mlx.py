@@ -31,7 +31,6 @@ from model_export.layouts import rules
 from model_export.layouts.app import generation_config, preprocessor_config
 from model_export.layouts.rules import Entry, RuleError
 from model_export.loaders import LOADERS
-from model_export.options import ExportOptions
 
 HEAD_DIM = 32  # both loaders' MHSA
 CONTEXT_LENGTH = 8192  # tokenizer_model_max_length where the checkpoint has none
@@ -81,7 +80,6 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
 
 def write_mlx_configs(
     checkpoint: Checkpoint,
-    options: ExportOptions,
     tokenizer: ExportedTokenizer,
     app_config: dict[str, Any],
     directory: Path,

@@ -91,30 +91,30 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Footprint:
     """
     checkpoint = _with_rows(checkpoint)
     specs = checkpoint.llm_specs
-    chosen = recipes.scheme(specs, checkpoint.config, options)
+    chosen = recipes.scheme(specs, checkpoint.config, options.llm, options.destination.layout)
     stored = {
         entry.name: entry.bytes
         for spec in specs
-        for entry in llm.stored(spec, chosen, options.dtype)
+        for entry in llm.stored(spec, chosen, options.llm.dtype)
     }
     total = sum(stored.values())
     read = sum(size for name, size in stored.items() if _is_read(name, tied=checkpoint.tied))
-    if options.llm_bpw is not None:
+    if options.llm.bpw is not None:
         # It solves for the bits with scipy, which a plain forecast does without.
         from model_export.quantization.candidates import Space
 
         space = Space(specs, checkpoint.config, options)
-        space.check(options.llm_bpw)
-        target = min(int(options.llm_bpw * checkpoint.llm_parameters / 8), space.largest)
+        space.check(options.llm.bpw)
+        target = min(int(options.llm.bpw * checkpoint.llm_parameters / 8), space.largest)
         # What each token reads shrinks with the rest.
         total, read = target, read * target // total
     return Footprint(
         name=checkpoint.name,
         kind="checkpoint",
-        layout=options.layout,
+        layout=options.destination.layout,
         config=checkpoint.config,
         decoder=Decoder.of(checkpoint.config.text, tied=checkpoint.tied),
-        dtype=options.dtype,
+        dtype=options.llm.dtype,
         llm_bytes=total,
         read_bytes=read,
         encoder_bytes=encoder_bytes(checkpoint, options),
@@ -124,12 +124,12 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Footprint:
 
 def encoder_bytes(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """Count the bytes of the encoder's package, or of its weights in an `mlx` bundle."""
-    if options.layout == "mlx":
+    if options.destination.layout == "mlx":
         specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout="mlx")
         encoder = [spec for spec in specs if in_encoder(spec)]
-        stored = (entry for spec in encoder for entry in llm.stored(spec, {}, options.dtype))
+        stored = (entry for spec in encoder for entry in llm.stored(spec, {}, options.llm.dtype))
         return sum(entry.bytes for entry in stored)
-    return package_bytes(checkpoint.config.vision, options)
+    return package_bytes(checkpoint.config.vision, options.encoder)
 
 
 def _with_rows(checkpoint: Checkpoint) -> Checkpoint:

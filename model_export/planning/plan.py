@@ -110,7 +110,7 @@ class Forecast:
 def run(
     path: str | Path,
     device: str | None,
-    given: dict[str, Any],
+    options: ExportOptions | None,
     *,
     base: str | None = None,
     revision: str | None = None,
@@ -122,7 +122,7 @@ def run(
     Args:
         path: a bundle's directory, or a checkpoint of any kind; what a hub id names is downloaded,
             and an export finds it in the cache.
-        given: the fields of `ExportOptions` that the user set.
+        options: of the export; a bundle takes none.
         context: tokens in the KV cache; `CONTEXT`, or all that the model has, if it is not given.
 
     Raises:
@@ -133,15 +133,17 @@ def run(
     found_here = Path(path).expanduser()
     export = None
     if found_here.is_dir() and is_bundle(found_here):
-        if given or base or revision:
+        if options or base or revision:
             raise OptionError(
                 f"{path} is a bundle, whose bits and sizes are made: leave out the options of "
                 "export, or name the checkpoint"
             )
         footprint = of_bundle(found_here)
     else:
-        options = ExportOptions(**given)
-        checkpoint = Checkpoint(path, base=base, revision=revision, image_size=options.default_size)
+        options = options or ExportOptions()
+        checkpoint = Checkpoint(
+            path, base=base, revision=revision, image_size=options.encoder.default_size
+        )
         footprint = of_checkpoint(checkpoint, options)
         export = exporter(checkpoint, options)
     if context is None:
@@ -269,7 +271,9 @@ def exporter(checkpoint: Checkpoint, options: ExportOptions) -> Callable[[int], 
 
     def export(bits: int) -> Footprint | None:
         try:
-            return of_checkpoint(checkpoint, replace(options, llm_bits=bits, llm_bpw=None))
+            return of_checkpoint(
+                checkpoint, replace(options, llm=replace(options.llm, bits=bits, bpw=None))
+            )
         except OptionError:
             return None
 

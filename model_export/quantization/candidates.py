@@ -17,7 +17,7 @@ from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.names import TensorSpec
 from model_export.language import llm, recipes
 from model_export.language.recipes import EMBEDDING, HEAD, PROJECTOR, Scheme, is_matrix, path_of
-from model_export.options import ExportOptions
+from model_export.options import ExportOptions, LLMOptions
 from model_export.quantization.allocation import Choice, allocate
 from model_export.quantization.sensitivity import Losses
 
@@ -64,8 +64,9 @@ class Space:
     @property
     def forms(self) -> list[Format]:
         """Every affine form that the layout holds, narrowest first."""
-        all_forms = [Format(bits, self.options.group_size) for bits in MODES["affine"][0]]
-        layout = self.options.layout
+        group_size = self.options.llm.resolved_group_size
+        all_forms = [Format(bits, group_size) for bits in MODES["affine"][0]]
+        layout = self.options.destination.layout
         return [f for f in all_forms if recipes.unreadable({EMBEDDING: f}, layout) is None]
 
     @property
@@ -83,7 +84,7 @@ class Space:
         return {EMBEDDING: "embedding", HEAD: "head"}.get(path, "layers")
 
     def bytes_of(self, spec: TensorSpec, form: Format | None) -> int:
-        stored = llm.stored(spec, {path_of(spec): form}, self.options.dtype)
+        stored = llm.stored(spec, {path_of(spec): form}, self.options.llm.dtype)
         return sum(entry.bytes for entry in stored)
 
     def size(self, scheme: Scheme) -> int:
@@ -110,7 +111,7 @@ class Space:
 
     def check(self, target: float) -> None:
         """Raises OptionError: the group size does not fit, or the size can't be reached."""
-        group = self.options.group_size
+        group = self.options.llm.resolved_group_size
         if any(spec.shape[1] % group for spec in self.matrices):
             raise OptionError(
                 f"group size {group} does not divide the widths of this model: choose another "
@@ -132,7 +133,7 @@ class Space:
         budget = self.budget(target)
         fitting = [f for f in self.forms if self._everywhere(f) <= budget]
         widest = self.forms.index(fitting[-1])
-        if self.options.layout == "app":
+        if self.options.destination.layout == "app":
             # All that is quantized has one of them: wider ones fit no matrix.
             return self.forms[max(0, widest - NARROWER) : widest + 1]
         return self.forms[max(0, widest - NARROWER) : widest + 1 + WIDER]
@@ -150,18 +151,17 @@ class Space:
             sizes[self.part(path_of(spec)), form] += self.bytes_of(spec, form)
         for forms in product(choices, repeat=len(parts)):
             chosen = dict(zip(parts, forms, strict=True))
-            if recipes.unreadable(chosen, self.options.layout) is None:
+            if recipes.unreadable(chosen, self.options.destination.layout) is None:
                 scheme = {path: chosen[self.part(path)] for path in paths}
                 yield chosen, scheme, sum(sizes[item] for item in chosen.items())
 
     def stock(self) -> Iterator[tuple[str, Scheme, int]]:
         """mlx-lm's recipes, as far as the layout holds them: name, scheme, bytes."""
         for name in recipes.STOCK:
-            asked = ExportOptions(
-                recipe=name, group_size=self.options.group_size, layout=self.options.layout
-            )
+            asked = LLMOptions(recipe=name, group_size=self.options.llm.group_size)
+            layout = self.options.destination.layout
             try:
-                scheme = recipes.scheme(self.specs, self.config, asked)
+                scheme = recipes.scheme(self.specs, self.config, asked, layout)
             except OptionError:
                 continue
             yield name, scheme, self.size(scheme)
@@ -243,7 +243,7 @@ def _assigned(
     a single measurement may be luck. Losses of few bits are more together than their sum, so each
     is also solved with narrow forms left out; with what fits widened and nothing narrowed; and with
     what is a little too large narrowed and nothing widened."""
-    app = space.options.layout == "app"
+    app = space.options.destination.layout == "app"
     layers = next(forms for path, forms in losses.items() if space.part(path) == "layers")
     near = sorted(layers, key=lambda form: form.bits)
     above = [] if app else a_little_above(space, losses, target)

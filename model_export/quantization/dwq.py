@@ -210,7 +210,7 @@ def train_layers(
     ]
     head = Head(text, source, held_out.PlannedWeights(source, work.scheme))
     train(layer, list(layers.values()), head, dialogues, work.progress)
-    dtype = getattr(torch, work.options.dtype)
+    dtype = getattr(torch, work.options.llm.dtype)
     ready: dict[str, Path] = {}
     for prefix, each in layers.items():
         finished = {name: part.coded(dtype).arrays() for name, part in each.groups.items()}

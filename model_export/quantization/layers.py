@@ -103,7 +103,9 @@ class Work:
             prefix = f"{LAYERS}{index}."
             state = qwen2.layer_state(source, prefix)
             for name, tensor in state.items():
-                llm.check_range((prefix + name).removeprefix(PREFIX), tensor, self.options.dtype)
+                llm.check_range(
+                    (prefix + name).removeprefix(PREFIX), tensor, self.options.llm.dtype
+                )
             yield prefix, state
 
     def formats(self, prefix: str) -> Formats:

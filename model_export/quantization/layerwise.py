@@ -85,7 +85,7 @@ def quantize(
     Raises:
         CheckpointError, OptionError: as `llm.convert`.
     """
-    method, name = options.method, options.method.upper()
+    method, name = options.llm.method, options.llm.method.upper()
     size = checkpoint.config.vision.image_size
     calibration_set, held_out_set = split(calibration, size, held_out.LEAST_IMAGES)
     samples = [*calibration_set, *held_out_set]
@@ -147,12 +147,12 @@ def _too_few(name: str, count: int) -> str:
 def _layer_by_layer(work: Work, samples: Sequence[HiddenStates]) -> llm.Ready:
     """Quantize one layer after the other, by AWQ or GPTQ."""
     layer = qwen2.decoder_layer(work.checkpoint.config.text)
-    method = gptq.gptq_layer if work.options.method == "gptq" else awq.awq_layer
+    method = gptq.gptq_layer if work.options.llm.method == "gptq" else awq.awq_layer
     ready: dict[str, Path] = {}
     for index, (prefix, state) in enumerate(work.layers()):
         work.progress(index / work.count)
         layer.load_state_dict(state, strict=True, assign=True)
-        inputs = LayerInputs(layer, samples, work.formats(prefix), work.options.dtype)
+        inputs = LayerInputs(layer, samples, work.formats(prefix), work.options.llm.dtype)
         ready |= work.save(prefix, method(inputs))
     work.progress(1.0)
     return ready

@@ -170,7 +170,7 @@ def search(
             tokenizer,
             on,
             [candidate.scheme for candidate in of],
-            options.dtype,
+            options.llm.dtype,
             partial(progress, stage),
         )
         return trial.means(found)
@@ -178,10 +178,10 @@ def search(
     def measure(missing: FormatsByPath) -> Losses:
         report = partial(progress, "sensitivities")
         return sensitivity.measure(
-            checkpoint, tokenizer, references, missing, options.dtype, report
+            checkpoint, tokenizer, references, missing, options.llm.dtype, report
         )
 
-    losses = _losses(_measurements(checkpoint, seen, options.dtype), formats, measure)
+    losses = _losses(_measurements(checkpoint, seen, options.llm.dtype), formats, measure)
     fitting = at_or_below(space, losses, target)
     finalists = max(FINALISTS, room // len(held_out_set))
     if len(fitting) > finalists:
@@ -213,7 +213,7 @@ def _formats_to_measure(space: Space, target: float) -> FormatsByPath:
     every one."""
     near = space.near(target)
     paths = map(path_of, space.matrices)
-    whole = near if space.options.layout == "app" else space.forms
+    whole = near if space.options.destination.layout == "app" else space.forms
     return {path: near if space.part(path) == "layers" else whole for path in paths}
 
 

@@ -13,10 +13,10 @@ from fastvlm_mlx.bundle.manifest import MANIFEST, hash_tree
 from fastvlm_mlx.errors import DestinationError
 from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from model_export.bundle_source import bundle_tensors
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.cli.facts import checkpoint_facts
 from model_export.comparison.sweep import _State
-from model_export.conversion import bundle_tensors
 from model_export.layouts import install as installer
 from model_export.planning import plan
 from model_export.publish import push

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import fastvlm_mlx
 from fastvlm_mlx.vision.package import describe
-from model_export import pipeline
+from model_export import build, pipeline
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.options import ExportOptions
 from model_export.samples import images
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-EXACT = ExportOptions(llm_bits=16, dtype="float32", encoder_precision="fp32")
-EXACT_MLX = ExportOptions(llm_bits=16, dtype="float32", layout="mlx")
+EXACT = ExportOptions.of(llm_bits=16, dtype="float32", encoder_precision="fp32")
+EXACT_MLX = ExportOptions.of(llm_bits=16, dtype="float32", layout="mlx")
 CASES = json.loads((GOLDEN / "answers.json").read_text())
 # Q of one layer, an MLP's matrix, and a convolution of the encoder.
 ADAPTED = (
@@ -160,15 +160,15 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
 ):
     states = []
 
-    def encoder(job, package, progress):
+    def encoder(spec, package, progress):
         # Made from these alone; converting the same ones again would tell nothing new.
-        states.append(job.checkpoint.encoder_state())
+        states.append(spec.checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
-        return pipeline._ExportedEncoder({256: []}, describe(package))
+        return build.ExportedEncoder({256: []}, describe(package))
 
-    monkeypatch.setattr(pipeline, "_export_encoder", encoder)
-    monkeypatch.setattr(pipeline, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "export_encoder", encoder)
+    monkeypatch.setattr(build, "gates_of_sizes", lambda *arguments: ([], []))
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [])
     reference, options = source(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     result = pipeline.export(reference, tmp_path / "out", EXACT, **options)
@@ -240,6 +240,6 @@ def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, o
     checked = fastvlm("verify", out, "--checkpoint", path, "--base", moved)
     assert checked.returncode == 0, checked.stderr
     assert "KL divergence" in checked.stdout
-    in_mlx = ExportOptions(llm_bits=16, image_size=128, layout="mlx")
+    in_mlx = ExportOptions.of(llm_bits=16, image_size=128, layout="mlx")
     pipeline.export(path, tmp_path / "mlx", in_mlx, base=moved)
     assert answers(tmp_path / "mlx") == answers(out) != [case["tokens"] for case in CASES]

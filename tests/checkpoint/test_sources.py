@@ -331,7 +331,7 @@ class TestImageSize:
         from model_export.options import ExportOptions
 
         with pytest.raises(OptionError, match=f"--image-size is {size}: expected a multiple of 64"):
-            ExportOptions(image_size=size)
+            ExportOptions.of(image_size=size)
 
 
 class TestIdentified:

@@ -102,7 +102,7 @@ def test_every_file_of_the_tree_is_there_and_named():
 
 
 def test_the_options_are_the_command_s():
-    from model_export.options import BITS, DTYPES, GROUP_SIZES, METHODS, PRECISIONS, ExportOptions
+    from model_export.options import BITS, DTYPES, GROUP_SIZES, METHODS, PRECISIONS, LLMOptions
 
     table = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]*) \|", README, re.MULTILINE))
     assert all(str(bits) in table["--llm-bits"] for bits in BITS)
@@ -110,4 +110,4 @@ def test_the_options_are_the_command_s():
     assert all(dtype in table["--dtype"] for dtype in DTYPES)
     assert all(method in table["--method"] for method in METHODS)
     assert all(precision in table["--encoder-precision"] for precision in PRECISIONS)
-    assert f"| {ExportOptions().llm_bits} |" in README
+    assert f"| {LLMOptions().resolved_bits} |" in README

@@ -45,7 +45,7 @@ def bundles(demo_checkpoint, demo_bundle, tmp_path_factory):
     loaded = {(4, "fp16"): fastvlm_mlx.load(demo_bundle)}
     for bits, precision in ((8, "fp16"), (16, "fp32")):
         out = folder / f"{bits}-{precision}"
-        export(demo_checkpoint, out, ExportOptions(llm_bits=bits, encoder_precision=precision))
+        export(demo_checkpoint, out, ExportOptions.of(llm_bits=bits, encoder_precision=precision))
         loaded[bits, precision] = fastvlm_mlx.load(out)
     return loaded
 

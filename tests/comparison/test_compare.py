@@ -25,7 +25,7 @@ def silent(stage, done):
 def coarse(demo_checkpoint, tmp_path_factory):
     """Two bits: so few that answers change."""
     out = tmp_path_factory.mktemp("coarse") / "two"
-    export(demo_checkpoint, out, ExportOptions(llm_bits=2, allow_failed_gates=True))
+    export(demo_checkpoint, out, ExportOptions.of(llm_bits=2, allow_failed_gates=True))
     return out
 
 
@@ -138,7 +138,7 @@ def test_what_is_refused(demo_checkpoint, demo_bundle, tmp_path):
     with pytest.raises((BundleError, CheckpointError), match="nowhere"):
         compare.compare([demo_bundle, tmp_path / "nowhere"], None, None, COUNT, silent)
     small = tmp_path / "small"
-    export(demo_checkpoint, small, ExportOptions(image_size=128, allow_failed_gates=True))
+    export(demo_checkpoint, small, ExportOptions.of(image_size=128, allow_failed_gates=True))
     with pytest.raises(OptionError, match="of different shapes"):
         compare.compare([demo_bundle, small], None, None, COUNT, silent)
 
@@ -254,7 +254,7 @@ def test_a_layout_that_is_none():
 def test_our_own_choices_are_options():
     for layout, choices in sweep.CHOICES.items():
         for fields in choices.values():
-            ExportOptions(layout=layout, **fields)
+            ExportOptions.of(layout=layout, **fields)
 
 
 def test_a_directory_that_is_something_else(demo_checkpoint, tmp_path):

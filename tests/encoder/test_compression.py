@@ -31,7 +31,7 @@ from model_export.encoder.compression import (
 from model_export.encoder.references import reference_features
 from model_export.gates import verify
 from model_export.gates.encoder import encoder_gates, mean_cosine, snr_db
-from model_export.options import ExportOptions
+from model_export.options import EncoderOptions, ExportOptions
 from model_export.pipeline import export
 from model_export.quantization.encoder_sensitivity import calibration_pixels, sensitivities
 from model_export.quantization.mixed import mixed
@@ -217,7 +217,7 @@ class TestGates:
         return package
 
     def test_a_compressed_encoder_passes(self, palette6, module, references):
-        options = ExportOptions(encoder_precision="palette6")
+        options = ExportOptions.of(encoder_precision="palette6")
         gates, _ = encoder_gates(palette6, lambda: module, references, options)
         assert [gate.name for gate in gates] == [
             "encoder SNR",
@@ -239,7 +239,7 @@ class TestGates:
             weight = state["network.2.0.token_mixer.reparam_conv.weight"]
             weight[[0, 1]] = weight[[1, 0]].clone()
         other = fastvithd.fold(state, checkpoint.config.vision)
-        options = ExportOptions(encoder_precision="palette6")
+        options = ExportOptions.of(encoder_precision="palette6")
         gates, _ = encoder_gates(palette6, lambda: other, references, options)
         assert "encoder weights SNR" in [gate.name for gate in gates if not gate.passed]
 
@@ -268,7 +268,7 @@ class TestMixed:
     @pytest.fixture(scope="class")
     def bundle(self, demo_checkpoint, tmp_path_factory):
         out = tmp_path_factory.mktemp("mixed") / "bundle"
-        export(demo_checkpoint, out, ExportOptions(llm_bits=4, encoder_precision="mixed"))
+        export(demo_checkpoint, out, ExportOptions.of(llm_bits=4, encoder_precision="mixed"))
         return out
 
     def test_six_decibels_above_uniform_and_no_larger(
@@ -314,7 +314,7 @@ class TestMixed:
 
     def test_without_a_manifest_the_package_says_what_it_is(self, bundle, tmp_path):
         bare = replace(Bundle.open(bundle), manifest=None)
-        assert verify.recorded_options(bare).encoder_precision == "mixed"
+        assert verify.recorded_options(bare).encoder.precision == "mixed"
 
     def test_a_size_too_small_says_the_least(self, module, pixels):
         with pytest.raises(OptionError, match="the smallest choices take"):
@@ -361,15 +361,15 @@ class TestOptions:
     )
     def test_what_cannot_be(self, options, message):
         with pytest.raises(OptionError, match=message):
-            ExportOptions(**options)
+            ExportOptions.of(**options)
 
     def test_the_target_follows_from_the_precision(self):
-        assert ExportOptions().target == "iOS15"
+        assert EncoderOptions().target == "iOS15"
         # Apple's own, which is fp32.
-        assert ExportOptions(encoder_precision="fp32").target == "iOS16"
-        assert ExportOptions(encoder_precision="fp32", deployment_target="iOS15").target == "iOS15"
-        assert ExportOptions(encoder_precision="palette4").target == "iOS16"
-        assert ExportOptions(deployment_target="iOS18").target == "iOS18"
+        assert EncoderOptions(precision="fp32").target == "iOS16"
+        assert EncoderOptions(precision="fp32", deployment_target="iOS15").target == "iOS15"
+        assert EncoderOptions(precision="palette4").target == "iOS16"
+        assert EncoderOptions(deployment_target="iOS18").target == "iOS18"
 
     def test_the_command_refuses_in_one_sentence(self, demo_checkpoint, tmp_path):
         command = [sys.executable, "-m", "fastvlm_mlx", "export", demo_checkpoint, tmp_path / "out"]

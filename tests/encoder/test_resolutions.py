@@ -42,7 +42,7 @@ from model_export.encoder.multifunction import export_sizes
 from model_export.gates import verify
 from model_export.gates.encoder import snr_db
 from model_export.layouts import app, install
-from model_export.options import ExportOptions, parse_sizes
+from model_export.options import EncoderOptions, ExportOptions, parse_sizes
 from model_export.pipeline import export
 from model_export.samples import scenes
 
@@ -55,7 +55,7 @@ QUESTIONS = ("Describe the image.", "What number is written?")
 def bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint at its own 256 pixels and at 128, its gates passed. Not to write to."""
     out = tmp_path_factory.mktemp("sizes") / "bundle"
-    export(demo_checkpoint, out, ExportOptions(llm_bits=4, image_sizes=(128, 256)))
+    export(demo_checkpoint, out, ExportOptions.of(llm_bits=4, image_sizes=(128, 256)))
     return out
 
 
@@ -224,7 +224,7 @@ class TestTheBundle:
     ) -> None:
         """Another encoder, which takes any size, and the same language model."""
         out = tmp_path / "mlx"
-        options = ExportOptions(llm_bits=4, layout="mlx", image_sizes=(128, 256))
+        options = ExportOptions.of(llm_bits=4, layout="mlx", image_sizes=(128, 256))
         made = export(demo_checkpoint, out, options)
         assert "encoder SNR at 128" in [gate.name for gate in made.gates]
         assert inspect_bundle(out)["encoder"]["image_sizes"] == [128, 256]
@@ -297,7 +297,7 @@ class TestTheBundle:
         assert {gate.name for gate in gates} == recorded
 
     def test_a_mixed_encoder_is_rounded_once(self, demo_checkpoint: Path, tmp_path: Path) -> None:
-        options = ExportOptions(llm_bits=4, encoder_precision="mixed", image_sizes=(128, 256))
+        options = ExportOptions.of(llm_bits=4, encoder_precision="mixed", image_sizes=(128, 256))
         made = export(demo_checkpoint, tmp_path / "mixed", options)
         values = {gate.name: gate.value for gate in made.gates}
         assert values["encoder weights SNR"] == values["encoder weights SNR at 128"]
@@ -339,7 +339,7 @@ class TestImages:
         self, demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path
     ) -> None:
         out = tmp_path / "images"
-        made = export(demo_checkpoint, out, ExportOptions(llm_bits=4, image_input=True))
+        made = export(demo_checkpoint, out, ExportOptions.of(llm_bits=4, image_input=True))
         assert made.manifest["options"]["image_input"]
         assert made.manifest["fits_unmodified_app"] is False
         assert inspect_bundle(out)["encoder"]["image_input"]
@@ -384,18 +384,18 @@ class TestOptions:
     )
     def test_what_cannot_be(self, options: dict[str, Any], words: str) -> None:
         with pytest.raises(OptionError, match=words):
-            ExportOptions(**options)
+            ExportOptions.of(**options)
 
     def test_which_is_the_default(self) -> None:
-        several = ExportOptions(image_sizes=(2048, 512, 1024))
+        several = EncoderOptions(image_sizes=(2048, 512, 1024))
         assert (several.default_size, several.other_sizes) == (1024, (512, 2048))
         assert several.target == "iOS18"
-        smaller = ExportOptions(image_sizes=(128, 512, 256))
+        smaller = EncoderOptions(image_sizes=(128, 512, 256))
         assert (smaller.default_size, smaller.other_sizes) == (512, (128, 256))
-        one = ExportOptions(image_sizes=(512,))
+        one = EncoderOptions(image_sizes=(512,))
         assert (one.default_size, one.other_sizes, one.target) == (512, (), "iOS15")
-        assert ExportOptions(image_size=512).default_size == 512
-        assert ExportOptions().default_size is None
+        assert EncoderOptions(image_size=512).default_size == 512
+        assert EncoderOptions().default_size is None
 
     def test_sizes_as_text(self) -> None:
         assert parse_sizes("512,1024") == (512, 1024)

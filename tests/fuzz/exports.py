@@ -68,7 +68,7 @@ def _export(case: Case, out: Path, place: str | None = None) -> None:
             out.mkdir()
             (out / "thesis.txt").write_text("precious")
 
-    options = ExportOptions(llm_bits=4, overwrite=case.facts["overwrite"])
+    options = ExportOptions.of(llm_bits=4, overwrite=case.facts["overwrite"])
     with _quick(case.stock / "app"):
         export(case.source, out, options, look)
 
@@ -98,24 +98,24 @@ def _export_now(case: Case, out: Path) -> None:
     from model_export.options import ExportOptions
     from model_export.pipeline import export
 
-    export(case.source, out, ExportOptions(llm_bits=4))
+    export(case.source, out, ExportOptions.of(llm_bits=4))
 
 
 @contextmanager
 def _quick(bundle: Path) -> Iterator[None]:
     """The encoder copied and the gates left out: for what surrounds them."""
     from fastvlm_mlx.vision.package import describe
-    from model_export import pipeline
+    from model_export import build
 
-    def encoder(job: Any, package: Path, progress: Any) -> Any:
+    def encoder(spec: Any, package: Path, progress: Any) -> Any:
         shutil.copytree(bundle / package.name, package)
-        references = {job.checkpoint.config.vision.image_size: []}
-        return pipeline._ExportedEncoder(references, describe(package))  # type: ignore[arg-type]
+        references = {spec.checkpoint.config.vision.image_size: []}
+        return build.ExportedEncoder(references, describe(package))  # type: ignore[arg-type]
 
     with (
-        mock.patch.object(pipeline, "_export_encoder", encoder),
+        mock.patch.object(build, "export_encoder", encoder),
         mock.patch("model_export.gates.encoder.encoder_gates", return_value=([], [])),
-        mock.patch.object(pipeline, "answer_gates", return_value=[]),
+        mock.patch.object(build, "answer_gates", return_value=[]),
     ):
         yield
 

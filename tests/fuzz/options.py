@@ -84,13 +84,13 @@ _VALUES: tuple[Any, ...] = (
 
 
 def _export(case: Case, rng: random.Random) -> None:
-    from model_export.options import ExportOptions, parse_sizes
+    from model_export.options import FLAT_NAMES, ExportOptions, parse_sizes
 
-    names = sorted(ExportOptions.__dataclass_fields__)
+    names = sorted(FLAT_NAMES)
     given = {
         name: rng.choice((*_VALUES, text(rng))) for name in rng.sample(names, rng.randint(1, 4))
     }
-    case.step(f"ExportOptions(**{given})"[:300], lambda: ExportOptions(**given))
+    case.step(f"ExportOptions.of(**{given})"[:300], lambda: ExportOptions.of(**given))
     sizes = rng.choice(("64,128", "", ",", "9" * 5000, "1e3", "64,,64", "٦٤", "-64", text(rng)))
     case.step(f"parse_sizes({sizes!r:.60})", lambda: parse_sizes(sizes))
 
@@ -103,13 +103,15 @@ def _checkpoint(case: Case) -> Any:
 
 def _recipe(case: Case, rng: random.Random) -> None:
     from model_export.language import recipes
-    from model_export.options import ExportOptions
+    from model_export.options import LLMOptions
 
     checkpoint = _checkpoint(case)
     file = str(case.source / "recipe.json")
     case.step(
         "recipe",
-        lambda: recipes.scheme(checkpoint.llm_specs, checkpoint.config, ExportOptions(recipe=file)),
+        lambda: recipes.scheme(
+            checkpoint.llm_specs, checkpoint.config, LLMOptions(recipe=file), "app"
+        ),
     )
 
 

@@ -68,14 +68,14 @@ def _export(out: Path, layout: str) -> None:
     from model_export.options import ExportOptions
     from model_export.pipeline import export
 
-    export(DEMO, out, ExportOptions(llm_bits=4, layout=layout))  # type: ignore[arg-type]
+    export(DEMO, out, ExportOptions.of(llm_bits=4, layout=layout))  # type: ignore[arg-type]
 
 
 def _compact(out: Path) -> None:
     from model_export.options import ExportOptions
     from model_export.pipeline import export
 
-    options = ExportOptions(
+    options = ExportOptions.of(
         llm_bits=4, encoder_precision="int8", image_sizes=(128, 256), allow_failed_gates=True
     )
     export(DEMO, out, options)

@@ -60,7 +60,7 @@ def encoder_state() -> dict[str, torch.Tensor]:
 def exact(tmp_path_factory: pytest.TempPathFactory) -> FastVLM:
     """The golden checkpoint exported with nothing rounded."""
     path = tmp_path_factory.mktemp("parity") / "exact"
-    export(APPLE, path, ExportOptions(llm_bits=16, dtype="float32", encoder_precision="fp32"))
+    export(APPLE, path, ExportOptions.of(llm_bits=16, dtype="float32", encoder_precision="fp32"))
     return fastvlm_mlx.load(path)
 
 
@@ -68,7 +68,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> FastVLM:
 def half(tmp_path_factory: pytest.TempPathFactory) -> FastVLM:
     """The same in half precision, the encoder and the language model."""
     path = tmp_path_factory.mktemp("parity") / "half"
-    export(APPLE, path, ExportOptions(llm_bits=16, dtype="float16", encoder_precision="fp16"))
+    export(APPLE, path, ExportOptions.of(llm_bits=16, dtype="float16", encoder_precision="fp16"))
     return fastvlm_mlx.load(path)
 
 

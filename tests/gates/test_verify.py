@@ -201,7 +201,7 @@ def answers(demo_checkpoint, references):
         own = export_tokenizer(checkpoint)
         checkpoint = extended(checkpoint, own.tokenizer, bundle.config.text.vocab_size)
         features = [reference.features for reference in seen]
-        options = ExportOptions(llm_bits=4, **limits)
+        options = ExportOptions.of(llm_bits=4, **limits)
         found = answer_gates(checkpoint, bundle, own.tokenizer, seen, features, options)
         return {gate.name: gate for gate in found}
 
@@ -355,14 +355,23 @@ FORMS = [
 @pytest.mark.parametrize("asked", FORMS, ids=str)
 def test_every_form_is_the_source_s_and_mlx_s(demo_checkpoint, mlx_bundle, tmp_path, asked):
     """What the export writes; and of one group a little less than the largest weight."""
-    options = ExportOptions(layout="mlx", **asked)
+    options = ExportOptions.of(layout="mlx", **asked)
     checkpoint = Checkpoint(demo_checkpoint)
-    chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+    chosen = recipes.scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
     shutil.copyfile(mlx_bundle / "config.json", tmp_path / "config.json")
     said = recipes.quantization(chosen, "mlx")
     edit_json(tmp_path, "config.json", quantization=said and said.to_dict())
-    llm.write(checkpoint, chosen, options, tmp_path, lambda count: None)
-    made = equality.Made(chosen, getattr(torch, options.dtype))
+    llm.write(
+        checkpoint,
+        chosen,
+        options.destination.layout,
+        options.llm.dtype,
+        tmp_path,
+        lambda count: None,
+    )
+    made = equality.Made(chosen, getattr(torch, options.llm.dtype))
     bundle = Bundle.open(tmp_path)
     gate = equality.tensor_gate(checkpoint, bundle, made)
     assert gate.passed, gate.sentence()
@@ -475,14 +484,23 @@ class TestLimits:
                     tensor[:, ::64] *= 40
 
         checkpoint = Checkpoint(edit_checkpoint(tensors=spread))
-        options = ExportOptions(layout="mlx", llm_bits=2)
-        chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
+        options = ExportOptions.of(layout="mlx", llm_bits=2)
+        chosen = recipes.scheme(
+            checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+        )
         out = tmp_path / "bundle"
         out.mkdir()
         for name in ("config.json", "tokenizer.json"):
             shutil.copyfile(mlx_bundle / name, out / name)
         edit_json(out, "config.json", quantization={"bits": 2, "group_size": 64})
-        llm.write(checkpoint, chosen, options, out, lambda count: None)
+        llm.write(
+            checkpoint,
+            chosen,
+            options.destination.layout,
+            options.llm.dtype,
+            out,
+            lambda count: None,
+        )
         bundle, made = Bundle.open(out), equality.Made(chosen, torch.float16)
         assert equality.tensor_gate(checkpoint, bundle, made).passed
         seen = reference_features(
@@ -620,5 +638,5 @@ def test_a_manifest_decides_neither_its_limits_nor_what_is_exempt(demo_checkpoin
     edit_json(bundle_copy, "manifest.json", exempt)
     assert not tensors_of(bundle_copy, demo_checkpoint).passed
     options = verify._own_limits(verify.recorded_options(Bundle.open(bundle_copy)))
-    assert (options.max_kl_nats, options.min_agreement) == (None, None)
+    assert (options.limits.max_kl_nats, options.limits.min_agreement) == (None, None)
     assert options.snr_floor_db == 35

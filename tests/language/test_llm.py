@@ -26,8 +26,17 @@ QUANTIZED = [bits for bits in BITS if bits != 16]
 
 
 def write(checkpoint: Checkpoint, options: ExportOptions, directory: Path) -> llm.Summary:
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
-    return llm.write(checkpoint, chosen, options, directory, lambda count: None)
+    chosen = scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
+    return llm.write(
+        checkpoint,
+        chosen,
+        options.destination.layout,
+        options.llm.dtype,
+        directory,
+        lambda count: None,
+    )
 
 
 @pytest.mark.parametrize("bits", LOADERS["app"].forms["affine"][0])
@@ -38,9 +47,11 @@ def test_what_is_written_is_what_mlx_quantizes(
     # Five rows or fewer, so that no matrix is one block and the last one is not full.
     monkeypatch.setattr(tensors, "BLOCK_ELEMENTS", 700)
     checkpoint = Checkpoint(demo_checkpoint)
-    options = ExportOptions(llm_bits=bits, group_size=group_size)
+    options = ExportOptions.of(llm_bits=bits, group_size=group_size)
     summary = write(checkpoint, options, tmp_path)
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
+    chosen = scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
     written = mx.load(str(tmp_path / "model.safetensors"))
     assert sum(array.nbytes for array in written.values()) == summary.bytes
     for spec in checkpoint.llm_specs:
@@ -72,7 +83,7 @@ def test_quantizing_in_float32_is_mlx_s_quantizing_in_half_precision(form, dtype
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_unquantized_weights_are_the_source_s(demo_checkpoint, tmp_path, dtype):
     checkpoint = Checkpoint(demo_checkpoint)
-    options = ExportOptions(llm_bits=16, dtype=dtype)
+    options = ExportOptions.of(llm_bits=16, dtype=dtype)
     summary = write(checkpoint, options, tmp_path)
     assert summary.unquantized == {}
     assert summary.bits_per_weight == (32 if dtype == "float32" else 16)
@@ -85,7 +96,7 @@ def test_unquantized_weights_are_the_source_s(demo_checkpoint, tmp_path, dtype):
 
 def test_the_projector_stays_in_16_bits_and_the_summary_says_so(demo_checkpoint, tmp_path):
     checkpoint = Checkpoint(demo_checkpoint)
-    summary = write(checkpoint, ExportOptions(llm_bits=4), tmp_path)
+    summary = write(checkpoint, ExportOptions.of(llm_bits=4), tmp_path)
     assert set(summary.unquantized) == {
         "multi_modal_projector.linear_0.weight",
         "multi_modal_projector.linear_2.weight",
@@ -142,7 +153,7 @@ def test_shards_are_complete_and_indexed(demo_checkpoint, tmp_path, monkeypatch)
 
     monkeypatch.setattr(llm, "SHARD_BYTES", 300_000)
     checkpoint = Checkpoint(demo_checkpoint)
-    summary = write(checkpoint, ExportOptions(llm_bits=8), tmp_path)
+    summary = write(checkpoint, ExportOptions.of(llm_bits=8), tmp_path)
     assert len(summary.files) > 2
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     found = {name: file for file in summary.files for name in mx.load(str(tmp_path / file))}
@@ -152,11 +163,13 @@ def test_shards_are_complete_and_indexed(demo_checkpoint, tmp_path, monkeypatch)
 
 def test_progress_adds_up(demo_checkpoint, tmp_path):
     checkpoint = Checkpoint(demo_checkpoint)
-    options = ExportOptions(llm_bits=3)
+    options = ExportOptions.of(llm_bits=3)
     counts: list[int] = []
-    chosen = scheme(checkpoint.llm_specs, checkpoint.config, options)
-    llm.write(checkpoint, chosen, options, tmp_path, counts.append)
-    assert sum(counts) == llm.total_bytes(checkpoint, chosen, options)
+    chosen = scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
+    llm.write(checkpoint, chosen, "app", "float16", tmp_path, counts.append)
+    assert sum(counts) == llm.total_bytes(checkpoint, chosen, "app", "float16")
 
 
 def test_a_weight_beyond_float16_is_named(edit_checkpoint, tmp_path):
@@ -168,7 +181,7 @@ def test_a_weight_beyond_float16_is_named(edit_checkpoint, tmp_path):
         OptionError, match=r"layers\.1\.mlp\.up_proj\.weight reaches 1e\+06.*bfloat"
     ):
         write(checkpoint, ExportOptions(), tmp_path)
-    write(checkpoint, ExportOptions(dtype="bfloat16"), tmp_path)
+    write(checkpoint, ExportOptions.of(dtype="bfloat16"), tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -178,4 +191,4 @@ def test_a_weight_that_is_no_number_is_named(edit_checkpoint, tmp_path, value):
 
     checkpoint = Checkpoint(edit_checkpoint(tensors=spoil))
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj\.weight holds NaN"):
-        write(checkpoint, ExportOptions(dtype="float32"), tmp_path)
+        write(checkpoint, ExportOptions.of(dtype="float32"), tmp_path)

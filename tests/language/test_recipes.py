@@ -12,9 +12,9 @@ from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.gates import verify
 from model_export.language import recipes
-from model_export.options import ExportOptions
+from model_export.options import ExportOptions, LLMOptions
 from model_export.pipeline import export
-from model_export.presets import PRESETS, preset
+from model_export.presets import PRESETS
 
 LAYER = "language_model.model.layers."
 QUESTION = "Describe the image."
@@ -26,7 +26,10 @@ def checkpoint(demo_checkpoint):
 
 
 def scheme(checkpoint, **options):
-    return recipes.scheme(checkpoint.llm_specs, checkpoint.config, ExportOptions(**options))
+    asked = ExportOptions.of(**options)
+    return recipes.scheme(
+        checkpoint.llm_specs, checkpoint.config, asked.llm, asked.destination.layout
+    )
 
 
 def test_parts_have_their_own_bits(checkpoint):
@@ -169,8 +172,8 @@ def test_a_width_that_the_group_size_does_not_divide_is_refused(checkpoint):
     with pytest.raises(
         OptionError, match=r"0\.mlp\.down_proj is 96 wide.*size 64: use --group-size 32"
     ):
-        recipes.scheme(specs, checkpoint.config, ExportOptions())
-    recipes.scheme(specs, checkpoint.config, ExportOptions(llm_bits=16))
+        recipes.scheme(specs, checkpoint.config, LLMOptions(), "app")
+    recipes.scheme(specs, checkpoint.config, LLMOptions(bits=16), "app")
 
 
 def test_what_config_json_says_is_read_back():
@@ -199,7 +202,7 @@ def scene(demo_checkpoint):
 def test_mixed_bundles_answer(demo_checkpoint, demo_bundle, tmp_path, scene, options):
     """Exported with every gate, loaded by our runtime and by mlx-lm's rules, same text."""
     out = tmp_path / "bundle"
-    made = export(demo_checkpoint, out, ExportOptions(layout="mlx", **options))
+    made = export(demo_checkpoint, out, ExportOptions.of(layout="mlx", **options))
     bundle = Bundle.open(out)
     assert recipes.scheme_of(bundle) == {
         path: form and Format(**form) for path, form in made.manifest["llm"]["formats"].items()
@@ -212,7 +215,7 @@ def test_mixed_bundles_answer(demo_checkpoint, demo_bundle, tmp_path, scene, opt
 
 def test_an_app_bundle_with_a_whole_embedding(demo_checkpoint, tmp_path, scene):
     out = tmp_path / "bundle"
-    export(demo_checkpoint, out, ExportOptions(llm_bits=4, embed_bits=16))
+    export(demo_checkpoint, out, ExportOptions.of(llm_bits=4, embed_bits=16))
     names = mx.load(str(out / "model.safetensors"))
     assert recipes.EMBEDDING + ".scales" not in names
     assert json.loads((out / "config.json").read_text())["quantization"] == {
@@ -224,25 +227,25 @@ def test_an_app_bundle_with_a_whole_embedding(demo_checkpoint, tmp_path, scene):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_options_with_names(name):
-    made = ExportOptions(**preset(name, {}))
+    made = ExportOptions.of(preset=name)
     assert made.preset == name
-    assert {key: getattr(made, key) for key in PRESETS[name]} == PRESETS[name]
-    ExportOptions(**preset(name, {"layout": "mlx"}))
+    assert {key: made.flat()[key] for key in PRESETS[name]} == PRESETS[name]
+    ExportOptions.of(preset=name, layout="mlx")
 
 
 def test_what_is_given_beside_a_preset_counts():
-    made = ExportOptions(**preset("phone", {"encoder_precision": "int8", "llm_bits": 6}))
-    assert (made.encoder_precision, made.llm_bits, made.method) == ("int8", 6, "gptq")
-    made = ExportOptions(**preset("phone", {"llm_mode": "mxfp4", "layout": "mlx"}))
-    assert (made.llm_mode, made.llm_bits, made.method) == ("mxfp4", 4, "rtn")
+    made = ExportOptions.of(preset="phone", encoder_precision="int8", llm_bits=6)
+    assert (made.encoder.precision, made.llm.bits, made.llm.method) == ("int8", 6, "gptq")
+    made = ExportOptions.of(preset="phone", llm_mode="mxfp4", layout="mlx")
+    assert (made.llm.mode, made.llm.resolved_bits, made.llm.method) == ("mxfp4", 4, "rtn")
     with pytest.raises(OptionError, match="--preset is tiny: expected one of phone"):
-        preset("tiny", {})
+        ExportOptions.of(preset="tiny")
 
 
 @pytest.mark.parametrize("name", ["phone", "balanced"])
 def test_presets_pass_their_own_limits(demo_checkpoint, demo_bundle, tmp_path, scene, name):
     out = tmp_path / "bundle"
-    made = export(demo_checkpoint, out, ExportOptions(**preset(name, {})))
+    made = export(demo_checkpoint, out, ExportOptions.of(preset=name))
     assert made.manifest["options"]["preset"] == name
     assert made.manifest["gates_passed"]
     limits = {gate["name"]: gate["limit"] for gate in made.manifest["gates"]}

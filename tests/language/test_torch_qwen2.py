@@ -86,8 +86,8 @@ def bundle(request, demo_bundle, demo_checkpoint, tmp_path_factory):
     if request.param == "4":
         return demo_bundle
     options = {
-        "16": ExportOptions(llm_bits=16),
-        "8, mlx": ExportOptions(embed_bits=4, layout="mlx", projector_bits=8),
+        "16": ExportOptions.of(llm_bits=16),
+        "8, mlx": ExportOptions.of(embed_bits=4, layout="mlx", projector_bits=8),
     }
     out = tmp_path_factory.mktemp("forms") / "bundle"
     export(demo_checkpoint, out, options[request.param])

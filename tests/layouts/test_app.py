@@ -17,7 +17,7 @@ from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.language import recipes
 from model_export.layouts import app, mlx
 from model_export.loaders import LOADERS
-from model_export.options import ExportOptions
+from model_export.options import ExportOptions, LLMOptions
 
 DOWN = "language_model.model.layers.0.mlp.down_proj"
 EIGHT = {"bits": 8, "group_size": 64}
@@ -148,12 +148,12 @@ class TestBitsThatTheAppLacks:
             rf"app can't hold 5 bits .*\({name}\): the demo app \(mlx-swift 0\.21.* --layout mlx"
         )
         with pytest.raises(OptionError, match=words):
-            ExportOptions(**{option: 5})
-        assert getattr(ExportOptions(layout="mlx", **{option: 5}), option) == 5
+            ExportOptions.of(**{option: 5})
+        assert ExportOptions.of(layout="mlx", **{option: 5}).flat()[option] == 5
 
     def test_as_a_mode(self):
         with pytest.raises(OptionError, match=r"can't hold mxfp4 .*\(--llm-mode\).* --layout mlx"):
-            ExportOptions(llm_mode="mxfp4")
+            ExportOptions.of(llm_mode="mxfp4")
 
     def test_in_a_recipe(self, demo_checkpoint, tmp_path):
         recipe = tmp_path / "recipe.json"
@@ -161,7 +161,7 @@ class TestBitsThatTheAppLacks:
         checkpoint = Checkpoint(demo_checkpoint)
         with pytest.raises(OptionError, match="layout app can't hold 5 bits"):
             recipes.scheme(
-                checkpoint.llm_specs, checkpoint.config, ExportOptions(recipe=str(recipe))
+                checkpoint.llm_specs, checkpoint.config, LLMOptions(recipe=str(recipe)), "app"
             )
 
     def test_in_a_bundle(self, bundle_copy):

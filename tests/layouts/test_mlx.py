@@ -172,7 +172,7 @@ def test_the_written_side_has_pixels_of_its_own_settings(copy, demo_checkpoint):
     references = reference_features(checkpoint.encoder_state(), checkpoint, seen)
     edit_json(copy, "config.json", image_aspect_ratio="square")
     gates, _ = gates_of_sizes(
-        Bundle.open(copy), None, {256: references}, ExportOptions(layout="mlx")
+        Bundle.open(copy), None, {256: references}, ExportOptions.of(layout="mlx")
     )
     assert [gate.name for gate in gates if not gate.passed] == ["encoder SNR"]
 
@@ -198,7 +198,7 @@ def test_a_damaged_encoder_fails_the_gate(copy, demo_checkpoint):
         arrays[name] = mx.array(weight)
 
     edit_weights(copy, swap_channels)
-    options = ExportOptions(layout="mlx")
+    options = ExportOptions.of(layout="mlx")
     gates, features = mlx_encoder_gates(Bundle.open(copy), references, options)
     assert features[0].shape == references[0].features.shape
     assert [gate.name for gate in gates if not gate.passed] == ["encoder SNR"]
@@ -268,12 +268,12 @@ def test_the_loaders_rules_of_names(copy):
 class TestRefused:
     def test_an_encoder_precision_of_its_own(self):
         with pytest.raises(OptionError, match="use --dtype float32"):
-            ExportOptions(layout="mlx", encoder_precision="fp32")
-        assert ExportOptions(layout="mlx", dtype="float32").snr_floor_db == 80
+            ExportOptions.of(layout="mlx", encoder_precision="fp32")
+        assert ExportOptions.of(layout="mlx", dtype="float32").snr_floor_db == 80
 
     def test_another_layout(self):
         with pytest.raises(OptionError, match="--layout is gguf: expected one of app, mlx"):
-            ExportOptions(layout="gguf")
+            ExportOptions.of(layout="gguf")
 
     @pytest.mark.parametrize("change", [{"mlp_ratios": (4, 4, 4, 4, 3.5)}, {"head_dim": 64}])
     def test_an_encoder_that_the_loaders_cannot_build(self, change):

@@ -46,10 +46,10 @@ PROMPT = "Describe the image."
 MAX_TOKENS = 24
 # How near mlx-vlm's features and ours are, in dB, each computing as it does on this machine.
 BUNDLES = {
-    "16-bit float32": (ExportOptions(llm_bits=16, dtype="float32", layout="mlx"), 80.0),
-    "16-bit float16": (ExportOptions(llm_bits=16, layout="mlx"), 35.0),
-    "8-bit": (ExportOptions(llm_bits=8, layout="mlx"), 35.0),
-    "4-bit": (ExportOptions(llm_bits=4, layout="mlx"), 35.0),
+    "16-bit float32": (ExportOptions.of(llm_bits=16, dtype="float32", layout="mlx"), 80.0),
+    "16-bit float16": (ExportOptions.of(llm_bits=16, layout="mlx"), 35.0),
+    "8-bit": (ExportOptions.of(llm_bits=8, layout="mlx"), 35.0),
+    "4-bit": (ExportOptions.of(llm_bits=4, layout="mlx"), 35.0),
 }
 
 
@@ -156,14 +156,14 @@ def test_the_published_encoder_s_shape_as_it_is(
     assert snr_db(seen.features, theirs["features"]) > floor
     projected = np.array(seen.projected.astype(mx.float32))[None]
     assert snr_db(projected, theirs["projected"]) > floor
-    if options.dtype == "float32":
+    if options.llm.dtype == "float32":
         for found in (seen.features, theirs["features"]):
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
     answer = ours.generate(seen, PROMPT, max_tokens=MAX_TOKENS).text.strip()
     assert text.strip() == answer
     assert generate_command(mlx_vlm, result.path, image, tmp_path).strip() == answer
-    if options.llm_bits != 4:
+    if options.llm.bits != 4:
         # A random projector's answer hangs on little, and 4 bits change it.
         features = torch.from_numpy(expected)
         assert source.answer(features, [PROMPT], max_tokens=MAX_TOKENS)[0].strip() == answer
@@ -236,7 +236,7 @@ def test_every_form_is_loaded_and_answers_alike(
     }
     for name, asked in (FORMS | heads).items():
         given = asked | ({"recipe": str(tmp_path / "recipe.json")} if name == "recipe" else {})
-        options = ExportOptions(layout="mlx", max_kl_nats=9.0, min_agreement=0.0, **given)
+        options = ExportOptions.of(layout="mlx", max_kl_nats=9.0, min_agreement=0.0, **given)
         source = untied if name in heads else demo_checkpoint
         bundles[name] = export(source, tmp_path / name.replace(" ", "-"), options).path
     found = answers_of_all(mlx_vlm, bundles.values(), image, tmp_path)

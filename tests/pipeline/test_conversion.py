@@ -23,15 +23,10 @@ from fastvlm_mlx.errors import (
 )
 from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.package import describe
-from model_export import pipeline
+from model_export import build, space
+from model_export.bundle_source import as_checkpoint, bundle_tensors
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.conversion import (
-    as_checkpoint,
-    bundle_tensors,
-    changed_tensors,
-    convert,
-    scheme_for_app,
-)
+from model_export.conversion import changed_tensors, convert, formats_for_app
 from model_export.gates import verify
 from model_export.gates.gate import Gate
 from model_export.language import llm
@@ -72,21 +67,21 @@ def few_samples(monkeypatch):
 
 @pytest.fixture
 def no_gates(monkeypatch):
-    monkeypatch.setattr(pipeline, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "gates_of_sizes", lambda *arguments: ([], []))
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [])
 
 
 @pytest.fixture
 def quick(monkeypatch, converted, no_gates):
     """Conversions whose encoder is copied and whose gates are skipped: for what surrounds them."""
 
-    def encoder(job, package, progress):
-        if job.options.layout == "mlx":
-            return pipeline._ExportedEncoder({256: []}, None)
+    def encoder(spec, package, progress):
+        if spec.layout == "mlx":
+            return build.ExportedEncoder({256: []}, None)
         shutil.copytree(converted / package.name, package)
-        return pipeline._ExportedEncoder({256: []}, describe(package))
+        return build.ExportedEncoder({256: []}, describe(package))
 
-    monkeypatch.setattr(pipeline, "_export_encoder", encoder)
+    monkeypatch.setattr(build, "export_encoder", encoder)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +218,7 @@ def test_a_source_that_the_bundle_s_type_rounds(edit_checkpoint, tmp_path, few_s
                 tensor.mul_(type(tensor)(noise.astype(np.float32)))
 
     checkpoint = edit_checkpoint(tensors=blur)
-    options = ExportOptions(llm_bits=16, dtype="bfloat16", layout="mlx")
+    options = ExportOptions.of(llm_bits=16, dtype="bfloat16", layout="mlx")
     export(checkpoint, tmp_path / "mlx", options)
     result = convert(tmp_path / "mlx", tmp_path / "app", "app")
     assert result.manifest["options"]["min_snr_db"] == 20
@@ -239,22 +234,22 @@ def test_a_float32_bundle_stays_exact(copy, tmp_path, quick, monkeypatch):
         arrays |= {n: a.astype(mx.float32) for n, a in arrays.items() if a.dtype == mx.float16}
 
     asked = []
-    encoder = pipeline._export_encoder
+    encoder = build.export_encoder
     monkeypatch.setattr(
-        pipeline,
-        "_export_encoder",
+        build,
+        "export_encoder",
         lambda *given: (asked.append(given[0].options), encoder(*given))[1],
     )
     edit_weights(copy, widen)
     result = convert(copy, tmp_path / "out", "app")
-    assert [options.encoder_precision for options in asked] == ["fp32"]
+    assert [options.encoder.precision for options in asked] == ["fp32"]
     assert result.manifest["options"]["dtype"] == "float32"
     assert result.manifest["options"]["min_snr_db"] == 80
     assert json.loads((result.path / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_bits_of_single_parts_stay_recorded(demo_checkpoint, tmp_path, quick, no_gates):
-    options = ExportOptions(llm_bits=4, embed_bits=16, projector_bits=4, layout="mlx")
+    options = ExportOptions.of(llm_bits=4, embed_bits=16, projector_bits=4, layout="mlx")
     before = export(demo_checkpoint, tmp_path / "mlx", options).manifest
     assert before["llm"]["left_unquantized"].keys() == {EMBEDDING}
     for told in (True, False):
@@ -265,7 +260,9 @@ def test_bits_of_single_parts_stay_recorded(demo_checkpoint, tmp_path, quick, no
             assert manifest["options"][key] == before["options"][key], key
         assert manifest["llm"]["formats"] == before["llm"]["formats"]
         assert manifest["llm"]["left_unquantized"].keys() == {EMBEDDING}
-        assert verify.recorded_options(Bundle.open(tmp_path / f"app-{told}")).projector_bits == 4
+        assert (
+            verify.recorded_options(Bundle.open(tmp_path / f"app-{told}")).llm.projector_bits == 4
+        )
 
 
 def test_a_conversion_of_mlx_vlm_s(copy, scene, tmp_path, few_samples):
@@ -335,11 +332,11 @@ def test_one_choice_of_quantization_for_all(mlx_bundle, tmp_path_factory, bits, 
     bundle = Bundle.open(path)
     if own == {"bits": 4, "group_size": 64}:
         assert bundle_tensors(bundle)
-        assert scheme_for_app(bundle)
+        assert formats_for_app(bundle)
     elif told:
         assert bundle_tensors(bundle)
         with pytest.raises(BundleError, match=r"app can't hold .*: the demo app"):
-            scheme_for_app(bundle)
+            formats_for_app(bundle)
     else:
         with pytest.raises(BundleError, match=rf"stores {DOWN}\.\w+ as .* config\.json implies"):
             bundle_tensors(bundle)
@@ -471,7 +468,7 @@ class TestDestination:
 
     def test_too_little_room(self, mlx_bundle, tmp_path, monkeypatch):
         usage = shutil._ntuple_diskusage(9, 9, 1_000_000)
-        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(DestinationError, match="has 1 MB free and the bundle needs 6 MB"):
             convert(mlx_bundle, tmp_path / "out", "app")
         assert list(tmp_path.iterdir()) == []
@@ -492,7 +489,7 @@ class TestGates:
         self, mlx_bundle, tmp_path, quick, monkeypatch
     ):
         gate = Gate("encoder SNR", 12.3, "dB", 35.0, True)
-        monkeypatch.setattr(pipeline, "gates_of_sizes", lambda *arguments: ([gate], []))
+        monkeypatch.setattr(build, "gates_of_sizes", lambda *arguments: ([gate], []))
         with pytest.raises(GateError, match=r"floor of 35 dB\) .*, or export the checkpoint"):
             convert(mlx_bundle, tmp_path / "out", "app")
         assert [path.name for path in tmp_path.iterdir()] == ["out.failed-gates"]

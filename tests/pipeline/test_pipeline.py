@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.errors import CheckpointError, DestinationError, GateError, OptionError
-from model_export import pipeline
+from model_export import build, space
+from model_export.checkpoint import licenses
 from model_export.destination.destination import Destination, appearing, check_replaceable
 from model_export.destination.staging import MAGIC
 from model_export.gates.gate import Gate
@@ -41,14 +42,14 @@ def quick(monkeypatch, demo_bundle):
     """Exports whose encoder is copied and whose gates are skipped: for what surrounds them."""
     from fastvlm_mlx.vision.package import describe
 
-    def encoder(job, package, progress):
+    def encoder(spec, package, progress):
         shutil.copytree(demo_bundle / package.name, package)
-        references = {job.checkpoint.config.vision.image_size: []}
-        return pipeline._ExportedEncoder(references, describe(package))
+        references = {spec.checkpoint.config.vision.image_size: []}
+        return build.ExportedEncoder(references, describe(package))
 
-    monkeypatch.setattr(pipeline, "_export_encoder", encoder)
+    monkeypatch.setattr(build, "export_encoder", encoder)
     monkeypatch.setattr("model_export.gates.encoder.encoder_gates", lambda *arguments: ([], []))
-    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [])
 
 
 def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
@@ -88,7 +89,7 @@ def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
 
 
 def test_two_exports_are_the_same_bytes(demo_checkpoint, demo_bundle, tmp_path, quick):
-    export(demo_checkpoint, tmp_path / "again", ExportOptions(llm_bits=4))
+    export(demo_checkpoint, tmp_path / "again", ExportOptions.of(llm_bits=4))
     first = {k: v[0] for k, v in fingerprint(demo_bundle).items() if k != "manifest.json"}
     second = {k: v[0] for k, v in fingerprint(tmp_path / "again").items() if k != "manifest.json"}
     assert first == second
@@ -100,7 +101,7 @@ def test_calibration_that_can_t_be_read_is_told(demo_checkpoint, tmp_path, quick
     images.mkdir()
     Image.new("RGB", (40, 30), "red").save(images / "red.png")
     (images / "broken.png").write_bytes(b"no image")
-    options = ExportOptions(encoder_precision="mixed", calibration=str(images))
+    options = ExportOptions.of(encoder_precision="mixed", calibration=str(images))
     (note,) = export(demo_checkpoint, tmp_path / "out", options).notes
     assert note.startswith("calibration: 1 skipped")
     assert "broken.png" in note
@@ -126,7 +127,7 @@ class TestLicences:
 
     def test_one_that_is_too_large(self, edit_checkpoint, tmp_path, quick):
         path = edit_checkpoint()
-        (path / "LICENSE").write_bytes(b"x" * (pipeline.LICENSE_BYTES + 1))
+        (path / "LICENSE").write_bytes(b"x" * (licenses.LICENSE_BYTES + 1))
         with pytest.raises(CheckpointError, match="LICENSE has more than 1,000,000 bytes"):
             export(path, tmp_path / "out", ExportOptions())
 
@@ -151,23 +152,23 @@ class TestDestination:
             broken.setattr(llm, "write", raiser(OSError(errno.EIO, "Input/output error")))
             (out / "mine.txt").unlink()
             with pytest.raises(DestinationError, match="can't be read or written"):
-                export(demo_checkpoint, out, ExportOptions(overwrite=True))
+                export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
             (out / "mine.txt").write_text("precious")
         with pytest.raises(DestinationError, match=r"what is no bundle \(mine\.txt\)"):
-            export(demo_checkpoint, out, ExportOptions(overwrite=True))
+            export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert (out / "mine.txt").read_text() == "precious"
         (out / "mine.txt").unlink()
-        export(demo_checkpoint, out, ExportOptions(overwrite=True))
+        export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
     def test_one_inside_the_checkpoint_is_refused(self, edit_checkpoint):
         path = edit_checkpoint()
         before = fingerprint(path)
         with pytest.raises(DestinationError, match="never written to"):
-            export(path, path / "out", ExportOptions(overwrite=True))
+            export(path, path / "out", ExportOptions.of(overwrite=True))
         for out in (path, path.parent):
             with pytest.raises(DestinationError, match=r"never written to|holds what is no bundle"):
-                export(path, out, ExportOptions(overwrite=True))
+                export(path, out, ExportOptions.of(overwrite=True))
         assert fingerprint(path) == before
 
     def test_a_full_disk(self, demo_checkpoint, tmp_path, quick, monkeypatch):
@@ -185,22 +186,22 @@ class TestDestination:
         export(demo_checkpoint, out, ExportOptions())
         before = fingerprint(out)
         shards = sorted(path.name for path in out.glob("model-*.safetensors"))
-        encoder, found = pipeline._export_encoder, []
+        encoder, found = build.export_encoder, []
 
-        def fill(job, package, progress):
+        def fill(spec, package, progress):
             # Every write to /dev/full fails as on a full disk.
             (package.parent / shards[2]).symlink_to("/dev/full")
-            return encoder(job, package, progress)
+            return encoder(spec, package, progress)
 
         def look(stage, done):
             for directory in tmp_path.glob(".fastvlm-*/bundle"):
                 found.append(sorted(path.name for path in directory.glob("model-*")))
 
-        monkeypatch.setattr(pipeline, "_export_encoder", fill)
+        monkeypatch.setattr(build, "export_encoder", fill)
         sentence = rf"the disk of {tmp_path} is full, nothing was left at .*: make room, or choose"
         for destination in (out, tmp_path / "another"):
             with pytest.raises(DestinationError, match=sentence):
-                export(demo_checkpoint, destination, ExportOptions(overwrite=True), look)
+                export(demo_checkpoint, destination, ExportOptions.of(overwrite=True), look)
             assert found[-1] == shards[:3]
         assert fingerprint(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -209,7 +210,7 @@ class TestDestination:
         from collections import namedtuple
 
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
+        monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
         with pytest.raises(DestinationError, match="has 1 MB free and the bundle needs"):
             export(demo_checkpoint, tmp_path / "out", ExportOptions())
         assert list(tmp_path.iterdir()) == []
@@ -252,7 +253,7 @@ class TestDestination:
         with pytest.raises(
             DestinationError, match=r"changed while .* \(thesis.txt is new\), and st"
         ):
-            export(demo_checkpoint, out, ExportOptions(overwrite=True), intrude)
+            export(demo_checkpoint, out, ExportOptions.of(overwrite=True), intrude)
         assert thesis.read_text() == "precious"
         assert fingerprint(out).items() > before.items()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -268,7 +269,7 @@ class TestDestination:
             out.mkdir()
             (out / "thesis.txt").write_text("precious")
 
-        monkeypatch.setattr(pipeline, "_check_layout", check)
+        monkeypatch.setattr(build, "check_layout", check)
         monkeypatch.setattr("sys.argv", ["fastvlm", "export", str(demo_checkpoint), str(out)])
         with pytest.raises(SystemExit) as ended:
             main.main()
@@ -280,7 +281,7 @@ class TestDestination:
     def test_all_files_have_the_modes_that_the_umask_gives(self, demo_checkpoint, tmp_path):
         earlier = os.umask(0o027)
         try:
-            export(demo_checkpoint, tmp_path / "out", ExportOptions(llm_bits=4))
+            export(demo_checkpoint, tmp_path / "out", ExportOptions.of(llm_bits=4))
         finally:
             os.umask(earlier)
         modes = {
@@ -294,11 +295,11 @@ class TestDestination:
         docs.mkdir(parents=True)
         (docs / "thesis.txt").write_text("precious")
         with pytest.raises(DestinationError, match=r"holds what is no bundle \(docs"):
-            export(demo_checkpoint, docs.parent, ExportOptions(overwrite=True))
+            export(demo_checkpoint, docs.parent, ExportOptions.of(overwrite=True))
         monkeypatch.chdir(docs)
         for out in (".", "..", "", "~", "/"):
             with pytest.raises(DestinationError, match="can't become a bundle"):
-                export(demo_checkpoint, out, ExportOptions(overwrite=True))
+                export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert (docs / "thesis.txt").read_text() == "precious"
 
     def test_a_symbolic_link_is_refused(self, demo_checkpoint, tmp_path):
@@ -330,7 +331,7 @@ class TestRefusedBeforeAnyWork:
     )
     def test_options(self, options, words):
         with pytest.raises(OptionError, match=words):
-            ExportOptions(**options)
+            ExportOptions.of(**options)
 
     def test_a_checkpoint_that_is_not_one(self, tmp_path):
         with pytest.raises(CheckpointError):
@@ -363,7 +364,7 @@ class TestAFailedGate:
             rf"{kept}` and limits of your own, or choose more bits"
         )
         with pytest.raises(GateError, match=words):
-            export(demo_checkpoint, out, ExportOptions(llm_bits=4))
+            export(demo_checkpoint, out, ExportOptions.of(llm_bits=4))
         assert list(out.parent.iterdir()) == [kept]
         bundle = Bundle.open(kept)
         bundle.check_files()
@@ -374,7 +375,7 @@ class TestAFailedGate:
         kept = tmp_path / "out.failed-gates"
         for bits in (4, 8):
             with pytest.raises(GateError, match="is kept at"):
-                export(demo_checkpoint, tmp_path / "out", ExportOptions(llm_bits=bits))
+                export(demo_checkpoint, tmp_path / "out", ExportOptions.of(llm_bits=bits))
             assert Bundle.open(kept).manifest["llm"]["bits"] == bits
         assert list(tmp_path.iterdir()) == [kept]
 
@@ -394,11 +395,11 @@ class TestAFailedGate:
         shutil.copytree(demo_bundle, out)
         before = fingerprint(out)
         with pytest.raises(GateError, match="is kept at"):
-            export(demo_checkpoint, out, ExportOptions(overwrite=True))
+            export(demo_checkpoint, out, ExportOptions.of(overwrite=True))
         assert fingerprint(out) == before
 
     def test_it_is_at_the_destination_where_that_is_asked(self, demo_checkpoint, tmp_path, failing):
-        options = ExportOptions(allow_failed_gates=True)
+        options = ExportOptions.of(allow_failed_gates=True)
         result = export(demo_checkpoint, tmp_path / "out", options)
         assert not result.manifest["gates_passed"]
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -406,7 +407,7 @@ class TestAFailedGate:
 
 def test_a_gate_with_too_little_to_judge_is_told(demo_checkpoint, tmp_path, quick, monkeypatch):
     gate = Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
-    monkeypatch.setattr(pipeline, "answer_gates", lambda *arguments: [gate])
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [gate])
     manifest = export(demo_checkpoint, tmp_path / "out", ExportOptions()).manifest
     assert manifest["gates_passed"]
     assert manifest["gates_left_out"] == {"greedy agreement": "2 places"}

@@ -162,7 +162,7 @@ def test_a_cache_of_the_released_heads(bits):
 @pytest.mark.parametrize("layout", ["app", "mlx"])
 def test_weights_are_the_exporter_s(demo_checkpoint, demo_bundle, layout):
     checkpoint = Checkpoint(demo_checkpoint)
-    planned = footprint.of_checkpoint(checkpoint, ExportOptions(llm_bits=4, layout=layout))
+    planned = footprint.of_checkpoint(checkpoint, ExportOptions.of(llm_bits=4, layout=layout))
     facts = inspect_bundle(demo_bundle)
     assert planned.llm_bytes == facts["llm"]["bytes"]
     if layout == "mlx":
@@ -192,17 +192,18 @@ def test_weights_are_the_exporter_s(demo_checkpoint, demo_bundle, layout):
     ids=str,
 )
 def test_an_encoder_is_as_large_as_its_package(demo_checkpoint, tmp_path, options, tolerance):
-    checkpoint, asked = Checkpoint(demo_checkpoint), ExportOptions(**options)
+    checkpoint, wanted = Checkpoint(demo_checkpoint), ExportOptions.of(**options)
+    asked = wanted.encoder
     vision = checkpoint.config.vision
     module = fold(checkpoint.encoder_state(), vision)
     compression = coreml.NOT_COMPRESSED
-    if asked.encoder_precision == "mixed":
+    if asked.precision == "mixed":
         pixels = calibration_pixels(load_calibration(None, vision), vision, "pad")[:4]
-        compression = mixed(module, pixels, asked.encoder_bits)
+        compression = mixed(module, pixels, asked.bits_per_weight)
     elif asked.compressed:
-        compression = uniform(module, asked.encoder_precision)
+        compression = uniform(module, asked.precision)
     form = coreml.Form(
-        precision="fp32" if asked.encoder_precision == "fp32" else "fp16",
+        precision="fp32" if asked.precision == "fp32" else "fp16",
         metadata=coreml.EncoderMetadata(checkpoint.name, checkpoint.license),
         compression=compression,
         target=asked.target,
@@ -212,7 +213,7 @@ def test_an_encoder_is_as_large_as_its_package(demo_checkpoint, tmp_path, option
     configs = [replace(vision, image_size=size) for size in sizes]
     export_sizes(module, configs, package, form)
     written = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
-    planned = footprint.of_checkpoint(checkpoint, asked).encoder_bytes
+    planned = footprint.of_checkpoint(checkpoint, wanted).encoder_bytes
     assert planned == pytest.approx(written, rel=tolerance)
 
 
@@ -230,14 +231,23 @@ LLM_OPTIONS = [
 
 @pytest.mark.parametrize("given", LLM_OPTIONS, ids=str)
 def test_a_language_model_is_as_large_as_its_file(demo_checkpoint, tmp_path, given):
-    checkpoint, options = Checkpoint(demo_checkpoint), ExportOptions(**given)
-    chosen = recipes.scheme(checkpoint.llm_specs, checkpoint.config, options)
-    llm.write(checkpoint, chosen, options, tmp_path, lambda done: None)
+    checkpoint, options = Checkpoint(demo_checkpoint), ExportOptions.of(**given)
+    chosen = recipes.scheme(
+        checkpoint.llm_specs, checkpoint.config, options.llm, options.destination.layout
+    )
+    llm.write(
+        checkpoint,
+        chosen,
+        options.destination.layout,
+        options.llm.dtype,
+        tmp_path,
+        lambda done: None,
+    )
     data = (tmp_path / "model.safetensors").read_bytes()
     planned = footprint.of_checkpoint(checkpoint, options)
     # The header is no weight; what follows it is counted to the byte.
     expected = len(data) - 8 - struct.unpack("<Q", data[:8])[0]
-    in_llm_files = planned.encoder_bytes if options.layout == "mlx" else 0
+    in_llm_files = planned.encoder_bytes if options.destination.layout == "mlx" else 0
     assert planned.llm_bytes + in_llm_files == expected
 
 
@@ -253,7 +263,7 @@ def test_rows_that_an_export_adds_are_counted(edit_checkpoint):
         name="full",
     )
     checkpoint = Checkpoint(path)
-    planned = footprint.of_checkpoint(checkpoint, ExportOptions(llm_bits=16))
+    planned = footprint.of_checkpoint(checkpoint, ExportOptions.of(llm_bits=16))
     rows = -(-needed // 64) * 64
     assert planned.config.text.vocab_size == rows
     assert planned.llm_bytes == 2 * (checkpoint.llm_parameters + (rows - needed + 1) * 128)
@@ -263,7 +273,7 @@ def test_rows_that_an_export_adds_are_counted(edit_checkpoint):
 def test_a_search_takes_no_more_than_is_planned(demo_checkpoint, layout):
     checkpoint = Checkpoint(demo_checkpoint)
     for target in (2.6, 4.5, 40.0):
-        options = ExportOptions(llm_bpw=target, layout=layout)
+        options = ExportOptions.of(llm_bpw=target, layout=layout)
         space = Space(checkpoint.llm_specs, checkpoint.config, options)
         made_up = {
             recipes.path_of(spec): {form: 4.0**-form.bits for form in space.near(target)}
@@ -274,7 +284,7 @@ def test_a_search_takes_no_more_than_is_planned(demo_checkpoint, layout):
         assert planned == pytest.approx(max(sizes), rel=0.05 if layout == "app" else 0.01)
         assert planned >= max(sizes)
     with pytest.raises(OptionError, match=r"ask for 2\.55 or more"):
-        footprint.of_checkpoint(checkpoint, ExportOptions(llm_bpw=2.0, layout=layout))
+        footprint.of_checkpoint(checkpoint, ExportOptions.of(llm_bpw=2.0, layout=layout))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +330,7 @@ def test_a_hub_id_is_planned(hub, demo_checkpoint, with_hub):
 
 
 def test_what_a_token_reads(sized):
-    tied = footprint.of_checkpoint(sized["0.5b"], ExportOptions(llm_bits=16))
+    tied = footprint.of_checkpoint(sized["0.5b"], ExportOptions.of(llm_bits=16))
     assert tied.decoder.tied
     # Norms and biases apart, what the roofline's own count says.
     assert tied.read_bytes == pytest.approx(2 * tied.decoder.read_weights, rel=1e-3)
@@ -337,7 +347,7 @@ def test_what_a_token_reads(sized):
 )
 def test_more_never_costs_less(sized, size, device, bits, contexts, kv_bits):
     fewer, more = (
-        footprint.of_checkpoint(sized[size], ExportOptions(llm_bits=n)) for n in sorted(bits)
+        footprint.of_checkpoint(sized[size], ExportOptions.of(llm_bits=n)) for n in sorted(bits)
     )
     short, long = sorted(contexts)
     one = plan.forecast(fewer, device, short, kv_bits)
@@ -362,17 +372,16 @@ def test_more_never_costs_less(sized, size, device, bits, contexts, kv_bits):
     context=st.integers(600, 32_768),
 )
 def test_what_is_said_to_make_it_fit_does(sized, size, device, bits, context):
-    checkpoint, options = sized[size], ExportOptions(llm_bits=bits)
+    checkpoint, options = sized[size], ExportOptions.of(llm_bits=bits)
     given_one = footprint.of_checkpoint(checkpoint, options)
     changes = plan.remedies(given_one, device, context, None, plan.exporter(checkpoint, options))
     for change in changes:
         words = dict(zip(change.split()[::2], map(int, change.split()[1::2]), strict=True))
-        made = footprint.of_checkpoint(
-            checkpoint, replace(options, llm_bits=words.get("--llm-bits", bits))
-        )
+        asked = ExportOptions.of(llm_bits=words.get("--llm-bits", bits))
+        made = footprint.of_checkpoint(checkpoint, asked)
         tokens = words.get("--context", context)
         assert plan.forecast(made, device, tokens, words.get("--kv-bits")).fits
-    smallest = footprint.of_checkpoint(checkpoint, replace(options, llm_bits=min(BITS)))
+    smallest = footprint.of_checkpoint(checkpoint, ExportOptions.of(llm_bits=min(BITS)))
     if not changes:
         assert bits == min(BITS) or not plan.forecast(smallest, device, context, None).fits
 
@@ -380,20 +389,20 @@ def test_what_is_said_to_make_it_fit_does(sized, size, device, bits, context):
 def test_the_figures_that_the_readme_names(sized):
     shown = re.search(r"needs ([\d,]+) MB in fp16 and ([\d,]+) MB at 4 bits", README)
     for bits, megabytes in zip((16, 4), shown.groups(), strict=True):
-        made = footprint.of_checkpoint(sized["0.5b"], ExportOptions(llm_bits=bits))
+        made = footprint.of_checkpoint(sized["0.5b"], ExportOptions.of(llm_bits=bits))
         assert f"{plan.memory(made, 2048, None).total / 1e6:,.0f}" == megabytes
 
 
 def test_options_of_parts_count(sized):
     def bytes_of(**options: Any) -> int:
-        return footprint.of_checkpoint(sized["0.5b"], ExportOptions(**options)).llm_bytes
+        return footprint.of_checkpoint(sized["0.5b"], ExportOptions.of(**options)).llm_bytes
 
     four = bytes_of(llm_bits=4, layout="mlx")
     assert bytes_of(llm_mode="mxfp4", layout="mlx") < four
     assert bytes_of(llm_bits=4, embed_bits=8, layout="mlx") - four == 151_936 * 896 // 2
     parameters = sized["0.5b"].llm_parameters
     assert bytes_of(llm_bpw=5.5, layout="mlx") == int(5.5 * parameters / 8)
-    mode = ExportOptions(llm_mode="mxfp8", layout="mlx")
+    mode = ExportOptions.of(llm_mode="mxfp8", layout="mlx")
     made = footprint.of_checkpoint(sized["7b"], mode)
     # A mode has no other bits to offer.
     export = plan.exporter(sized["7b"], mode)
@@ -404,12 +413,12 @@ def test_fp32_and_mlx_encoders_run_on_the_gpu(sized):
     seconds = {}
     for options in (
         ExportOptions(),
-        ExportOptions(encoder_precision="fp32"),
-        ExportOptions(layout="mlx"),
+        ExportOptions.of(encoder_precision="fp32"),
+        ExportOptions.of(layout="mlx"),
     ):
         made = footprint.of_checkpoint(sized["0.5b"], options)
         found = plan.forecast(made, "iphone-16-pro", 2048, None)
-        seconds[options.encoder_format, options.layout] = found.encoder_s
+        seconds[options.encoder_format, options.destination.layout] = found.encoder_s
         size = 4 if options.encoder_format == "fp32" else 2
         assert found.memory.encoder_activations == 56_623_104 * size
     assert seconds["fp16", "app"] < seconds["fp32", "app"] == seconds["fp16", "mlx"]
@@ -498,14 +507,14 @@ def test_a_mistake_gets_one_sentence(demo_checkpoint, capsys, monkeypatch, argum
 
 def test_a_bundle_has_its_bits_already(demo_bundle, tmp_path):
     with pytest.raises(OptionError, match="is a bundle, whose bits and sizes are made"):
-        plan.run(demo_bundle, None, {"llm_bits": 4})
+        plan.run(demo_bundle, None, ExportOptions.of(llm_bits=4))
     with pytest.raises(CheckpointError, match="does not exist"):
-        plan.run(tmp_path / "apple" / "FastVLM-0.5B", None, {})
+        plan.run(tmp_path / "apple" / "FastVLM-0.5B", None, None)
 
 
 def test_planning_reads_no_weights(sized, monkeypatch):
     monkeypatch.setattr(Checkpoint, "array", lambda *_: pytest.fail("a weight was read"))
-    (found,) = plan.run(sized["7b"].path, "iphone-16-pro", {"llm_bits": 4})
+    (found,) = plan.run(sized["7b"].path, "iphone-16-pro", ExportOptions.of(llm_bits=4))
     parts = found["memory_bytes"]
     assert parts.pop("total") == sum(parts.values())
     assert set(parts) == {field.name for field in fields(plan.Memory)}

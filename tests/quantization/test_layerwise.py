@@ -123,12 +123,22 @@ def quantize(demo, chosen, asked, directory):
 
 def written(demo, directory, **options):
     """The language model's files as an export writes them."""
-    asked = ExportOptions(**options)
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    asked = ExportOptions.of(**options)
+    chosen = recipes.scheme(
+        demo.checkpoint.llm_specs, demo.checkpoint.config, asked.llm, asked.destination.layout
+    )
     waiting = directory / "waiting"
     waiting.mkdir(parents=True)
-    ready = {} if asked.method == "rtn" else quantize(demo, chosen, asked, waiting).ready
-    llm.write(demo.checkpoint, chosen, asked, directory, lambda count: None, ready)
+    ready = {} if asked.llm.method == "rtn" else quantize(demo, chosen, asked, waiting).ready
+    llm.write(
+        demo.checkpoint,
+        chosen,
+        asked.destination.layout,
+        asked.llm.dtype,
+        directory,
+        lambda count: None,
+        ready,
+    )
     stored = safe_tensors(directory / "model.safetensors")
     weights = {}
     for path, form in chosen.items():
@@ -158,8 +168,10 @@ def test_it_loses_less_than_rounding_on_scenes_it_has_not_seen(demo, tmp_path, m
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_where_rounding_loses_less_the_bundle_has_rounding(demo, tmp_path, method):
     """The demo was trained to stand 3 bits in just these groups."""
-    asked = ExportOptions(llm_bits=3, method=method)
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    asked = ExportOptions.of(llm_bits=3, method=method)
+    chosen = recipes.scheme(
+        demo.checkpoint.llm_specs, demo.checkpoint.config, asked.llm, asked.destination.layout
+    )
     made = quantize(demo, chosen, asked, tmp_path)
     assert made.ready == {}
     assert made.facts["method"] == "rtn"
@@ -211,8 +223,10 @@ def test_layers_that_are_not_quantized_are_left_out(demo, tmp_path):
     """Of those that are, one has other bits than the rest."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"model.layers.1.*": 16, "model.layers.2.*": 3}))
-    asked = ExportOptions(llm_bits=2, recipe=str(recipe), layout="mlx", method="dwq")
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    asked = ExportOptions.of(llm_bits=2, recipe=str(recipe), layout="mlx", method="dwq")
+    chosen = recipes.scheme(
+        demo.checkpoint.llm_specs, demo.checkpoint.config, asked.llm, asked.destination.layout
+    )
     made = quantize(demo, chosen, asked, tmp_path)
     assert made.facts["method"] == "dwq"
     assert {name.split(".")[3] for name in made.ready} == {"0", "2", "3"}
@@ -220,8 +234,10 @@ def test_layers_that_are_not_quantized_are_left_out(demo, tmp_path):
 
 def test_a_method_that_diverges_is_not_used(brief, tmp_path, monkeypatch):
     monkeypatch.setattr(dwq, "RATE", 1e30)
-    asked = ExportOptions(llm_bits=3, method="dwq")
-    chosen = recipes.scheme(brief.checkpoint.llm_specs, brief.checkpoint.config, asked)
+    asked = ExportOptions.of(llm_bits=3, method="dwq")
+    chosen = recipes.scheme(
+        brief.checkpoint.llm_specs, brief.checkpoint.config, asked.llm, asked.destination.layout
+    )
     made = quantize(brief, chosen, asked, tmp_path)
     assert made.ready == {}
     assert made.facts["method"] == "rtn"
@@ -234,8 +250,10 @@ def test_a_method_that_diverges_is_not_used(brief, tmp_path, monkeypatch):
 def test_what_is_judged_is_what_is_written(demo, tmp_path):
     """The two losses are those of the files, on the same scenes."""
     options = {"llm_bits": 2}
-    asked = ExportOptions(method="gptq", **options)
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    asked = ExportOptions.of(method="gptq", **options)
+    chosen = recipes.scheme(
+        demo.checkpoint.llm_specs, demo.checkpoint.config, asked.llm, asked.destination.layout
+    )
     ready = quantize(demo, chosen, asked, tmp_path).ready
     state, samples = demo.checkpoint.encoder_state(), gate_samples(demo.checkpoint.config.vision)
     references = [
@@ -308,8 +326,10 @@ def test_losses_are_summed_up():
 
 
 def test_of_too_few_images_nothing_is_made_and_it_is_told(demo, tmp_path):
-    asked = ExportOptions(llm_bits=2, method="gptq")
-    chosen = recipes.scheme(demo.checkpoint.llm_specs, demo.checkpoint.config, asked)
+    asked = ExportOptions.of(llm_bits=2, method="gptq")
+    chosen = recipes.scheme(
+        demo.checkpoint.llm_specs, demo.checkpoint.config, asked.llm, asked.destination.layout
+    )
     copies = demo.calibration.samples[:9] * 2
     for samples, words in ((copies[:1], "one image is"), (copies, "9 images are")):
         few = replace(demo.calibration, samples=samples)
@@ -340,7 +360,7 @@ def test_the_command(demo_checkpoint, tmp_path):
     )
     bundle = Bundle.open(tmp_path / "out")
     bundle.check_files()
-    assert recorded_options(bundle).method == "gptq"
+    assert recorded_options(bundle).llm.method == "gptq"
     recorded = bundle.manifest["llm"]["calibration"]
     assert bundle.manifest["options"]["method"] == "gptq"
     # Both losses are told as they are recorded.
@@ -393,5 +413,5 @@ def test_what_is_refused_before_any_work(demo_checkpoint, tmp_path, options, wor
     named = {"{empty}": str(tmp_path / "empty"), "{gone}": str(tmp_path / "gone")}
     options = {key: named.get(value, value) for key, value in options.items()}
     with pytest.raises(OptionError, match=words):
-        export(demo_checkpoint, tmp_path / "out", ExportOptions(**options))
+        export(demo_checkpoint, tmp_path / "out", ExportOptions.of(**options))
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]

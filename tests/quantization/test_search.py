@@ -2,7 +2,6 @@
 less."""
 
 import json
-from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -150,7 +149,7 @@ def test_whole_assignments_are_measured_as_the_judge_measures_them(
     if not tied:
         checkpoint = _untied(demo_checkpoint, tmp_path)
         assert not checkpoint.tied
-    space = Space(checkpoint.llm_specs, checkpoint.config, ExportOptions(layout="mlx"))
+    space = Space(checkpoint.llm_specs, checkpoint.config, ExportOptions.of(layout="mlx"))
     paths = [recipes.path_of(spec) for spec in space.matrices]
     mixed = {path: [*FORMS, None][i % 5] for i, path in enumerate(paths)}
     late = {path: FORMS[1] if ".layers.2." in path else None for path in paths}
@@ -183,9 +182,9 @@ def test_a_tie_is_what_the_errors_do_not_tell_apart():
 
 
 def searched(checkpoint, tokenizer, calibration, **options):
-    asked = ExportOptions(**options)
+    asked = ExportOptions.of(**options)
     return search.search(
-        checkpoint, tokenizer, calibration, asked, asked.llm_bpw, lambda stage, done: None
+        checkpoint, tokenizer, calibration, asked, asked.llm.bpw, lambda stage, done: None
     )
 
 
@@ -216,7 +215,7 @@ def test_a_gap_is_told_where_it_is_wide_and_of_something(predicted, measured, to
 def test_each_matrix_is_measured_in_the_forms_that_it_may_get(checkpoint):
     """The app has one form for all; elsewhere a matrix that is read once may have any."""
     for layout, everywhere in (("app", {3, 4}), ("mlx", {2, 3, 4, 5, 6, 8})):
-        options = ExportOptions(llm_bpw=4.6, layout=layout)
+        options = ExportOptions.of(llm_bpw=4.6, layout=layout)
         space = Space(checkpoint.llm_specs, checkpoint.config, options)
         asked = {p: {f.bits for f in forms} for p, forms in search._asked(space, 4.6).items()}
         assert asked[recipes.EMBEDDING] == asked[PATHS[0]] == everywhere
@@ -245,7 +244,7 @@ def test_what_decides_is_kept_back(checkpoint, tokenizer, calibration):
 
 @pytest.mark.parametrize(("layout", "target"), [("app", 4.5), ("mlx", 2.6), ("mlx", 6.6)])
 def test_candidates_fit_and_are_the_layout_s(checkpoint, layout, target):
-    options = ExportOptions(llm_bpw=target, layout=layout)
+    options = ExportOptions.of(llm_bpw=target, layout=layout)
     space = Space(checkpoint.llm_specs, checkpoint.config, options)
     made_up = {
         path: {form: 4.0**-form.bits for form in forms}
@@ -254,7 +253,7 @@ def test_candidates_fit_and_are_the_layout_s(checkpoint, layout, target):
     found = at_or_below(space, made_up, target)
     total = sum(torch.Size(spec.shape).numel() for spec in checkpoint.llm_specs)
     for candidate in found:
-        written = llm.total_bytes(checkpoint, candidate.scheme, replace(options, layout="app"))
+        written = llm.total_bytes(checkpoint, candidate.scheme, "app", options.llm.dtype)
         assert 8 * written / total <= target
         assert 8 * written / total == pytest.approx(space.bits_per_weight(candidate.bytes))
         assert recipes.unreadable(candidate.scheme, layout) is None
@@ -263,7 +262,7 @@ def test_candidates_fit_and_are_the_layout_s(checkpoint, layout, target):
 
 
 def test_the_widest_plain_choices_leave_out_none_that_nothing_else_is_wider_than(checkpoint):
-    options = ExportOptions(llm_bpw=4.6, layout="mlx")
+    options = ExportOptions.of(llm_bpw=4.6, layout="mlx")
     space = Space(checkpoint.llm_specs, checkpoint.config, options)
 
     def widths(widest):
@@ -322,7 +321,7 @@ def test_an_export_is_measured_once_and_says_what_on(demo_checkpoint, tmp_path, 
     file.write_text(
         json.dumps({"image": "red.png", "prompt": "How many shapes are there?", "answer": "Two."})
     )
-    options = ExportOptions(llm_bpw=6.5, calibration=str(file), layout="mlx")
+    options = ExportOptions.of(llm_bpw=6.5, calibration=str(file), layout="mlx")
     first = export(demo_checkpoint, tmp_path / "one", options)
     found = first.manifest["llm"]["search"]
     assert found["measured_on"] == ["red.png"]
@@ -359,5 +358,5 @@ def test_an_export_is_measured_once_and_says_what_on(demo_checkpoint, tmp_path, 
 )
 def test_what_is_refused(demo_checkpoint, tmp_path, options, words):
     with pytest.raises(OptionError, match=words):
-        export(demo_checkpoint, tmp_path / "out", ExportOptions(**options))
+        export(demo_checkpoint, tmp_path / "out", ExportOptions.of(**options))
     assert not (tmp_path / "out").exists()
