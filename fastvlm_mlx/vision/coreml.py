@@ -15,13 +15,8 @@ from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.machine import tell
 from fastvlm_mlx.vision import AUTO
 from fastvlm_mlx.vision.compiled import Compiled, compiled
-from fastvlm_mlx.vision.mlprogram import (
-    MLProgramEncoder,
-    check_features,
-    check_images,
-    encoder_shape,
-    to_bytes,
-)
+from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     FUNCTION_NAME,
     IMAGE,
