@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.vision.mil import MILOperation, MILVariable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,38 +22,37 @@ Compute = Callable[..., Any]
 
 
 class Operation:
-    """One MIL operation: its parameters, read once each.
+    """What a builder reads of a MIL operation: every parameter once.
 
     `tensor` names an operand of the returned function (its arguments come in the order of the
     calls); `value` reads a constant. `places` is, of a mean, how many numbers it adds up.
     """
 
-    def __init__(self, op: Any):
+    def __init__(self, op: MILOperation):
         self._op = op
         self.places = 1
-        self.name, self.type = str(op.name), str(op.op_type)
-        self.operands: list[Any] = []
-        self._unread = {name for name, value in op.inputs.items() if value is not None}
+        self.name, self.type = op.name, op.type
+        self.operands: list[MILVariable] = []
+        self._unread = {name for name, variables in op.inputs.items() if variables}
 
     def tensor(self, name: str) -> None:
         self._unread.discard(name)
-        variable = self._op.inputs[name]
-        self.operands.extend(variable if isinstance(variable, list | tuple) else [variable])
+        self.operands.extend(self._op.inputs[name])
 
     def has(self, name: str) -> bool:
         """Whether an optional parameter is given."""
-        return self._op.inputs.get(name) is not None
+        return bool(self._op.inputs.get(name))
 
     def value(self, name: str, default: Any = None) -> Any:
         """A constant parameter as plain Python (arrays become lists)."""
         self._unread.discard(name)
-        variable = self._op.inputs.get(name)
-        if variable is None:
+        if not self.has(name):
             return default
-        value = variable.val
-        if value is None:
+        (variable,) = self._op.inputs[name]
+        if variable.read is None:
             raise self.error(f"a {name} that is computed", "a constant")
-        return value.tolist() if hasattr(value, "tolist") else value
+        value = variable.read()
+        return value if isinstance(value, str) else value.tolist()
 
     @property
     def rank(self) -> int:
@@ -62,12 +62,17 @@ class Operation:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Shape of the operand `x`."""
-        return tuple(self._op.inputs["x"].shape)
+        return self._op.inputs["x"][0].shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the first output."""
-        return tuple(int(n) for n in self._op.outputs[0].shape)
+        return self._op.outputs[0].shape
+
+    @property
+    def dtype(self) -> str:
+        """Type of the first output."""
+        return self._op.outputs[0].dtype
 
     def error(self, found: str, expected: str) -> EncoderError:
         return EncoderError(
@@ -243,14 +248,17 @@ def cast(op: Operation) -> Compute:
     dtype = op.value("dtype")
     # fp16 is a matter of rounding, which is the evaluator's; the arithmetic is fp32 throughout.
     kinds = {
-        "fp16": torch.float32,
-        "fp32": torch.float32,
-        "int32": torch.int32,
-        "bool": torch.bool,
+        "fp16": ("float16", torch.float32),
+        "fp32": ("float32", torch.float32),
+        "int32": ("int32", torch.int32),
+        "bool": ("bool", torch.bool),
     }
     if dtype not in kinds:
         raise op.error(f"dtype {dtype!r}", ", ".join(kinds))
-    return lambda x: x.to(kinds[dtype])
+    declared, kind = kinds[dtype]
+    if op.dtype != declared:
+        raise op.error(f"dtype {dtype!r} and a result of {op.dtype}", "the same type")
+    return lambda x: x.to(kind)
 
 
 def reshape(op: Operation) -> Compute:
@@ -353,6 +361,10 @@ def rsqrt(op: Operation) -> Compute:
     return lambda x: (x + epsilon).rsqrt()
 
 
+# Those that torch calls as MIL does.
+_UNARY = ("relu", "sigmoid", "tanh", "erf", "sqrt", "square")
+_BINARY = ("add", "sub", "mul", "pow", "maximum", "minimum")
+
 BUILDERS: dict[str, Callable[[Operation], Compute]] = {
     "conv": conv,
     "avg_pool": avg_pool,
@@ -372,28 +384,8 @@ BUILDERS: dict[str, Callable[[Operation], Compute]] = {
     "slice_by_index": slice_by_index,
     "rsqrt": rsqrt,
     **{f"reduce_{n}": functools.partial(reduce, t) for n, t in [("mean", "mean"), ("sum", "sum")]},
-    **{
-        mil: functools.partial(unary, name)
-        for mil, name in [
-            ("identity", "clone"),
-            ("relu", "relu"),
-            ("sigmoid", "sigmoid"),
-            ("tanh", "tanh"),
-            ("erf", "erf"),
-            ("sqrt", "sqrt"),
-            ("square", "square"),
-        ]
-    },
-    **{
-        mil: functools.partial(binary, name)
-        for mil, name in [
-            ("add", "add"),
-            ("sub", "sub"),
-            ("mul", "mul"),
-            ("real_div", "true_divide"),
-            ("pow", "pow"),
-            ("maximum", "maximum"),
-            ("minimum", "minimum"),
-        ]
-    },
+    "identity": functools.partial(unary, "clone"),
+    "real_div": functools.partial(binary, "true_divide"),
+    **{n: functools.partial(unary, n) for n in _UNARY},
+    **{n: functools.partial(binary, n) for n in _BINARY},
 }

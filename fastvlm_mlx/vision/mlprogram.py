@@ -20,6 +20,13 @@ import numpy as np
 
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
+from fastvlm_mlx.vision.mil import (
+    Constant,
+    MILFunction,
+    MILOperation,
+    is_constant,
+    read_function,
+)
 from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
 from fastvlm_mlx.vision.package import (
     IMAGE,
@@ -30,9 +37,7 @@ from fastvlm_mlx.vision.package import (
     describe_spec,
     one_line,
     operations,
-    quiet_coremltools,
     read_spec,
-    weights_dir,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MLProgram", "MLProgramEncoder", "PackageInfo", "describe"]
 
-# What coremltools' loader raises of programs that are not well formed, and torch of what they ask.
+# What reading a program raises that is not well formed, and torch of what one asks.
 _PROGRAM_ERRORS = (
     ValueError,
     TypeError,
@@ -99,16 +104,15 @@ class MLProgram:
         spec = read_spec(package)
         self.info = describe_spec(spec, package, image_size)
         for op in operations(spec, self.info.function):
-            if op.type not in BUILDERS and op.type != "const" and "constexpr_" not in op.type:
+            if op.type not in BUILDERS and not is_constant(op.type):
                 raise EncoderError(
                     f"{package}: operation {op.type} {op.outputs[0].name!r} is not known: expected "
                     "an encoder exported by fastvlm or by Apple's script, run it on macOS"
                 )
             _check_elements(package, op)
         try:
-            with quiet_coremltools():
-                function = _load_function(spec, package, self.info.function)
-                self._steps, self.constants = _compile(function)
+            function = read_function(spec, package, self.info.function)
+            self._steps, self.constants = _compile(function)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -116,8 +120,9 @@ class MLProgram:
                 f"the program in {package} can't be read ({one_line(error)}): expected one "
                 "written by coremltools, export it again"
             ) from error
-        self.inputs = tuple(str(name) for name in function.inputs)
-        self.outputs = tuple(str(v.name) for v in function.outputs)
+        self._shapes = {variable.name: variable.shape for variable in function.inputs}
+        self.inputs = tuple(self._shapes)
+        self.outputs = tuple(variable.name for variable in function.outputs)
 
     def run(
         self,
@@ -136,10 +141,17 @@ class MLProgram:
                 reductions take `flat` of them.
 
         Raises:
-            EncoderError: an operation fails: the package is damaged, or the memory short.
+            EncoderError: an input has another shape than the program's; or an operation fails,
+                since the package is damaged, or the memory short.
         """
         import torch
 
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        if shapes != self._shapes:
+            raise EncoderError(
+                f"the program in {self.package} reads {self._shapes} and was given {shapes}: "
+                "expected the same, export it again"
+            )
         alive: dict[str, torch.Tensor] = dict(inputs)
         with torch.inference_mode():
             for step in self._steps:
@@ -149,11 +161,8 @@ class MLProgram:
                 try:
                     made = step.compute(*operands)
                 except _PROGRAM_ERRORS as error:
-                    raise EncoderError(
-                        f"{self.package}: operation {step.type} {step.name!r} can't be evaluated "
-                        f"({one_line(error)}): expected a package that is whole and memory to "
-                        "run it in, export it again or free some"
-                    ) from error
+                    problem = _cannot_be_evaluated(step.type, step.name, error)
+                    raise EncoderError(f"{self.package}: {problem}") from error
                 values = [made] if isinstance(made, torch.Tensor) else list(made)
                 del made
                 for name, half, value in zip(step.results, step.half, values, strict=True):
@@ -266,16 +275,6 @@ class MLProgramEncoder:
         return features
 
 
-def _load_function(spec: Any, package: Path, name: str) -> Any:
-    """One of the functions; the others go from `spec`, since the loader reads weights for each."""
-    for other in set(spec.mlProgram.functions) - {name}:
-        del spec.mlProgram.functions[other]
-    from coremltools.converters.mil.frontend.milproto.load import load
-
-    program = load(spec, spec.specificationVersion, str(weights_dir(package)))
-    return program.functions[name]
-
-
 def _check_elements(package: Path, op: Any) -> None:
     """Raises EncoderError: an operation declares a result that fills the memory."""
     for output in op.outputs:
@@ -287,51 +286,85 @@ def _check_elements(package: Path, op: Any) -> None:
             )
 
 
-def _compile(function: Any) -> tuple[list[_Step], dict[str, torch.Tensor]]:
-    from coremltools.converters.mil.mil import types
-
+def _compile(function: MILFunction) -> tuple[list[_Step], dict[str, torch.Tensor]]:
     constants: dict[str, torch.Tensor] = {}
-    drafts: list[tuple[Operation, Compute, tuple[str, ...], tuple[str, ...], tuple[bool, ...]]] = []
+    drafts: list[tuple[MILOperation, Operation, Compute]] = []
     for op in function.operations:
-        if op.op_type == "const" or op.op_type.startswith("constexpr_"):
-            continue
         operation = Operation(op)
         compute = BUILDERS[operation.type](operation)
         operation.finish()
         for variable in operation.operands:
-            if variable.name not in constants and _is_constant(variable):
-                constants[variable.name] = _constant(variable)
-        drafts.append(
-            (
-                operation,
-                compute,
-                tuple(str(v.name) for v in operation.operands),
-                tuple(str(v.name) for v in op.outputs),
-                tuple(v.dtype == types.fp16 for v in op.outputs),
-            )
-        )
-    outputs = {str(v.name) for v in function.outputs}
+            if variable.name not in constants and variable.read is not None:
+                constants[variable.name] = _constant(variable.read())
+        _check_results(op, operation, compute)
+        drafts.append((op, operation, compute))
+    for variable in function.outputs:
+        if variable.read is not None:
+            constants[variable.name] = _constant(variable.read())
     steps: list[_Step] = []
-    later: set[str] = set(outputs)
-    for operation, compute, operands, results, half in reversed(drafts):
+    later = {variable.name for variable in function.outputs}
+    for op, operation, compute in reversed(drafts):
+        operands = tuple(v.name for v in operation.operands)
+        results = tuple(v.name for v in op.outputs)
+        half = tuple(v.dtype == "float16" for v in op.outputs)
         dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
         later.update(operands)
-        name, kind, places = operation.name, operation.type, operation.places
-        steps.append(_Step(name, kind, compute, operands, results, half, dead, places))
+        steps.append(
+            _Step(op.name, op.type, compute, operands, results, half, dead, operation.places)
+        )
     return steps[::-1], constants
 
 
-def _is_constant(variable: Any) -> bool:
-    op = variable.op
-    return op is not None and (op.op_type == "const" or op.op_type.startswith("constexpr_"))
+def _check_results(op: MILOperation, operation: Operation, compute: Compute) -> None:
+    """Compare the declared results with what torch infers, which computes nothing for it.
 
-
-def _constant(variable: Any) -> torch.Tensor:
-    """The value of a const or of a compressed weight, fp32, convolutions' channels-last."""
+    Raises:
+        EncoderError: the operation can't be evaluated, or makes something else.
+    """
     import torch
 
-    op = variable.op
-    value = variable.val if op.op_type == "const" else op.materialized_val_inference()
+    types = {
+        "float16": torch.float16,
+        "float32": torch.float32,
+        "int32": torch.int32,
+        "bool": torch.bool,
+    }
+    operands = [
+        torch.empty(variable.shape, dtype=types[variable.dtype], device="meta")
+        for variable in operation.operands
+    ]
+    try:
+        made = compute(*operands)
+    except _PROGRAM_ERRORS as error:
+        raise _cannot_be_evaluated(op.type, op.name, error) from error
+    found = [made] if isinstance(made, torch.Tensor) else list(made)
+    inferred = [(tuple(value.shape), value.dtype) for value in found]
+    declared = [(variable.shape, types[variable.dtype]) for variable in op.outputs]
+    if op.type == "cast":
+        # Its arithmetic is fp32 whatever it casts to, and its builder has compared the types.
+        inferred = [(shape, types[operation.dtype]) for shape, _ in inferred]
+    if inferred != declared:
+        raise EncoderError(
+            f"operation {op.type} {op.name!r} makes {_shown(inferred)} where the program declares "
+            f"{_shown(declared)}: expected the same, export the encoder again"
+        )
+
+
+def _shown(types: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in types)
+
+
+def _cannot_be_evaluated(kind: str, name: str, error: Exception) -> EncoderError:
+    return EncoderError(
+        f"operation {kind} {name!r} can't be evaluated ({one_line(error)}): expected a package "
+        "that is whole and memory to run it in, export it again or free some"
+    )
+
+
+def _constant(value: Constant) -> torch.Tensor:
+    """A constant as an operand, fp32, convolutions' channels-last."""
+    import torch
+
     array = np.asarray(value)
     if array.dtype == np.float16:
         array = array.astype(np.float32)
