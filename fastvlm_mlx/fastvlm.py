@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -230,22 +229,18 @@ class FastVLM:
             shape = (self.num_tokens, self.config.text.hidden_size)
             check_features(features, self.worker.run(lambda: self._fingerprint), shape)
 
-        def steps() -> Generator[str | GenerationResult]:
-            with self._loading():
-                import_module("mlx_lm.generate")
-            yield from generate(
-                self.model,
-                self.tokenizer,
-                prompt=question.prompt,
-                ids=question.ids,
-                projected=None if features is None else features.projected,
-                options=question.options,
-                eos_token_ids=self.eos_token_ids,
-                spent=replace(spent, load_s=self.load_s),
-                prompt_s=question.prompt_s,
-            )
-
-        return Generation(self.worker, steps())
+        steps = generate(
+            self.model,
+            self.tokenizer,
+            prompt=question.prompt,
+            ids=question.ids,
+            projected=None if features is None else features.projected,
+            options=question.options,
+            eos_token_ids=self.eos_token_ids,
+            spent=replace(spent, load_s=self.load_s),
+            prompt_s=question.prompt_s,
+        )
+        return Generation(self.worker, steps)
 
 
 @dataclass(frozen=True)

@@ -12,78 +12,14 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.mil import MILOperation, MILVariable
+import numpy as np
+
+from fastvlm_mlx.vision.operation import Operation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Compute = Callable[..., Any]
-
-
-class Operation:
-    """What a builder reads of a MIL operation: every parameter once.
-
-    `tensor` names an operand of the returned function (its arguments come in the order of the
-    calls); `value` reads a constant. `places` is, of a mean, how many numbers it adds up.
-    """
-
-    def __init__(self, op: MILOperation):
-        self._op = op
-        self.places = 1
-        self.name, self.type = op.name, op.type
-        self.operands: list[MILVariable] = []
-        self._unread = {name for name, variables in op.inputs.items() if variables}
-
-    def tensor(self, name: str) -> None:
-        self._unread.discard(name)
-        self.operands.extend(self._op.inputs[name])
-
-    def has(self, name: str) -> bool:
-        """Whether an optional parameter is given."""
-        return bool(self._op.inputs.get(name))
-
-    def value(self, name: str, default: Any = None) -> Any:
-        """A constant parameter as plain Python (arrays become lists)."""
-        self._unread.discard(name)
-        if not self.has(name):
-            return default
-        (variable,) = self._op.inputs[name]
-        if variable.read is None:
-            raise self.error(f"a {name} that is computed", "a constant")
-        value = variable.read()
-        return value if isinstance(value, str) else value.tolist()
-
-    @property
-    def rank(self) -> int:
-        """Rank of the operand `x`."""
-        return len(self.sizes)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Shape of the operand `x`."""
-        return self._op.inputs["x"][0].shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the first output."""
-        return self._op.outputs[0].shape
-
-    @property
-    def dtype(self) -> str:
-        """Type of the first output."""
-        return self._op.outputs[0].dtype
-
-    def error(self, found: str, expected: str) -> EncoderError:
-        return EncoderError(
-            f"operation {self.type} {self.name!r} has {found}, expected {expected}: this machine "
-            "can't evaluate the package"
-        )
-
-    def finish(self) -> None:
-        """Refuse an operation of which a parameter was not read."""
-        if self._unread:
-            raise self.error(f"parameters {', '.join(sorted(self._unread))}", "only known ones")
 
 
 def _axes(values: Sequence[int] | int, rank: int) -> list[int]:
@@ -108,31 +44,42 @@ def conv(op: Operation) -> Compute:
     custom = op.value("pad", [0] * 2 * spatial)
     if pad_type not in ("valid", "custom", "same", "same_lower"):
         raise op.error(f"pad_type {pad_type!r}", "valid, custom, same or same_lower")
-
-    def pads(x: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-        if pad_type == "valid":
-            return [(0, 0)] * spatial
-        if pad_type == "custom":
-            return [(custom[2 * i], custom[2 * i + 1]) for i in range(spatial)]
-        result = []
-        for i in range(spatial):
-            size, stride = x.shape[2 + i], strides[i]
-            reach = (weight.shape[2 + i] - 1) * dilations[i] + 1
-            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
-            small = total // 2
-            result.append((small, total - small) if pad_type == "same" else (total - small, small))
-        return result
+    (batch, _, *sizes), (channels, _, *kernel) = op.shape_of("x"), op.shape_of("weight")
+    reach = [(n - 1) * dilation + 1 for n, dilation in zip(kernel, dilations, strict=True)]
+    sides = [(0, 0)] * spatial
+    if pad_type == "custom":
+        sides = list(zip(custom[0::2], custom[1::2], strict=True))
+    elif pad_type != "valid":
+        totals = [
+            max((-(-n // stride) - 1) * stride + length - n, 0)
+            for n, stride, length in zip(sizes, strides, reach, strict=True)
+        ]
+        sides = [(total // 2, total - total // 2) for total in totals]
+        if pad_type == "same_lower":
+            sides = [(after, before) for before, after in sides]
+    op.makes(batch, channels, *_windows(sizes, sides, reach, strides))
+    even = all(before == after for before, after in sides)
+    padding = [before if even else 0 for before, _ in sides]
+    uneven = [] if even else [n for side in reversed(sides) for n in side]
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        sides = pads(x, weight)
-        if all(before == after for before, after in sides):
-            padding = [before for before, _ in sides]
-        else:
-            x = F.pad(x, [n for side in reversed(sides) for n in side])
-            padding = [0] * spatial
+        x = F.pad(x, uneven) if uneven else x
         return convolve(x, weight, bias if biased else None, strides, padding, dilations, groups)
 
     return compute
+
+
+def _windows(
+    sizes: Sequence[int],
+    sides: Sequence[tuple[int, int]],
+    reach: Sequence[int],
+    strides: Sequence[int],
+) -> list[int]:
+    """How often a window of `reach` places fits along each padded axis."""
+    return [
+        (n + before + after - length) // stride + 1
+        for n, (before, after), length, stride in zip(sizes, sides, reach, strides, strict=True)
+    ]
 
 
 def avg_pool(op: Operation) -> Compute:
@@ -152,6 +99,9 @@ def avg_pool(op: Operation) -> Compute:
         raise op.error(f"pad {pad}", "the same before and after")
     if op.value("ceil_mode", False):
         raise op.error("ceil_mode", "sizes rounded down")
+    batch, channels, *sizes = op.shape_of("x")
+    sides = list(zip(pad[0::2], pad[1::2], strict=True))
+    op.makes(batch, channels, *_windows(sizes, sides, kernel, stride))
     inside = op.value("exclude_padding_from_average", False)
     op.places = prod(kernel)
     return lambda x: F.avg_pool2d(x, kernel, stride, pad[0::2], False, not inside)
@@ -164,6 +114,7 @@ def linear(op: Operation) -> Compute:
     op.tensor("weight")
     if op.has("bias"):
         op.tensor("bias")
+    op.makes(*op.shape_of("x")[:-1], op.shape_of("weight")[0])
     return F.linear
 
 
@@ -171,6 +122,9 @@ def matmul(op: Operation) -> Compute:
     op.tensor("x")
     op.tensor("y")
     flip_x, flip_y = op.value("transpose_x", False), op.value("transpose_y", False)
+    x_shape, y_shape = op.shape_of("x"), op.shape_of("y")
+    batch = np.broadcast_shapes(x_shape[:-2], y_shape[:-2])
+    op.makes(*batch, x_shape[-1 if flip_x else -2], y_shape[-2 if flip_y else -1])
 
     def compute(x: Tensor, y: Tensor) -> Tensor:
         x = x.transpose(-1, -2) if flip_x else x
@@ -306,6 +260,10 @@ def concat(op: Operation) -> Compute:
     axis = op.value("axis")
     if op.value("interleave", False):
         raise op.error("interleave", "plain concatenation")
+    shapes = [variable.shape for variable in op.operands]
+    sizes = list(shapes[0])
+    sizes[axis] = sum(shape[axis] for shape in shapes)
+    op.makes(*sizes)
     return lambda *values: torch.cat(values, axis)
 
 
@@ -335,7 +293,7 @@ def reduce(name: str, op: Operation) -> Compute:
     axes = _axes(op.value("axes", list(range(op.rank))), op.rank)
     keep = op.value("keep_dims", False)
     if name == "mean":
-        op.places = prod(int(op.sizes[axis]) for axis in axes)
+        op.places = prod(op.shape_of("x")[axis] for axis in axes)
     function: Any = getattr(torch, name)
     return lambda x: function(x, axes, keepdim=keep)
 
@@ -352,6 +310,7 @@ def binary(name: str, op: Operation) -> Compute:
 
     op.tensor("x")
     op.tensor("y")
+    op.makes(*np.broadcast_shapes(op.shape_of("x"), op.shape_of("y")))
     return getattr(torch, name)
 
 

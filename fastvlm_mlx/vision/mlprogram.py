@@ -27,7 +27,8 @@ from fastvlm_mlx.vision.mil import (
     is_constant,
     read_function,
 )
-from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
+from fastvlm_mlx.vision.milops import BUILDERS, Compute
+from fastvlm_mlx.vision.operation import Operation
 from fastvlm_mlx.vision.package import (
     IMAGE,
     INPUT_NAME,
@@ -75,6 +76,7 @@ class _Step:
     compute: Compute
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     half: tuple[bool, ...]
     dead: tuple[str, ...]
     places: int
@@ -146,10 +148,10 @@ class MLProgram:
         """
         import torch
 
-        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        if shapes != self._shapes:
+        given = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        if given != self._shapes:
             raise EncoderError(
-                f"the program in {self.package} reads {self._shapes} and was given {shapes}: "
+                f"the program in {self.package} reads {self._shapes} and was given {given}: "
                 "expected the same, export it again"
             )
         alive: dict[str, torch.Tensor] = dict(inputs)
@@ -161,10 +163,20 @@ class MLProgram:
                 try:
                     made = step.compute(*operands)
                 except _PROGRAM_ERRORS as error:
-                    problem = _cannot_be_evaluated(step.type, step.name, error)
-                    raise EncoderError(f"{self.package}: {problem}") from error
+                    raise EncoderError(
+                        f"{self.package}: operation {step.type} {step.name!r} can't be evaluated "
+                        f"({one_line(error)}): expected a package that is whole and memory to "
+                        "run it in, export it again or free some"
+                    ) from error
                 values = [made] if isinstance(made, torch.Tensor) else list(made)
                 del made
+                shapes = tuple(tuple(value.shape) for value in values)
+                if shapes != step.shapes:
+                    raise EncoderError(
+                        f"{self.package}: operation {step.type} {step.name!r} makes {shapes} "
+                        f"where the program declares {step.shapes}: expected the same, export it "
+                        "again"
+                    )
                 for name, half, value in zip(step.results, step.half, values, strict=True):
                     if half and round_fp16:
                         if step.places > 1:
@@ -296,7 +308,6 @@ def _compile(function: MILFunction) -> tuple[list[_Step], dict[str, torch.Tensor
         for variable in operation.operands:
             if variable.name not in constants and variable.read is not None:
                 constants[variable.name] = _constant(variable.read())
-        _check_results(op, operation, compute)
         drafts.append((op, operation, compute))
     for variable in function.outputs:
         if variable.read is not None:
@@ -306,59 +317,16 @@ def _compile(function: MILFunction) -> tuple[list[_Step], dict[str, torch.Tensor
     for op, operation, compute in reversed(drafts):
         operands = tuple(v.name for v in operation.operands)
         results = tuple(v.name for v in op.outputs)
+        shapes = tuple(v.shape for v in op.outputs)
         half = tuple(v.dtype == "float16" for v in op.outputs)
         dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
         later.update(operands)
         steps.append(
-            _Step(op.name, op.type, compute, operands, results, half, dead, operation.places)
+            _Step(
+                op.name, op.type, compute, operands, results, shapes, half, dead, operation.places
+            )
         )
     return steps[::-1], constants
-
-
-def _check_results(op: MILOperation, operation: Operation, compute: Compute) -> None:
-    """Compare the declared results with what torch infers, which computes nothing for it.
-
-    Raises:
-        EncoderError: the operation can't be evaluated, or makes something else.
-    """
-    import torch
-
-    types = {
-        "float16": torch.float16,
-        "float32": torch.float32,
-        "int32": torch.int32,
-        "bool": torch.bool,
-    }
-    operands = [
-        torch.empty(variable.shape, dtype=types[variable.dtype], device="meta")
-        for variable in operation.operands
-    ]
-    try:
-        made = compute(*operands)
-    except _PROGRAM_ERRORS as error:
-        raise _cannot_be_evaluated(op.type, op.name, error) from error
-    found = [made] if isinstance(made, torch.Tensor) else list(made)
-    inferred = [(tuple(value.shape), value.dtype) for value in found]
-    declared = [(variable.shape, types[variable.dtype]) for variable in op.outputs]
-    if op.type == "cast":
-        # Its arithmetic is fp32 whatever it casts to, and its builder has compared the types.
-        inferred = [(shape, types[operation.dtype]) for shape, _ in inferred]
-    if inferred != declared:
-        raise EncoderError(
-            f"operation {op.type} {op.name!r} makes {_shown(inferred)} where the program declares "
-            f"{_shown(declared)}: expected the same, export the encoder again"
-        )
-
-
-def _shown(types: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
-    return ", ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in types)
-
-
-def _cannot_be_evaluated(kind: str, name: str, error: Exception) -> EncoderError:
-    return EncoderError(
-        f"operation {kind} {name!r} can't be evaluated ({one_line(error)}): expected a package "
-        "that is whole and memory to run it in, export it again or free some"
-    )
 
 
 def _constant(value: Constant) -> torch.Tensor:

@@ -200,11 +200,11 @@ def leave_out(ops: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (widen, r"relu 'relu_0' makes float32 \[2, 3\] where the program declares float32 \[7, 3"),
-        (retype, r"makes float32 \[2, 3\] where the program declares float16 \[2, 3\]"),
+        (widen, r"concat 'concat_0' has a result of \[9, 3\], expected \[4, 3\] as declared"),
+        (retype, r"relu 'relu_0' has values of float16 and float32, expected one type"),
         (rename, "'a' is made twice"),
         (nest, "relu holds a block"),
-        (leave_out, r"concat 'concat_0' makes float32 \[2, 3\] where the program declares"),
+        (leave_out, r"concat 'concat_0' has a result of \[2, 3\], expected \[4, 3\]"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -224,3 +224,24 @@ def test_inputs_of_another_shape(tmp_path: Path) -> None:
     package = build(tmp_path, [(2, 3)], lambda a: mb.relu(x=a))
     with pytest.raises(EncoderError, match=r"was given \{'a': \(3, 3\)\}"):
         run(package, normal(3, 3))
+
+
+def test_a_result_that_is_not_as_declared_where_only_computing_tells(tmp_path: Path) -> None:
+    package = build(tmp_path, [(2, 3)], lambda a: mb.relu(x=a))
+    declared(package, widen)
+    with pytest.raises(EncoderError, match=r"relu 'relu_0' makes \(\(2, 3\),\) where the program"):
+        run(package, normal(2, 3))
+
+
+@pytest.mark.parametrize("pad", [10**6, 2**31 - 1, -3])
+def test_a_padding_that_would_fill_the_memory(pad: int, tmp_path: Path) -> None:
+    def body(a: Any) -> Any:
+        return mb.conv(x=a, weight=normal(4, 3, 3, 3), pad_type="custom", pad=[1, 1, 1, 1])
+
+    package = build(tmp_path, [(1, 3, 8, 8)], body)
+    spec = read_spec(package)
+    (value,) = [op for op in operations(spec) if op.outputs[0].name.endswith("pad_0")]
+    value.attributes["val"].immediateValue.tensor.ints.values[0] = pad
+    model_path(package).write_bytes(spec.SerializeToString())
+    with pytest.raises(EncoderError, match=r"conv .* a result of .* \[1, 4, 8, 8\] as declared"):
+        MLProgram(package)
