@@ -1,4 +1,4 @@
-"""The runtime's face: a bundle, loaded, that looks at images and answers."""
+"""The face of the runtime: `load` makes a `FastVLM` of a bundle, which looks and answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastvlm_mlx.language.generate import (
 )
 from fastvlm_mlx.language.model import Model
 from fastvlm_mlx.language.prompt import encode_prompt
-from fastvlm_mlx.language.sampling import SamplingOptions, chosen
+from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.loading import (
     check_bundle_compute_units,
@@ -43,12 +43,13 @@ from fastvlm_mlx.loading import (
 )
 from fastvlm_mlx.vision import VisionEncoder
 
-Seen = ImageSource | ImageFeatures
+# An image as it may be asked about: itself, or its features.
+Askable = ImageSource | ImageFeatures
 
 
 @dataclass(frozen=True)
 class FastVLM:
-    """A loaded bundle. Made by `fastvlm_mlx.load`.
+    """A loaded bundle, as `fastvlm_mlx.load` returns it.
 
     It may be used from any thread, and by many at once. What it computes it computes on one thread
     of its own, a token or an image at a time and in the order of asking, so each answer is what it
@@ -58,8 +59,8 @@ class FastVLM:
     thread: there every use, and loading anew, is a FastVLMError.
 
     Attributes:
-        num_tokens: N, tokens of an image.
-        max_pixels: width × height of the largest image that is looked at.
+        num_tokens: N, the tokens that an image becomes.
+        max_pixels: width × height of the largest image that is taken.
     """
 
     bundle: Bundle
@@ -76,7 +77,7 @@ class FastVLM:
 
     @property
     def encoder(self) -> VisionEncoder:
-        """Made when it is first asked for, by the first image if by nobody before.
+        """The vision encoder, which is loaded at its first use.
 
         Raises:
             EncoderError: it is incomplete, or can't be evaluated here.
@@ -95,7 +96,7 @@ class FastVLM:
 
     @property
     def load_s(self) -> float:
-        """Seconds of loading so far: `load`, and what it put off until it was needed."""
+        """Seconds of loading so far: those of `load`, and of the encoder once it was needed."""
         return sum(self._loading_s)
 
     @contextmanager
@@ -105,7 +106,7 @@ class FastVLM:
         self._loading_s.append(time.perf_counter() - started)
 
     def encode(self, image: ImageSource) -> ImageFeatures:
-        """Look at an image once; ask about the result as often as wanted.
+        """Encode an image once; the features may be asked about any number of times.
 
         Args:
             image: whatever `fastvlm_mlx.image.preprocess.load_image` reads.
@@ -127,14 +128,14 @@ class FastVLM:
         started = time.perf_counter()
         features = encoder(pixels)
         encode_s = time.perf_counter() - started
-        seen = self._project(features)
+        encoded = self._project(features)
         timings = replace(
-            seen.timings, load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s
+            encoded.timings, load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s
         )
-        return replace(seen, timings=timings)
+        return replace(encoded, timings=timings)
 
     def project(self, features: np.ndarray) -> ImageFeatures:
-        """What an encoder made elsewhere, float32 [1, N, C], as this language model reads it.
+        """Project features that an encoder made elsewhere, float32 [1, N, C].
 
         Raises:
             OptionError: an array of another type or shape, or values that are no numbers.
@@ -152,7 +153,7 @@ class FastVLM:
 
     def stream(
         self,
-        image: Seen | None,
+        image: Askable | None,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
@@ -160,13 +161,13 @@ class FastVLM:
         """Answer piece by piece: iterate over the generation, then read its `result`.
 
         Args:
-            image: an image, the features of one, or None for a question about nothing seen.
+            image: an image, the features of one, or None for a question without an image.
             options: how to sample; or its fields as keywords (`max_tokens=64`).
 
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
         """
-        question = self._question(prompt, image is not None, chosen(options, sampling))
+        question = self._question(prompt, image is not None, resolve_options(options, sampling))
         if image is None or isinstance(image, ImageFeatures):
             return self._answer(question, image, Timings())
         features = self.encode(image)
@@ -174,22 +175,22 @@ class FastVLM:
 
     def generate(
         self,
-        image: Seen | None,
+        image: Askable | None,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
     ) -> GenerationResult:
-        """Answer in one piece. Arguments and errors as `stream`."""
+        """Answer in one piece. Arguments and errors are those of `stream`."""
         return self.stream(image, prompt, options, **sampling).result
 
     def ask(
         self,
-        image: Seen,
+        image: Askable,
         prompts: Sequence[str],
         options: SamplingOptions | None = None,
         **sampling: Any,
     ) -> Iterator[Generation]:
-        """One image, several prompts: encoded once, its time charged to the first answer.
+        """Ask several questions about one image, which is encoded once, in the first one's time.
 
         Raises:
             PromptError: no prompts, or one text in place of several; and as `stream`.
@@ -197,12 +198,12 @@ class FastVLM:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
-        options = chosen(options, sampling)
+        options = resolve_options(options, sampling)
         questions = [self._question(prompt, True, options) for prompt in prompts]
 
         return self._answers(image, questions)
 
-    def _answers(self, image: Seen, questions: list[_Question]) -> Iterator[Generation]:
+    def _answers(self, image: Askable, questions: list[_Question]) -> Iterator[Generation]:
         features = image if isinstance(image, ImageFeatures) else self.encode(image)
         spent = Timings() if features is image else features.timings
         for question in questions:
@@ -245,7 +246,7 @@ class FastVLM:
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt that suits the model: its ids with the placeholders, and the seconds they took."""
+    """A prompt as token ids with the placeholders, and the seconds that this took."""
 
     prompt: str
     ids: list[int]

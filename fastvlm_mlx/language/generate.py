@@ -32,9 +32,18 @@ from fastvlm_mlx.language.worker import Worker
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, each stage by itself. `ttft_s` runs from the image in memory and the prompt to
-    the first token; the stages of the image are zero where its features were reused. `load_s`
-    is all that loading has taken so far, what was put off to the first use included."""
+    """Seconds, each stage by itself.
+
+    Attributes:
+        load_s: all that loading has taken so far: `load`, which reads the language model, and the
+            encoder, which is loaded at the first image. It is no part of `ttft_s`.
+        preprocess_s, encode_s, project_s: the stages of the image, zero where its features were
+            reused.
+        prefill_s: from the prompt to the first token.
+        ttft_s: from the image in memory and the prompt to the first token.
+        decode_s: from the first token to the last one.
+        tokens_per_s: how many tokens follow the first one in a second of `decode_s`.
+    """
 
     load_s: float = 0.0
     preprocess_s: float = 0.0

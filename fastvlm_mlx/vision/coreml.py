@@ -82,7 +82,7 @@ class CoreMLEncoder:
         if kept is not None:
             return kept
         tell("measuring which compute units run the encoder best: once for it on this Mac")
-        chosen = choose_units(package, self.image_size).chosen
+        chosen = choose_units(package, self.image_size).best
         floor = floor_db(self.info.precision)
         if not chosen.holds(floor):
             tell(
@@ -129,7 +129,7 @@ class CoreMLEncoder:
 class Choice:
     """Compute units as they were measured, the one to use, and what they were compared with."""
 
-    chosen: Measured
+    best: Measured
     measured: list[Measured]
     reference: str
 
