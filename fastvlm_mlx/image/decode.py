@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.bundle.files import is_url
-from fastvlm_mlx.errors import ImageError, OptionError, printable
+from fastvlm_mlx.errors import ImageError, OptionError, escaped, printable
 from fastvlm_mlx.image.inner_sizes import inner_sizes
 from fastvlm_mlx.image.rgb import DECODER_ERRORS, from_array, to_rgb
 
@@ -103,7 +103,7 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         ) from error
     if not text:
         raise ImageError("the image's path is empty: give the path of an image")
-    name = printable(path, _MAX_NAME)
+    name = printable(escaped(path), _MAX_NAME)
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
@@ -123,7 +123,7 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
 
 def _file(source: BinaryIO, max_pixels: int) -> Image.Image:
     name = getattr(source, "name", None)
-    name = printable(name, _MAX_NAME) if isinstance(name, str) else "the image"
+    name = printable(escaped(name), _MAX_NAME) if isinstance(name, str) else "the image"
     return _decode(_rest(source, name, max_pixels), name, max_pixels)
 
 
