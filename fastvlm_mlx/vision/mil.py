@@ -113,8 +113,11 @@ class _Reader:
 
     def _add_const(self, message: Any) -> None:
         value = message.attributes["val"]
-        dtype, shape = _tensor_type(value.type)
-        self._add(message.outputs[0].name, dtype, shape, partial(self._value, value))
+        output = message.outputs[0]
+        dtype, shape = _tensor_type(output.type)
+        if _tensor_type(value.type) != (dtype, shape):
+            raise ValueError(f"the constant {output.name!r} is not of the type that it declares")
+        self._add(output.name, dtype, shape, partial(self._value, value))
 
     def _add_constexpr(self, message: Any) -> None:
         """Until iOS 17 the parameters are attributes, from iOS 18 on they are inputs."""
