@@ -1,7 +1,22 @@
-"""Run FastVLM bundles: `load(path)`, `encode(image)`, `generate(features, prompt)`.
+"""Run FastVLM bundles: look at an image, and answer questions about it.
 
-Importing this package loads neither torch nor coremltools, nor MLX: each comes with the first
-call that needs it.
+    import fastvlm_mlx
+
+    model = fastvlm_mlx.load("path/to/bundle")
+    print(model.generate("photo.jpg", "Describe the image.").text)
+
+The public names:
+
+    load               loads a bundle and returns a FastVLM.
+    FastVLM            a loaded bundle: encode, generate, stream, ask.
+    ImageFeatures      an encoded image, which any number of questions may be asked about.
+    SamplingOptions    how tokens are chosen, and when an answer stops.
+    Generation         an answer as it is made: iterate over it for its text.
+    GenerationResult   a whole answer: its text, its tokens, its timings.
+    Timings            the seconds that each stage of an answer took.
+
+Importing this package loads neither torch nor coremltools nor MLX. Each is imported by the first
+call that needs it. Every error that is raised on purpose is a `fastvlm_mlx.errors.FastVLMError`.
 """
 
 from __future__ import annotations
@@ -41,3 +56,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"fastvlm_mlx.{_HOME[name]}"), name)
     raise AttributeError(f"module 'fastvlm_mlx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -64,9 +64,13 @@ def printable(text: object, limit: int = MAX_CHARACTERS) -> str:
     and halves of surrogate pairs are written as Python escapes them. The middle of a longer text is
     left out, since its beginning says what it is and its end what to do.
     """
-    words = " ".join(str(text).split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    shown = escaped(" ".join(str(text).split()))
     if len(shown) <= limit:
         return shown
     half = (limit - 1) // 2
     return f"{shown[:half]}…{shown[-half:]}"
+
+
+def escaped(text: object) -> str:
+    """Somebody's text with what can't be printed, line ends too, as Python escapes it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

@@ -1,15 +1,14 @@
-"""The runtime's face: a bundle, loaded, that looks at images and answers."""
+"""The face of the runtime: `load` makes a `FastVLM` of a bundle, which looks and answers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,8 +16,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.bundle.config import IMAGE_TOKEN, FastVLMConfig
-from fastvlm_mlx.errors import BundleError, OptionError, PromptError
+from fastvlm_mlx.bundle.config import FastVLMConfig
+from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, check_max_pixels, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
@@ -29,23 +28,28 @@ from fastvlm_mlx.language.generate import (
     check_room,
     generate,
 )
-from fastvlm_mlx.language.model import for_this_machine, load_model
+from fastvlm_mlx.language.model import RunningModel
 from fastvlm_mlx.language.prompt import encode_prompt
-from fastvlm_mlx.language.sampling import SamplingOptions, chosen
+from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.worker import Worker
-from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
-from fastvlm_mlx.vision.mlprogram import encoder_shape
-from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.loading import (
+    check_bundle_compute_units,
+    encoder_sizes,
+    evaluated_model,
+    image_processor,
+    load_bundle_encoder,
+    placeholder_id,
+    token_id,
+)
+from fastvlm_mlx.vision import VisionEncoder
 
-if TYPE_CHECKING:
-    from fastvlm_mlx.language.model import RunningModel
-
-Seen = ImageSource | ImageFeatures
+# An image as it may be asked about: itself, or its features.
+Askable = ImageSource | ImageFeatures
 
 
 @dataclass(frozen=True)
 class FastVLM:
-    """A loaded bundle. Made by `fastvlm_mlx.load`.
+    """A loaded bundle, as `fastvlm_mlx.load` returns it.
 
     It may be used from any thread, and by many at once. What it computes it computes on one thread
     of its own, a token or an image at a time and in the order of asking, so each answer is what it
@@ -55,8 +59,8 @@ class FastVLM:
     thread: there every use, and loading anew, is a FastVLMError.
 
     Attributes:
-        num_tokens: N, tokens of an image.
-        max_pixels: width × height of the largest image that is looked at.
+        num_tokens: N, the tokens that an image becomes.
+        max_pixels: width × height of the largest image that is taken.
     """
 
     bundle: Bundle
@@ -73,7 +77,7 @@ class FastVLM:
 
     @property
     def encoder(self) -> VisionEncoder:
-        """Made when it is first asked for, by the first image if by nobody before.
+        """The vision encoder, which is loaded at its first use.
 
         Raises:
             EncoderError: it is incomplete, or can't be evaluated here.
@@ -92,7 +96,7 @@ class FastVLM:
 
     @property
     def load_s(self) -> float:
-        """Seconds of loading so far: `load`, and what it put off until it was needed."""
+        """Seconds of loading so far: those of `load`, and of the encoder once it was needed."""
         return sum(self._loading_s)
 
     @contextmanager
@@ -102,7 +106,7 @@ class FastVLM:
         self._loading_s.append(time.perf_counter() - started)
 
     def encode(self, image: ImageSource) -> ImageFeatures:
-        """Look at an image once; ask about the result as often as wanted.
+        """Encode an image once; the features may be asked about any number of times.
 
         Args:
             image: whatever `fastvlm_mlx.image.preprocess.load_image` reads.
@@ -124,14 +128,14 @@ class FastVLM:
         started = time.perf_counter()
         features = encoder(pixels)
         encode_s = time.perf_counter() - started
-        seen = self._project(features)
+        encoded = self._project(features)
         timings = replace(
-            seen.timings, load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s
+            encoded.timings, load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s
         )
-        return replace(seen, timings=timings)
+        return replace(encoded, timings=timings)
 
     def project(self, features: np.ndarray) -> ImageFeatures:
-        """What an encoder made elsewhere, float32 [1, N, C], as this language model reads it.
+        """Project features that an encoder made elsewhere, float32 [1, N, C].
 
         Raises:
             OptionError: an array of another type or shape, or values that are no numbers.
@@ -149,7 +153,7 @@ class FastVLM:
 
     def stream(
         self,
-        image: Seen | None,
+        image: Askable | None,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
@@ -157,13 +161,13 @@ class FastVLM:
         """Answer piece by piece: iterate over the generation, then read its `result`.
 
         Args:
-            image: an image, the features of one, or None for a question about nothing seen.
+            image: an image, the features of one, or None for a question without an image.
             options: how to sample; or its fields as keywords (`max_tokens=64`).
 
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
         """
-        question = self._question(prompt, image is not None, chosen(options, sampling))
+        question = self._question(prompt, image is not None, resolve_options(options, sampling))
         if image is None or isinstance(image, ImageFeatures):
             return self._answer(question, image, Timings())
         features = self.encode(image)
@@ -171,22 +175,22 @@ class FastVLM:
 
     def generate(
         self,
-        image: Seen | None,
+        image: Askable | None,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
     ) -> GenerationResult:
-        """Answer in one piece. Arguments and errors as `stream`."""
+        """Answer in one piece. Arguments and errors are those of `stream`."""
         return self.stream(image, prompt, options, **sampling).result
 
     def ask(
         self,
-        image: Seen,
+        image: Askable,
         prompts: Sequence[str],
         options: SamplingOptions | None = None,
         **sampling: Any,
     ) -> Iterator[Generation]:
-        """One image, several prompts: encoded once, its time charged to the first answer.
+        """Ask several questions about one image, which is encoded once, in the first one's time.
 
         Raises:
             PromptError: no prompts, or one text in place of several; and as `stream`.
@@ -194,12 +198,12 @@ class FastVLM:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
-        options = chosen(options, sampling)
+        options = resolve_options(options, sampling)
         questions = [self._question(prompt, True, options) for prompt in prompts]
 
         return self._answers(image, questions)
 
-    def _answers(self, image: Seen, questions: list[_Question]) -> Iterator[Generation]:
+    def _answers(self, image: Askable, questions: list[_Question]) -> Iterator[Generation]:
         features = image if isinstance(image, ImageFeatures) else self.encode(image)
         spent = Timings() if features is image else features.timings
         for question in questions:
@@ -226,27 +230,23 @@ class FastVLM:
             shape = (self.num_tokens, self.config.text.hidden_size)
             check_features(features, self.worker.run(lambda: self._fingerprint), shape)
 
-        def steps() -> Generator[str | GenerationResult]:
-            with self._loading():
-                import_module("mlx_lm.generate")
-            yield from generate(
-                self.model,
-                self.tokenizer,
-                prompt=question.prompt,
-                ids=question.ids,
-                projected=None if features is None else features.projected,
-                options=question.options,
-                eos_token_ids=self.eos_token_ids,
-                spent=replace(spent, load_s=self.load_s),
-                prompt_s=question.prompt_s,
-            )
-
-        return Generation(self.worker, steps())
+        steps = generate(
+            self.model,
+            self.tokenizer,
+            prompt=question.prompt,
+            ids=question.ids,
+            projected=None if features is None else features.projected,
+            options=question.options,
+            eos_token_ids=self.eos_token_ids,
+            spent=replace(spent, load_s=self.load_s),
+            prompt_s=question.prompt_s,
+        )
+        return Generation(self.worker, steps)
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt that suits the model: its ids with the placeholders, and the seconds they took."""
+    """A prompt as token ids with the placeholders, and the seconds that this took."""
 
     prompt: str
     ids: list[int]
@@ -289,19 +289,19 @@ def load(
     started = time.perf_counter()
     max_pixels = check_max_pixels(max_pixels)
     bundle = Bundle.open(path)
-    _check_compute_units(bundle, compute_units)
+    check_bundle_compute_units(bundle, compute_units)
     # First, what needs no reading of weights to be missing.
     _ = bundle.encoder_files
     if check_hashes:
         bundle.check_files()
     tokenizer = bundle.tokenizer()
-    size, num_tokens = _encoder_sizes(bundle, image_size)
+    size, num_tokens = encoder_sizes(bundle, image_size)
     if image_size is not None:
         bundle = bundle.at(image_size)
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
     bundle = replace(bundle, config=config)
     worker = Worker()
-    model = worker.run(_evaluated, bundle)
+    model = worker.run(evaluated_model, bundle)
     aspect_ratio = "crop" if crop else config.image_aspect_ratio
     return FastVLM(
         bundle=bundle,
@@ -310,115 +310,9 @@ def load(
         model=model,
         tokenizer=tokenizer,
         image_processor=image_processor(bundle, size, aspect_ratio),
-        eos_token_ids=bundle.eos_token_ids | {_id(tokenizer, "<|im_end|>", bundle)},
+        eos_token_ids=bundle.eos_token_ids | {token_id(tokenizer, "<|im_end|>", bundle)},
         compute_units=compute_units,
         worker=worker,
         max_pixels=max_pixels,
         _loading_s=[time.perf_counter() - started],
     )
-
-
-def _evaluated(bundle: Bundle) -> RunningModel:
-    """The model with its weights in memory: what is put off belongs to the thread that did it, and
-    would read what lies at the path later."""
-    model = load_model(bundle)
-    try:
-        mx.eval(model.parameters())
-    except RuntimeError as error:
-        # A file that is shorter by now.
-        bundle.check_unchanged()
-        raise BundleError(
-            f"the weights of {bundle.path} can't be read ({error}): export the checkpoint again"
-        ) from error
-    bundle.check_unchanged()
-    return for_this_machine(model)
-
-
-def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:
-    """Size is the encoder's: the one number that can't be wrong."""
-    processor = ImageProcessor.from_dict(bundle.preprocessor_config, aspect_ratio)
-    return replace(processor, size=size)
-
-
-def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
-    """The id that stands for the image: `<image>`'s, or one that no text has.
-
-    Raises:
-        BundleError: there is neither, in a bundle of layout `mlx` that is not ours.
-    """
-    rows = bundle.config.text.vocab_size
-    found: int | None = tokenizer.token_to_id(IMAGE_TOKEN)
-    if found is None:
-        found = max(tokenizer.get_vocab().values()) + 1
-    if found >= rows:
-        raise BundleError(
-            f"{bundle.tokenizer_file} leaves none of the embedding's {rows:,} rows for "
-            f"{IMAGE_TOKEN}: export the checkpoint with `fastvlm export --layout mlx`"
-        )
-    return found
-
-
-def load_bundle_encoder(
-    bundle: Bundle, compute_units: str = "auto", image_size: int | None = None
-) -> VisionEncoder:
-    """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
-
-    Raises:
-        OptionError: compute units for an encoder that Core ML does not run, or a size that the
-            encoder does not take.
-        EncoderError: it is incomplete, or can't be evaluated here.
-    """
-    _check_compute_units(bundle, compute_units)
-    # Before, or what is there now would be told to be damaged; and after, or it could be mixed.
-    bundle.check_unchanged(bundle.encoder_files)
-    if bundle.layout == "app":
-        encoder: VisionEncoder = load_encoder(bundle.package, compute_units, image_size)
-    else:
-        from fastvlm_mlx.vision.fastvithd import FastViTHD
-
-        vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
-        encoder = FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
-    bundle.check_unchanged(bundle.encoder_files)
-    return encoder
-
-
-def _encoder_sizes(bundle: Bundle, image_size: int | None) -> tuple[int, int]:
-    """S and N of the bundle's encoder, as its package declares them, or config.json.
-
-    Raises:
-        EncoderError: the package is damaged, or no encoder's.
-        BundleError: it is not the encoder that config.json describes.
-        OptionError, ConfigError: it does not take `image_size`.
-    """
-    vision = bundle.config.vision
-    if bundle.layout == "mlx":
-        if image_size is not None:
-            vision = bundle.at(image_size).config.vision
-        return vision.image_size, vision.num_tokens
-    size, num_tokens, channels = encoder_shape(describe(bundle.package, image_size))
-    if channels != vision.hidden_size:
-        raise BundleError(
-            f"{bundle.package} makes {channels} channels where config.json says "
-            f"{vision.hidden_size}: they belong to different models, export again"
-        )
-    return size, num_tokens
-
-
-def _check_compute_units(bundle: Bundle, compute_units: str) -> None:
-    if bundle.layout == "app":
-        check_compute_units(compute_units)
-    elif compute_units not in ("auto", "all"):
-        raise OptionError(
-            f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
-            "of layout mlx and runs in MLX, leave the option out"
-        )
-
-
-def _id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:
-    found: int | None = tokenizer.token_to_id(token)
-    if found is None:
-        raise BundleError(
-            f"{bundle.tokenizer_file} has no token {token}: expected FastVLM's tokenizer, export "
-            "the checkpoint again"
-        )
-    return found

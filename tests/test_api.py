@@ -2,6 +2,8 @@
 
 import fractions
 import io
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -269,3 +271,16 @@ class TestImages:
         for limit in (0, -1, True, "5", 1.5, None, float("inf")):
             with pytest.raises(OptionError, match=r"--max-pixels is .*: expected a whole number"):
                 fastvlm_mlx.load(demo_bundle, max_pixels=limit)
+
+
+def test_the_package_names_all_that_is_public_and_loads_nothing_for_it():
+    code = (
+        "import sys, fastvlm_mlx; names = set(fastvlm_mlx.__all__);"
+        "lines = [line.split()[:1] for line in fastvlm_mlx.__doc__.splitlines()];"
+        "print(names <= set(dir(fastvlm_mlx)), all([name] in lines for name in names),"
+        "*{'torch', 'coremltools', 'mlx.core'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["True", "True"]
+    assert all(getattr(fastvlm_mlx, name).__doc__ for name in fastvlm_mlx.__all__)

@@ -1,4 +1,4 @@
-"""What the doctor looks at in a bundle: files, loading, encoder, language model, answers, times."""
+"""What the doctor checks in a bundle: files, loading, encoder, language model, answers, times."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ _STAGES = {"encode_s": "encoder_s", "project_s": "project_s", "prefill_s": "pref
 
 def examine(path: Path, exporter: Exporter) -> Iterator[Line]:
     """Every line about a bundle; where it can't be loaded, those that need no loading."""
-    found: list[Bundle] = []
-    yield from checked("bundle", lambda: _files(path, found))
-    if not found:
+    opened: list[Bundle] = []
+    yield from checked("bundle", lambda: _files(path, opened))
+    if not opened:
         yield Line("encoder and language model", ABSENT, "the bundle can't be read", EXPORT_AGAIN)
         return
-    bundle = found[0]
+    bundle = opened[0]
     loaded: list[FastVLM] = []
     yield from checked("first load", lambda: _first_load(path, loaded))
     if bundle.layout == "app":
@@ -73,11 +73,11 @@ def examine(path: Path, exporter: Exporter) -> Iterator[Line]:
     yield from checked("time to the first token", lambda: _times(path, loaded[0], exporter))
 
 
-def _files(path: Path, found: list[Bundle]) -> Iterator[Line]:
+def _files(path: Path, opened: list[Bundle]) -> Iterator[Line]:
     bundle = Bundle.open(path)
     facts: dict[str, Any] = {"layout": bundle.layout, "manifest": bundle.manifest is not None}
     if bundle.manifest is None:
-        found.append(bundle)
+        opened.append(bundle)
         told = f"layout {bundle.layout}, without a manifest: nothing says what it was made from"
         advice = "as it should be for Apple's and mlx-vlm's; ours have one, export again"
         yield Line("bundle", WARNING, told, advice, facts)
@@ -85,7 +85,7 @@ def _files(path: Path, found: list[Bundle]) -> Iterator[Line]:
     facts["source"] = bundle.manifest["source"]["name"]
     facts["versions"] = bundle.manifest["versions"]
     # What has changed is still looked at: how far it is off says what happened to it.
-    found.append(bundle)
+    opened.append(bundle)
     bundle.check_files()
     told = f"layout {bundle.layout}, from {facts['source']}, every file as it was written"
     if bundle.manifest["gates_passed"]:
@@ -160,13 +160,13 @@ def _core_ml(bundle: Bundle) -> Iterator[Line]:
 
     floor = floor_db(describe(bundle.package).precision)
     choice = choose_units(bundle.package)
-    holds = choice.chosen.holds(floor)
+    holds = choice.best.holds(floor)
     tried = {each.units for each in choice.measured}
     for each in choice.measured:
         verdict, advice = OK, ""
         if not each.holds(floor):
             verdict = WARNING if holds else PROBLEM
-            advice = f"leave the choice to fastvlm, which takes {choice.chosen.units}"
+            advice = f"leave the choice to fastvlm, which takes {choice.best.units}"
             if not holds:
                 advice = "report this line with the machine's: no compute units compute the encoder"
         told = each.error or (
@@ -178,9 +178,9 @@ def _core_ml(bundle: Bundle) -> Iterator[Line]:
     for units in NAMES:
         if units not in tried:
             yield Line(f"encoder, Core ML on {units}", ABSENT, "this Mac has no such device")
-    told = f"{choice.chosen.units} is what `load` takes here"
+    told = f"{choice.best.units} is what `load` takes here"
     why = ", the fastest that holds" if holds else ", the nearest: none holds"
-    figures = {"chosen": choice.chosen.units}
+    figures = {"chosen": choice.best.units}
     yield Line("encoder, in use", OK if holds else PROBLEM, told + why, figures=figures)
 
 

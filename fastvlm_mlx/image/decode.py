@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.bundle.files import is_url
-from fastvlm_mlx.errors import ImageError, OptionError
+from fastvlm_mlx.errors import ImageError, OptionError, escaped, printable
 from fastvlm_mlx.image.inner_sizes import inner_sizes
 from fastvlm_mlx.image.rgb import DECODER_ERRORS, from_array, to_rgb
 
@@ -37,6 +37,9 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 # PIL keeps an address for each row, which in an image one pixel wide is all that it keeps.
 _MAX_SIDE = 1_000_000
+
+# Characters of a file's name, or of a library's reason, in a message.
+_MAX_NAME = 300
 
 _lock = threading.Lock()
 
@@ -100,7 +103,7 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         ) from error
     if not text:
         raise ImageError("the image's path is empty: give the path of an image")
-    name = _printable(str(path))
+    name = printable(escaped(path), _MAX_NAME)
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
@@ -120,7 +123,7 @@ def _at(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
 
 def _file(source: BinaryIO, max_pixels: int) -> Image.Image:
     name = getattr(source, "name", None)
-    name = _printable(name) if isinstance(name, str) else "the image"
+    name = printable(escaped(name), _MAX_NAME) if isinstance(name, str) else "the image"
     return _decode(_rest(source, name, max_pixels), name, max_pixels)
 
 
@@ -294,11 +297,4 @@ def _damaged(name: str, error: BaseException) -> str:
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return _printable(" ".join(text.split()))
-
-
-def _printable(name: str) -> str:
-    """A name on one line and of a length to read, whatever a file may be called."""
-    if not name.isprintable():
-        name = name.encode("unicode_escape").decode("ascii")
-    return name if len(name) <= 300 else f"{name[:150]}…{name[-150:]}"
+    return printable(text, _MAX_NAME)

@@ -1,4 +1,4 @@
-"""Tokens in, text out: whole characters only, and nothing that may begin a stop string."""
+"""Detokenization: whole characters only, and nothing that may begin a stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of an image once it was looked at, and whose it is."""
+"""The features of an image, and the check that they belong to the model that is asked."""
 
 from __future__ import annotations
 

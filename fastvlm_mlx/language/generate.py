@@ -1,6 +1,6 @@
 """From ids and a projected image to text: prefill, decode, stream, and the time of each.
 
-The loop is mlx-lm's `generate_step`. What is here is what surrounds it: the clock, and that an
+`decode` makes the tokens. What is here is what surrounds it: the clock, the text, and that an
 answer is computed a token at a time on the model's own thread.
 """
 
@@ -22,8 +22,10 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
+from fastvlm_mlx.language.decode import decode
 from fastvlm_mlx.language.detokenizer import Text
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
+from fastvlm_mlx.language.wired_memory import wired
 from fastvlm_mlx.language.worker import Worker
 
 if TYPE_CHECKING:
@@ -32,9 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, each stage by itself. `ttft_s` runs from the image in memory and the prompt to
-    the first token; the stages of the image are zero where its features were reused. `load_s`
-    is all that loading has taken so far, what was put off to the first use included."""
+    """Seconds, each stage by itself.
+
+    Attributes:
+        load_s: all that loading has taken so far: `load`, which reads the language model, and the
+            encoder, which is loaded at the first image. It is no part of `ttft_s`.
+        preprocess_s, encode_s, project_s: the stages of the image, zero where its features were
+            reused.
+        prefill_s: from the prompt to the first token.
+        ttft_s: from the image in memory and the prompt to the first token.
+        decode_s: from the first token to the last one.
+        tokens_per_s: how many tokens follow the first one in a second of `decode_s`.
+    """
 
     load_s: float = 0.0
     preprocess_s: float = 0.0
@@ -173,33 +184,29 @@ def generate(
     Raises:
         PromptError: the prompt does not fit the context.
     """
-    from mlx_lm.generate import generate_step
-
-    from fastvlm_mlx.language.wired_memory import wired
-
     started = time.perf_counter() - prompt_s
     vocab_size = model.config.text.vocab_size
     room = check_room(model.config.text, ids)
     options.check_vocabulary(vocab_size)
     prompt_ids = mx.array(ids)
-    steps = generate_step(
-        prompt_ids,
-        model.language_model,
-        input_embeddings=model.embed_inputs(prompt_ids, projected),
-        # One step more than wanted is computed in any case; the limit is kept below.
-        max_tokens=min(options.max_tokens, room),
-        sampler=Sampler(options, vocab_size),
-        logits_processors=processors(options),
+    steps = wired(
+        decode(
+            model.language_model,
+            prompt_ids,
+            model.embed_inputs(prompt_ids, projected),
+            max_tokens=min(options.max_tokens, room),
+            sampler=Sampler(options, vocab_size),
+            processors=processors(options),
+        )
     )
     tokens: list[int] = []
     text = Text(tokenizer, options.stop)
     finish_reason = "length"
     count = 0
-    steps = wired(steps)
     first = last = time.perf_counter()
-    # However this ends, its stream is left by the thread that entered it.
+    # However this ends, the memory is let go of by the thread that computes.
     with closing(steps):
-        for token, _ in steps:
+        for token in steps:
             last = time.perf_counter()
             first = last if count == 0 else first
             count += 1

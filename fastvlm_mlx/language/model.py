@@ -202,9 +202,9 @@ def _check_layers(bundle: Bundle, weights: dict[str, mx.array]) -> None:
         )
 
 
-def _check_names(bundle: Bundle, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+def _check_names(bundle: Bundle, expected: dict[str, mx.array], held: dict[str, mx.array]) -> None:
+    for name in sorted(expected.keys() | held.keys()):
+        if name not in held:
             raise BundleError(
                 f"{bundle.path} lacks {name}: expected it for the model that config.json "
                 "describes, export the checkpoint again"
@@ -214,8 +214,8 @@ def _check_names(bundle: Bundle, expected: dict[str, mx.array], found: dict[str,
                 f"{bundle.path} holds {name}, which is no weight of the model that config.json "
                 "describes: remove the file it came with, or export the checkpoint again"
             )
-        if expected[name].shape != found[name].shape:
+        if expected[name].shape != held[name].shape:
             raise BundleError(
-                f"{name} has shape {list(found[name].shape)} where config.json implies "
+                f"{name} has shape {list(held[name].shape)} where config.json implies "
                 f"{list(expected[name].shape)}: export the checkpoint again"
             )

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options, their limits, and a source of chance of its own.
+"""Sampling: the options, their limits, and a random key for each generation.
 
 Temperature, nucleus and the rest are mlx-lm's, in its order. Around them is what keeps an extreme
 value from overflowing: it gives what its limit gives. Chance comes from a key that belongs to one
@@ -144,7 +144,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(stop)
 
 
-def chosen(options: SamplingOptions | None, changes: Mapping[str, Any]) -> SamplingOptions:
+def resolve_options(options: SamplingOptions | None, changes: Mapping[str, Any]) -> SamplingOptions:
     """The options with fields changed by name.
 
     Raises:

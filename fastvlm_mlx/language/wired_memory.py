@@ -1,4 +1,4 @@
-"""While answers are decoded, what a GPU reads stays in memory, as in mlx-lm's own generation.
+"""While answers are decoded, what a GPU reads stays in memory (is wired), as in mlx-lm.
 
 macOS takes memory back that has not been read for a moment, a token at a time and a model at a
 time, and decoding then waits for it. mlx-lm's `wired_limit` puts the limit back that it found,
@@ -13,30 +13,29 @@ from threading import Lock
 from typing import TypeVar
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 T = TypeVar("T")
 
 _lock = Lock()
 _holders = 0
-# What the limit was, in bytes; None on a machine that has none.
-_found: int | None = None
+# The limit before the first answer, in bytes; None on a machine that has none.
+_former: int | None = None
 
 
 def wired(steps: Generator[T]) -> Generator[T]:
     """What `steps` yields, the limit raised from the first step to the end of them."""
-    global _holders, _found
+    global _holders, _former
     with _lock:
         _holders += 1
         if _holders == 1:
-            _found = maybe_set_recommended_wired_limit()
+            recommended = mx.device_info().get("max_recommended_working_set_size")
+            _former = None if recommended is None else mx.set_wired_limit(int(recommended))
     try:
         yield from steps
     finally:
         with _lock:
             _holders -= 1
-            if _holders == 0 and _found is not None:
+            if _holders == 0 and _former is not None:
                 # The limit must not change under a step that is still computed.
-                mx.synchronize(generation_stream)
-                mx.set_wired_limit(_found)
+                mx.synchronize()
+                mx.set_wired_limit(_former)

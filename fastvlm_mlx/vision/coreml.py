@@ -15,13 +15,8 @@ from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.machine import tell
 from fastvlm_mlx.vision import AUTO
 from fastvlm_mlx.vision.compiled import Compiled, compiled
-from fastvlm_mlx.vision.mlprogram import (
-    MLProgramEncoder,
-    check_features,
-    check_images,
-    encoder_shape,
-    to_bytes,
-)
+from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     FUNCTION_NAME,
     IMAGE,
@@ -87,7 +82,7 @@ class CoreMLEncoder:
         if kept is not None:
             return kept
         tell("measuring which compute units run the encoder best: once for it on this Mac")
-        chosen = choose_units(package, self.image_size).chosen
+        chosen = choose_units(package, self.image_size).best
         floor = floor_db(self.info.precision)
         if not chosen.holds(floor):
             tell(
@@ -134,7 +129,7 @@ class CoreMLEncoder:
 class Choice:
     """Compute units as they were measured, the one to use, and what they were compared with."""
 
-    chosen: Measured
+    best: Measured
     measured: list[Measured]
     reference: str
 

@@ -12,73 +12,14 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.errors import EncoderError
+import numpy as np
+
+from fastvlm_mlx.vision.operation import Operation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Compute = Callable[..., Any]
-
-
-class Operation:
-    """One MIL operation: its parameters, read once each.
-
-    `tensor` names an operand of the returned function (its arguments come in the order of the
-    calls); `value` reads a constant. `places` is, of a mean, how many numbers it adds up.
-    """
-
-    def __init__(self, op: Any):
-        self._op = op
-        self.places = 1
-        self.name, self.type = str(op.name), str(op.op_type)
-        self.operands: list[Any] = []
-        self._unread = {name for name, value in op.inputs.items() if value is not None}
-
-    def tensor(self, name: str) -> None:
-        self._unread.discard(name)
-        variable = self._op.inputs[name]
-        self.operands.extend(variable if isinstance(variable, list | tuple) else [variable])
-
-    def has(self, name: str) -> bool:
-        """Whether an optional parameter is given."""
-        return self._op.inputs.get(name) is not None
-
-    def value(self, name: str, default: Any = None) -> Any:
-        """A constant parameter as plain Python (arrays become lists)."""
-        self._unread.discard(name)
-        variable = self._op.inputs.get(name)
-        if variable is None:
-            return default
-        value = variable.val
-        if value is None:
-            raise self.error(f"a {name} that is computed", "a constant")
-        return value.tolist() if hasattr(value, "tolist") else value
-
-    @property
-    def rank(self) -> int:
-        """Rank of the operand `x`."""
-        return len(self.sizes)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Shape of the operand `x`."""
-        return tuple(self._op.inputs["x"].shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the first output."""
-        return tuple(int(n) for n in self._op.outputs[0].shape)
-
-    def error(self, found: str, expected: str) -> EncoderError:
-        return EncoderError(
-            f"operation {self.type} {self.name!r} has {found}, expected {expected}: this machine "
-            "can't evaluate the package"
-        )
-
-    def finish(self) -> None:
-        """Refuse an operation of which a parameter was not read."""
-        if self._unread:
-            raise self.error(f"parameters {', '.join(sorted(self._unread))}", "only known ones")
 
 
 def _axes(values: Sequence[int] | int, rank: int) -> list[int]:
@@ -103,31 +44,42 @@ def conv(op: Operation) -> Compute:
     custom = op.value("pad", [0] * 2 * spatial)
     if pad_type not in ("valid", "custom", "same", "same_lower"):
         raise op.error(f"pad_type {pad_type!r}", "valid, custom, same or same_lower")
-
-    def pads(x: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-        if pad_type == "valid":
-            return [(0, 0)] * spatial
-        if pad_type == "custom":
-            return [(custom[2 * i], custom[2 * i + 1]) for i in range(spatial)]
-        result = []
-        for i in range(spatial):
-            size, stride = x.shape[2 + i], strides[i]
-            reach = (weight.shape[2 + i] - 1) * dilations[i] + 1
-            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
-            small = total // 2
-            result.append((small, total - small) if pad_type == "same" else (total - small, small))
-        return result
+    (batch, _, *sizes), (channels, _, *kernel) = op.shape_of("x"), op.shape_of("weight")
+    reach = [(n - 1) * dilation + 1 for n, dilation in zip(kernel, dilations, strict=True)]
+    sides = [(0, 0)] * spatial
+    if pad_type == "custom":
+        sides = list(zip(custom[0::2], custom[1::2], strict=True))
+    elif pad_type != "valid":
+        totals = [
+            max((-(-n // stride) - 1) * stride + length - n, 0)
+            for n, stride, length in zip(sizes, strides, reach, strict=True)
+        ]
+        sides = [(total // 2, total - total // 2) for total in totals]
+        if pad_type == "same_lower":
+            sides = [(after, before) for before, after in sides]
+    op.makes(batch, channels, *_windows(sizes, sides, reach, strides))
+    even = all(before == after for before, after in sides)
+    padding = [before if even else 0 for before, _ in sides]
+    uneven = [] if even else [n for side in reversed(sides) for n in side]
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        sides = pads(x, weight)
-        if all(before == after for before, after in sides):
-            padding = [before for before, _ in sides]
-        else:
-            x = F.pad(x, [n for side in reversed(sides) for n in side])
-            padding = [0] * spatial
+        x = F.pad(x, uneven) if uneven else x
         return convolve(x, weight, bias if biased else None, strides, padding, dilations, groups)
 
     return compute
+
+
+def _windows(
+    sizes: Sequence[int],
+    sides: Sequence[tuple[int, int]],
+    reach: Sequence[int],
+    strides: Sequence[int],
+) -> list[int]:
+    """How often a window of `reach` places fits along each padded axis."""
+    return [
+        (n + before + after - length) // stride + 1
+        for n, (before, after), length, stride in zip(sizes, sides, reach, strides, strict=True)
+    ]
 
 
 def avg_pool(op: Operation) -> Compute:
@@ -147,6 +99,9 @@ def avg_pool(op: Operation) -> Compute:
         raise op.error(f"pad {pad}", "the same before and after")
     if op.value("ceil_mode", False):
         raise op.error("ceil_mode", "sizes rounded down")
+    batch, channels, *sizes = op.shape_of("x")
+    sides = list(zip(pad[0::2], pad[1::2], strict=True))
+    op.makes(batch, channels, *_windows(sizes, sides, kernel, stride))
     inside = op.value("exclude_padding_from_average", False)
     op.places = prod(kernel)
     return lambda x: F.avg_pool2d(x, kernel, stride, pad[0::2], False, not inside)
@@ -159,6 +114,7 @@ def linear(op: Operation) -> Compute:
     op.tensor("weight")
     if op.has("bias"):
         op.tensor("bias")
+    op.makes(*op.shape_of("x")[:-1], op.shape_of("weight")[0])
     return F.linear
 
 
@@ -166,6 +122,9 @@ def matmul(op: Operation) -> Compute:
     op.tensor("x")
     op.tensor("y")
     flip_x, flip_y = op.value("transpose_x", False), op.value("transpose_y", False)
+    x_shape, y_shape = op.shape_of("x"), op.shape_of("y")
+    batch = np.broadcast_shapes(x_shape[:-2], y_shape[:-2])
+    op.makes(*batch, x_shape[-1 if flip_x else -2], y_shape[-2 if flip_y else -1])
 
     def compute(x: Tensor, y: Tensor) -> Tensor:
         x = x.transpose(-1, -2) if flip_x else x
@@ -243,14 +202,17 @@ def cast(op: Operation) -> Compute:
     dtype = op.value("dtype")
     # fp16 is a matter of rounding, which is the evaluator's; the arithmetic is fp32 throughout.
     kinds = {
-        "fp16": torch.float32,
-        "fp32": torch.float32,
-        "int32": torch.int32,
-        "bool": torch.bool,
+        "fp16": ("float16", torch.float32),
+        "fp32": ("float32", torch.float32),
+        "int32": ("int32", torch.int32),
+        "bool": ("bool", torch.bool),
     }
     if dtype not in kinds:
         raise op.error(f"dtype {dtype!r}", ", ".join(kinds))
-    return lambda x: x.to(kinds[dtype])
+    declared, kind = kinds[dtype]
+    if op.dtype != declared:
+        raise op.error(f"dtype {dtype!r} and a result of {op.dtype}", "the same type")
+    return lambda x: x.to(kind)
 
 
 def reshape(op: Operation) -> Compute:
@@ -298,6 +260,10 @@ def concat(op: Operation) -> Compute:
     axis = op.value("axis")
     if op.value("interleave", False):
         raise op.error("interleave", "plain concatenation")
+    shapes = [variable.shape for variable in op.operands]
+    sizes = list(shapes[0])
+    sizes[axis] = sum(shape[axis] for shape in shapes)
+    op.makes(*sizes)
     return lambda *values: torch.cat(values, axis)
 
 
@@ -327,7 +293,7 @@ def reduce(name: str, op: Operation) -> Compute:
     axes = _axes(op.value("axes", list(range(op.rank))), op.rank)
     keep = op.value("keep_dims", False)
     if name == "mean":
-        op.places = prod(int(op.sizes[axis]) for axis in axes)
+        op.places = prod(op.shape_of("x")[axis] for axis in axes)
     function: Any = getattr(torch, name)
     return lambda x: function(x, axes, keepdim=keep)
 
@@ -344,6 +310,7 @@ def binary(name: str, op: Operation) -> Compute:
 
     op.tensor("x")
     op.tensor("y")
+    op.makes(*np.broadcast_shapes(op.shape_of("x"), op.shape_of("y")))
     return getattr(torch, name)
 
 
@@ -352,6 +319,10 @@ def rsqrt(op: Operation) -> Compute:
     epsilon = op.value("epsilon", 1e-12)
     return lambda x: (x + epsilon).rsqrt()
 
+
+# Those that torch calls as MIL does.
+_UNARY = ("relu", "sigmoid", "tanh", "erf", "sqrt", "square")
+_BINARY = ("add", "sub", "mul", "pow", "maximum", "minimum")
 
 BUILDERS: dict[str, Callable[[Operation], Compute]] = {
     "conv": conv,
@@ -372,28 +343,8 @@ BUILDERS: dict[str, Callable[[Operation], Compute]] = {
     "slice_by_index": slice_by_index,
     "rsqrt": rsqrt,
     **{f"reduce_{n}": functools.partial(reduce, t) for n, t in [("mean", "mean"), ("sum", "sum")]},
-    **{
-        mil: functools.partial(unary, name)
-        for mil, name in [
-            ("identity", "clone"),
-            ("relu", "relu"),
-            ("sigmoid", "sigmoid"),
-            ("tanh", "tanh"),
-            ("erf", "erf"),
-            ("sqrt", "sqrt"),
-            ("square", "square"),
-        ]
-    },
-    **{
-        mil: functools.partial(binary, name)
-        for mil, name in [
-            ("add", "add"),
-            ("sub", "sub"),
-            ("mul", "mul"),
-            ("real_div", "true_divide"),
-            ("pow", "pow"),
-            ("maximum", "maximum"),
-            ("minimum", "minimum"),
-        ]
-    },
+    "identity": functools.partial(unary, "clone"),
+    "real_div": functools.partial(binary, "true_divide"),
+    **{n: functools.partial(unary, n) for n in _UNARY},
+    **{n: functools.partial(binary, n) for n in _BINARY},
 }

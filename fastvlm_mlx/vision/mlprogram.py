@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlm_mlx.bundle.config import MAX_IMAGE_SIZE
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.milops import BUILDERS, Compute, Operation
+from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
+from fastvlm_mlx.vision.mil import (
+    Constant,
+    MILFunction,
+    MILOperation,
+    is_constant,
+    read_function,
+)
+from fastvlm_mlx.vision.milops import BUILDERS, Compute
+from fastvlm_mlx.vision.operation import Operation
 from fastvlm_mlx.vision.package import (
     IMAGE,
     INPUT_NAME,
@@ -30,9 +38,7 @@ from fastvlm_mlx.vision.package import (
     describe_spec,
     one_line,
     operations,
-    quiet_coremltools,
     read_spec,
-    weights_dir,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MLProgram", "MLProgramEncoder", "PackageInfo", "describe"]
 
-# What coremltools' loader raises of programs that are not well formed, and torch of what they ask.
+# What reading a program raises that is not well formed, and torch of what one asks.
 _PROGRAM_ERRORS = (
     ValueError,
     TypeError,
@@ -57,7 +63,6 @@ _PROGRAM_ERRORS = (
 _PIECE = 2**19  # elements
 # Of any operation's result: attention at the largest input size has 0.4 G elements.
 _MAX_ELEMENTS = 2**29
-_MAX_CHANNELS = 2**16
 
 Observe = Callable[[str, str, "torch.Tensor"], None]
 
@@ -71,6 +76,7 @@ class _Step:
     compute: Compute
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     half: tuple[bool, ...]
     dead: tuple[str, ...]
     places: int
@@ -100,16 +106,15 @@ class MLProgram:
         spec = read_spec(package)
         self.info = describe_spec(spec, package, image_size)
         for op in operations(spec, self.info.function):
-            if op.type not in BUILDERS and op.type != "const" and "constexpr_" not in op.type:
+            if op.type not in BUILDERS and not is_constant(op.type):
                 raise EncoderError(
                     f"{package}: operation {op.type} {op.outputs[0].name!r} is not known: expected "
                     "an encoder exported by fastvlm or by Apple's script, run it on macOS"
                 )
             _check_elements(package, op)
         try:
-            with quiet_coremltools():
-                function = _load_function(spec, package, self.info.function)
-                self._steps, self.constants = _compile(function)
+            function = read_function(spec, package, self.info.function)
+            self._steps, self.constants = _compile(function)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -117,8 +122,9 @@ class MLProgram:
                 f"the program in {package} can't be read ({one_line(error)}): expected one "
                 "written by coremltools, export it again"
             ) from error
-        self.inputs = tuple(str(name) for name in function.inputs)
-        self.outputs = tuple(str(v.name) for v in function.outputs)
+        self._shapes = {variable.name: variable.shape for variable in function.inputs}
+        self.inputs = tuple(self._shapes)
+        self.outputs = tuple(variable.name for variable in function.outputs)
 
     def run(
         self,
@@ -137,10 +143,17 @@ class MLProgram:
                 reductions take `flat` of them.
 
         Raises:
-            EncoderError: an operation fails: the package is damaged, or the memory short.
+            EncoderError: an input has another shape than the program's; or an operation fails,
+                since the package is damaged, or the memory short.
         """
         import torch
 
+        given = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        if given != self._shapes:
+            raise EncoderError(
+                f"the program in {self.package} reads {self._shapes} and was given {given}: "
+                "expected the same, export it again"
+            )
         alive: dict[str, torch.Tensor] = dict(inputs)
         with torch.inference_mode():
             for step in self._steps:
@@ -157,6 +170,13 @@ class MLProgram:
                     ) from error
                 values = [made] if isinstance(made, torch.Tensor) else list(made)
                 del made
+                shapes = tuple(tuple(value.shape) for value in values)
+                if shapes != step.shapes:
+                    raise EncoderError(
+                        f"{self.package}: operation {step.type} {step.name!r} makes {shapes} "
+                        f"where the program declares {step.shapes}: expected the same, export it "
+                        "again"
+                    )
                 for name, half, value in zip(step.results, step.half, values, strict=True):
                     if half and round_fp16:
                         if step.places > 1:
@@ -267,76 +287,6 @@ class MLProgramEncoder:
         return features
 
 
-def encoder_shape(info: PackageInfo) -> tuple[int, int, int]:
-    """S, N and C of an encoder package.
-
-    Raises:
-        EncoderError: the inputs and outputs are not an encoder's.
-    """
-    declared = [f"{f.name} {f.dtype} {list(f.shape)}" for f in (*info.inputs, *info.outputs)]
-    problem = EncoderError(
-        f"the package declares {', '.join(declared) or 'nothing'}: expected {INPUT_NAME} float32 "
-        f"or {IMAGE} [1, 3, S, S] and {OUTPUT_NAME} float32 [1, N, C], export the encoder again"
-    )
-    if len(info.inputs) != 1 or len(info.outputs) != 1:
-        raise problem
-    image, features = info.inputs[0], info.outputs[0]
-    if (image.name, features.name) != (INPUT_NAME, OUTPUT_NAME):
-        raise problem
-    if image.dtype not in ("float32", IMAGE) or features.dtype != "float32":
-        raise problem
-    match image.shape, features.shape:
-        case (1, 3, height, width), (1, tokens, channels) if (
-            height == width
-            and 1 <= height <= MAX_IMAGE_SIZE
-            and 1 <= tokens <= MAX_IMAGE_SIZE
-            and 1 <= channels <= _MAX_CHANNELS
-        ):
-            return height, tokens, channels
-    raise problem
-
-
-def to_bytes(images: np.ndarray) -> np.ndarray:
-    """float32 in 0 to 1 → uint8: the nearest of 256 levels, which `image.ImageProcessor` makes."""
-    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
-
-
-def check_images(images: np.ndarray, size: int) -> None:
-    """Refuse pixels of another shape than the encoder's own.
-
-    Raises:
-        EncoderError: `images` is not [1, 3, size, size].
-    """
-    if images.shape != (1, 3, size, size):
-        raise EncoderError(
-            f"pixels of shape {list(images.shape)} can't be encoded: expected [1, 3, {size}, "
-            f"{size}], preprocess the image for this encoder"
-        )
-
-
-def check_features(features: np.ndarray, shape: tuple[int, int, int]) -> None:
-    """Refuse features of another shape than the package declares.
-
-    Raises:
-        EncoderError: `features` is not of `shape`, [1, N, C].
-    """
-    if features.shape != shape:
-        raise EncoderError(
-            f"the encoder made features of shape {list(features.shape)}: expected {list(shape)}, "
-            "export it again"
-        )
-
-
-def _load_function(spec: Any, package: Path, name: str) -> Any:
-    """One of the functions; the others go from `spec`, since the loader reads weights for each."""
-    for other in set(spec.mlProgram.functions) - {name}:
-        del spec.mlProgram.functions[other]
-    from coremltools.converters.mil.frontend.milproto.load import load
-
-    program = load(spec, spec.specificationVersion, str(weights_dir(package)))
-    return program.functions[name]
-
-
 def _check_elements(package: Path, op: Any) -> None:
     """Raises EncoderError: an operation declares a result that fills the memory."""
     for output in op.outputs:
@@ -348,51 +298,41 @@ def _check_elements(package: Path, op: Any) -> None:
             )
 
 
-def _compile(function: Any) -> tuple[list[_Step], dict[str, torch.Tensor]]:
-    from coremltools.converters.mil.mil import types
-
+def _compile(function: MILFunction) -> tuple[list[_Step], dict[str, torch.Tensor]]:
     constants: dict[str, torch.Tensor] = {}
-    drafts: list[tuple[Operation, Compute, tuple[str, ...], tuple[str, ...], tuple[bool, ...]]] = []
+    drafts: list[tuple[MILOperation, Operation, Compute]] = []
     for op in function.operations:
-        if op.op_type == "const" or op.op_type.startswith("constexpr_"):
-            continue
         operation = Operation(op)
         compute = BUILDERS[operation.type](operation)
         operation.finish()
         for variable in operation.operands:
-            if variable.name not in constants and _is_constant(variable):
-                constants[variable.name] = _constant(variable)
-        drafts.append(
-            (
-                operation,
-                compute,
-                tuple(str(v.name) for v in operation.operands),
-                tuple(str(v.name) for v in op.outputs),
-                tuple(v.dtype == types.fp16 for v in op.outputs),
-            )
-        )
-    outputs = {str(v.name) for v in function.outputs}
+            if variable.name not in constants and variable.read is not None:
+                constants[variable.name] = _constant(variable.read())
+        drafts.append((op, operation, compute))
+    for variable in function.outputs:
+        if variable.read is not None:
+            constants[variable.name] = _constant(variable.read())
     steps: list[_Step] = []
-    later: set[str] = set(outputs)
-    for operation, compute, operands, results, half in reversed(drafts):
+    later = {variable.name for variable in function.outputs}
+    for op, operation, compute in reversed(drafts):
+        operands = tuple(v.name for v in operation.operands)
+        results = tuple(v.name for v in op.outputs)
+        shapes = tuple(v.shape for v in op.outputs)
+        half = tuple(v.dtype == "float16" for v in op.outputs)
         dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
         later.update(operands)
-        name, kind, places = operation.name, operation.type, operation.places
-        steps.append(_Step(name, kind, compute, operands, results, half, dead, places))
+        steps.append(
+            _Step(
+                op.name, op.type, compute, operands, results, shapes, half, dead, operation.places
+            )
+        )
     return steps[::-1], constants
 
 
-def _is_constant(variable: Any) -> bool:
-    op = variable.op
-    return op is not None and (op.op_type == "const" or op.op_type.startswith("constexpr_"))
-
-
-def _constant(variable: Any) -> torch.Tensor:
-    """The value of a const or of a compressed weight, fp32, convolutions' channels-last."""
+def _constant(value: Constant) -> torch.Tensor:
+    """A constant as an operand, fp32, convolutions' channels-last."""
     import torch
 
-    op = variable.op
-    value = variable.val if op.op_type == "const" else op.materialized_val_inference()
     array = np.asarray(value)
     if array.dtype == np.float16:
         array = array.astype(np.float32)

@@ -210,11 +210,6 @@ def default_function(spec: Any) -> str:
     return str(spec.description.defaultFunctionName) or FUNCTION_NAME
 
 
-def weights_dir(package: Path) -> Path:
-    """Where the blobs lie that the specification refers to."""
-    return model_path(package).parent / "weights"
-
-
 def describe(package: Path, image_size: int | None = None) -> PackageInfo:
     """Read what a package declares, without loading its weights.
 
@@ -349,20 +344,20 @@ def _weight_format(maker: Any, makers: dict[str, Any]) -> str:
         )
 
     if maker.type == "constexpr_affine_dequantize":
-        return _type_name(stored("quantized_data")).removeprefix("u")
+        return type_name(stored("quantized_data")).removeprefix("u")
     if maker.type == "constexpr_blockwise_shift_scale":
-        return _type_name(stored("data")).removeprefix("u")
+        return type_name(stored("data")).removeprefix("u")
     if maker.type == "constexpr_lut_to_dense":
         lut = stored("lut")
         if lut.rank > 1:  # iOS 18's, where the type of the indices says it
-            return "palette" + _type_name(stored("indices")).removeprefix("uint")
+            return "palette" + type_name(stored("indices")).removeprefix("uint")
         return f"palette{(lut.dimensions[0].constant.size - 1).bit_length()}"
     if maker.type.startswith("constexpr_"):
         return maker.type.removeprefix("constexpr_")
-    return _type_name(maker.outputs[0].type.tensorType).replace("float", "fp")
+    return type_name(maker.outputs[0].type.tensorType).replace("float", "fp")
 
 
-def _type_name(tensor_type: Any) -> str:
+def type_name(tensor_type: Any) -> str:
     """`int8`, `float16` …"""
     types = part("coremltools.proto").MIL_pb2.DataType.DESCRIPTOR
     known = types.values_by_number.get(tensor_type.dataType)

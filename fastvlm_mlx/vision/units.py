@@ -72,12 +72,12 @@ def floor_db(precision: str) -> float:
     return FLOOR_DB.get(precision, FLOOR_FP16_DB)
 
 
-def snr_db(reference: np.ndarray, found: np.ndarray) -> float:
+def snr_db(reference: np.ndarray, features: np.ndarray) -> float:
     """Signal-to-noise ratio in dB; infinite where there is no error, and less so where there is
     no number."""
     reference = reference.astype(np.float64)
     signal = float(np.square(reference).mean())
-    noise = float(np.square(found - reference).mean())
+    noise = float(np.square(features - reference).mean())
     if not isfinite(noise):
         return -inf
     return inf if noise == 0 else 10 * log10(signal / noise) if signal else -inf
@@ -180,10 +180,10 @@ def probe(size: int) -> np.ndarray:
     return np.ascontiguousarray(((total - low) / (high - low)).transpose(2, 0, 1)[None])
 
 
-def write_record(file: Path, chosen: str, reference: str, measured: Sequence[Measured]) -> None:
+def write_record(file: Path, units: str, reference: str, measured: Sequence[Measured]) -> None:
     """Keep what was measured; where that can't be, it is measured again."""
     content = {
-        "chosen": chosen,
+        "chosen": units,
         "reference": reference,
         "measured": [each.to_dict() for each in measured],
     }

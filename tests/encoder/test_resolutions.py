@@ -25,7 +25,8 @@ from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import BundleError, ConfigError, DestinationError, EncoderError, OptionError
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.inspection import inspect_bundle
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, to_bytes
+from fastvlm_mlx.vision.interface import to_bytes
+from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     PackageInfo,
     app_misfit,

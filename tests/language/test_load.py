@@ -35,6 +35,34 @@ class TestPutOff:
         assert "mlx_lm.models.qwen2" in loaded
         assert not absent & set(loaded)
 
+    @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is coremltools' there")
+    def test_an_answer_imports_torch_and_no_other_package_s_converters(self, demo_bundle):
+        loaded = in_a_new_process(
+            "import fastvlm_mlx, sys; from PIL import Image;"
+            "model = fastvlm_mlx.load(sys.argv[1]);"
+            "model.generate(Image.new('RGB', (8, 8)), 'What is it?', max_tokens=2);"
+            "print(*sys.modules)",
+            demo_bundle,
+        )
+        absent = {"transformers", "huggingface_hub", "sklearn", "scipy", "sympy", "torch._dynamo"}
+        absent |= {"mlx_lm.generate", "mlx_lm.utils", "coremltools.converters"}
+        assert "torch" in loaded
+        assert not absent & set(loaded)
+
+    @pytest.mark.parametrize(
+        ("name", "imported"),
+        [
+            ("mlx_lm.models.qwen2", {"transformers", "huggingface_hub", "mlx_lm.generate"}),
+            ("coremltools.proto", {"coremltools.converters", "coremltools.optimize", "sympy"}),
+        ],
+    )
+    def test_an_ordinary_import_would_take_all_of_it(self, name, imported):
+        """Where this fails, `fastvlm_mlx.imports` is no longer worth having for the package."""
+        code = (
+            "import sys, warnings; warnings.simplefilter('ignore'); import {}; print(*sys.modules)"
+        )
+        assert imported <= set(in_a_new_process(code.format(name)))
+
     def test_mlx_lm_and_coremltools_are_whole_for_whoever_imports_them_after(self, demo_bundle):
         code = (
             "import sys, warnings; warnings.simplefilter('ignore'); import fastvlm_mlx;"

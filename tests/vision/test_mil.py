@@ -1,0 +1,247 @@
+"""Reading a program and its weights, against coremltools' own reader and writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from programs import build, mb, normal, run
+
+from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.vision.blobs import PACKED_BITS, read_blob
+from fastvlm_mlx.vision.constexpr import DECOMPRESS
+from fastvlm_mlx.vision.mlprogram import MLProgram
+from fastvlm_mlx.vision.package import model_path, operations, quiet_coremltools, read_spec
+
+with quiet_coremltools():
+    from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as ios16
+    from coremltools.converters.mil.mil.ops.defs.iOS18 import compression as ios18
+    from coremltools.libmilstoragepython import _BlobStorageWriter
+    from coremltools.optimize._utils import pack_elements_into_bits
+
+RNG = np.random.default_rng(5)
+INT8 = RNG.integers(-128, 128, (6, 4, 2), np.int8)
+INT4 = RNG.integers(-8, 8, (6, 4, 2), np.int8)
+HALF = RNG.standard_normal((6, 1, 1)).astype(np.float16)
+BLOCKS = RNG.standard_normal((6, 2, 1)).astype(np.float16)
+MASK = RNG.integers(0, 2, (6, 4, 2), np.uint8)
+NONZERO = RNG.standard_normal(int(MASK.sum())).astype(np.float16)
+CODES = RNG.integers(0, 4, (6, 4, 2), np.uint8)
+LUT16 = RNG.standard_normal(64).astype(np.float16)
+SHAPE = np.array([6, 4, 2], np.uint32)
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "affine_dequantize, along an axis": (
+        ios16.constexpr_affine_dequantize,
+        {
+            "quantized_data": INT8,
+            "zero_point": RNG.integers(-5, 5, 4, np.int8),
+            "scale": RNG.standard_normal(4).astype(np.float16),
+            "axis": np.int32(-2),
+        },
+    ),
+    "affine_dequantize, one scale": (
+        ios16.constexpr_affine_dequantize,
+        {
+            "quantized_data": INT8.view(np.uint8),
+            "zero_point": np.uint8(3),
+            "scale": np.float16(0.37),
+            "axis": np.int32(0),
+        },
+    ),
+    "blockwise_shift_scale": (
+        ios18.constexpr_blockwise_shift_scale,
+        {"data": INT4, "scale": BLOCKS, "offset": RNG.integers(-8, 8, (6, 2, 1), np.int8)},
+    ),
+    "blockwise_shift_scale, no offset": (
+        ios18.constexpr_blockwise_shift_scale,
+        {"data": INT8, "scale": HALF, "offset": None},
+    ),
+    "lut_to_dense, packed": (
+        ios16.constexpr_lut_to_dense,
+        {
+            "indices": pack_elements_into_bits(RNG.integers(0, 64, 48, np.uint8), 6),
+            "lut": LUT16,
+            "shape": SHAPE,
+        },
+    ),
+    "lut_to_dense, one table": (
+        ios18.constexpr_lut_to_dense,
+        {"indices": CODES, "lut": LUT16[:4].reshape(1, 1, 1, 4, 1), "vector_axis": None},
+    ),
+    "lut_to_dense, tables of blocks": (
+        ios18.constexpr_lut_to_dense,
+        {"indices": CODES, "lut": LUT16[:24].reshape(3, 2, 1, 4, 1), "vector_axis": None},
+    ),
+    "lut_to_dense, vectors": (
+        ios18.constexpr_lut_to_dense,
+        {
+            "indices": CODES,
+            "lut": LUT16[:24].reshape(2, 1, 1, 4, 3),
+            "vector_axis": np.int32(1),
+        },
+    ),
+    "sparse_to_dense": (ios18.constexpr_sparse_to_dense, {"nonzero_data": NONZERO, "mask": MASK}),
+    "sparse_to_dense, packed": (
+        ios16.constexpr_sparse_to_dense,
+        {"nonzero_data": NONZERO, "mask": pack_elements_into_bits(MASK, 1), "shape": SHAPE},
+    ),
+    "lut_to_sparse": (
+        ios18.constexpr_lut_to_sparse,
+        {
+            "indices_mask": MASK,
+            "indices_nonzero_data": CODES.flatten()[: NONZERO.size],
+            "lut": LUT16[:8].reshape(1, 1, 1, 4, 2),
+            "vector_axis": np.int32(2),
+        },
+    ),
+    "sparse_blockwise_shift_scale": (
+        ios18.constexpr_sparse_blockwise_shift_scale,
+        {
+            "data_mask": MASK,
+            "nonzero_data": INT8.flatten()[: NONZERO.size],
+            "scale": HALF,
+            "offset": None,
+        },
+    ),
+}
+
+
+def test_every_compression_is_compared() -> None:
+    compared = {f"constexpr_{name.partition(',')[0]}" for name in CASES}
+    assert compared == set(DECOMPRESS) - {"constexpr_cast"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_weight_is_decompressed_as_by_coremltools(name: str) -> None:
+    theirs, parameters = CASES[name]
+    expected = theirs.decompress(**parameters)
+    given = {key: np.asarray(value) for key, value in parameters.items() if value is not None}
+    found = DECOMPRESS[theirs.__name__](**given)
+    pairs = [(found, expected)] if isinstance(found, np.ndarray) else zip(found, expected)  # noqa: B905
+    for ours, wanted in pairs:
+        assert ours.dtype == wanted.dtype
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("affine_dequantize, along an axis", {"scale": np.ones(3, np.float16)}),
+        ("blockwise_shift_scale", {"scale": np.ones((6, 3, 1), np.float16)}),
+        ("sparse_to_dense", {"nonzero_data": NONZERO[:-1]}),
+        ("lut_to_dense, vectors", {"lut": np.broadcast_to(LUT16[0], (1, 1, 1, 4, 2**26))}),
+    ],
+)
+def test_parameters_that_contradict_each_other(name: str, change: dict[str, Any]) -> None:
+    theirs, parameters = CASES[name]
+    given = {key: np.asarray(v) for key, v in (parameters | change).items() if v is not None}
+    with pytest.raises(ValueError, match=r"scales for|cut into|values for|too many"):
+        DECOMPRESS[theirs.__name__](**given)
+
+
+def test_a_cast_of_a_constant() -> None:
+    cast = DECOMPRESS["constexpr_cast"](source_val=HALF, output_dtype="fp32")
+    np.testing.assert_array_equal(cast, HALF.astype(np.float32))
+
+
+NAMES = {"float32": "float", "float16": "fp16"}
+TYPES = ("float32", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32", *PACKED_BITS)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_blob_of_every_type_is_read_as_it_was_written(dtype: str, tmp_path: Path) -> None:
+    width = PACKED_BITS.get(dtype, 7)
+    low = -(2 ** (width - 1)) if dtype.startswith("int") else 0
+    values = RNG.integers(low, low + 2**width, 13).astype(np.int64)
+    plain = "int8" if dtype == "int4" else "uint8" if dtype in PACKED_BITS else dtype
+    array = values.astype(plain)
+    path = tmp_path / "weight.bin"
+    writer = _BlobStorageWriter(str(path))
+    write = getattr(writer, f"write_{NAMES.get(dtype, dtype)}_data")
+    write(np.ones(3, array.dtype) if dtype != "float16" else np.ones(3, np.uint16))
+    offset = write(array if dtype != "float16" else array.view(np.uint16))
+    del writer, write
+    found = read_blob(path, offset, dtype, 13)
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+    for wrong in ((offset, dtype, 99), (offset, "int64", 13), (0, dtype, 13)):
+        with pytest.raises((ValueError, LookupError)):
+            read_blob(path, *wrong)
+
+
+def declared(package: Path, change: Any) -> None:
+    spec = read_spec(package)
+    change({op.type: op for op in operations(spec)})
+    model_path(package).write_bytes(spec.SerializeToString())
+
+
+def widen(ops: dict[str, Any]) -> None:
+    ops["relu"].outputs[0].type.tensorType.dimensions[0].constant.size = 7
+
+
+def retype(ops: dict[str, Any]) -> None:
+    ops["relu"].outputs[0].type.tensorType.dataType = 10
+
+
+def rename(ops: dict[str, Any]) -> None:
+    ops["relu"].outputs[0].name = "a"
+
+
+def nest(ops: dict[str, Any]) -> None:
+    ops["relu"].blocks.add()
+
+
+def leave_out(ops: dict[str, Any]) -> None:
+    del ops["concat"].inputs["values"].arguments[1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (widen, r"concat 'concat_0' has a result of \[9, 3\], expected \[4, 3\] as declared"),
+        (retype, r"relu 'relu_0' has values of float16 and float32, expected one type"),
+        (rename, "'a' is made twice"),
+        (nest, "relu holds a block"),
+        (leave_out, r"concat 'concat_0' has a result of \[2, 3\], expected \[4, 3\]"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_program_that_contradicts_itself(change: Any, message: str, tmp_path: Path) -> None:
+    def body(a: Any) -> Any:
+        x = mb.relu(x=a)
+        return mb.concat(values=[x, a], axis=0)
+
+    package = build(tmp_path, [(2, 3)], body)
+    assert run(package, normal(2, 3))[0].shape == (4, 3)
+    declared(package, change)
+    with pytest.raises(EncoderError, match=message):
+        MLProgram(package)
+
+
+def test_inputs_of_another_shape(tmp_path: Path) -> None:
+    package = build(tmp_path, [(2, 3)], lambda a: mb.relu(x=a))
+    with pytest.raises(EncoderError, match=r"was given \{'a': \(3, 3\)\}"):
+        run(package, normal(3, 3))
+
+
+def test_a_result_that_is_not_as_declared_where_only_computing_tells(tmp_path: Path) -> None:
+    package = build(tmp_path, [(2, 3)], lambda a: mb.relu(x=a))
+    declared(package, widen)
+    with pytest.raises(EncoderError, match=r"relu 'relu_0' makes \(\(2, 3\),\) where the program"):
+        run(package, normal(2, 3))
+
+
+@pytest.mark.parametrize("pad", [10**6, 2**31 - 1, -3])
+def test_a_padding_that_would_fill_the_memory(pad: int, tmp_path: Path) -> None:
+    def body(a: Any) -> Any:
+        return mb.conv(x=a, weight=normal(4, 3, 3, 3), pad_type="custom", pad=[1, 1, 1, 1])
+
+    package = build(tmp_path, [(1, 3, 8, 8)], body)
+    spec = read_spec(package)
+    (value,) = [op for op in operations(spec) if op.outputs[0].name.endswith("pad_0")]
+    value.attributes["val"].immediateValue.tensor.ints.values[0] = pad
+    model_path(package).write_bytes(spec.SerializeToString())
+    with pytest.raises(EncoderError, match=r"conv .* a result of .* \[1, 4, 8, 8\] as declared"):
+        MLProgram(package)
