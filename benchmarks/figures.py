@@ -60,7 +60,7 @@ def draw_dialogue(scene: Path, dialogue: Sequence[tuple[str, str]], file: Path) 
     lines = []
     for question, answer in dialogue:
         lines.append((question, "0.45"))
-        lines += [(line, "black") for line in textwrap.wrap(answer, 50)]
+        lines += [(line, "black") for line in textwrap.wrap(answer, 56)]
         lines.append(("", "black"))
     for number, (text, colour) in enumerate(lines[:-1]):
         height = 1 - (number + 0.5) / len(lines[:-1])

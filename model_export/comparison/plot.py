@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvlm_mlx.errors import DestinationError, OptionError
-from model_export.comparison.compare import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from model_export.comparison.compare import Row
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # A logarithmic axis has no zero; what is nearer than float32 tells is drawn there.
