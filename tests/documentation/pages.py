@@ -21,9 +21,11 @@ class Example:
     """A command with the output shown below it, if any is; or Python code.
 
     Attributes:
+        page: the name of the page that it stands on.
         output: None where the page shows none.
     """
 
+    page: str
     text: str
     output: str | None = None
     python: bool = False
@@ -72,13 +74,13 @@ class Page:
         found = []
         for language, body in self.blocks:
             if language == "python":
-                found.append(Example(body, python=True))
+                found.append(Example(self.name, body, python=True))
             elif language == "sh":
-                found += [Example(line) for line in body.splitlines()]
+                found += [Example(self.name, line) for line in body.splitlines()]
             elif language == "console":
                 for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
                     command, _, output = part.partition("\n")
-                    found.append(Example(command.rpartition("&& ")[2], output))
+                    found.append(Example(self.name, command.rpartition("&& ")[2], output))
         return found
 
     @property

@@ -1,8 +1,9 @@
 """Runs what the documentation shows, line by line as it is told, in one process.
 
 Each line of standard input is a JSON object: `argv` of a `fastvlm` command, or the Python `code` of
-an example. Each is answered by a line: `status`, `stdout` and `stderr`. One process imports torch
-and coremltools once, where a process for each command would take longer to import than to work.
+an example and its `page`, whose examples see each other's names. Each is answered by a line:
+`status`, `stdout` and `stderr`. One process imports torch and coremltools once, where a process for
+each command would take longer to import than to work.
 """
 
 import io
@@ -17,6 +18,8 @@ from model_export.layouts import install
 # The demo checkpoint's encoder is smaller than the one that the app is written for.
 install.app_misfit = lambda info: None
 
+names: dict[str, dict] = {}
+
 
 def run(told: dict) -> dict:
     out, err = io.StringIO(), io.StringIO()
@@ -24,7 +27,8 @@ def run(told: dict) -> dict:
     with redirect_stdout(out), redirect_stderr(err):
         try:
             if "code" in told:
-                exec(compile(told["code"], "example", "exec"), {"__name__": "__main__"})
+                known = names.setdefault(told["page"], {"__name__": "__main__"})
+                exec(compile(told["code"], told["page"], "exec"), known)
             else:
                 sys.argv = ["fastvlm", *told["argv"]]
                 main()

@@ -59,8 +59,10 @@ class Reader:
             maker = MAKERS.get(name)
             if maker and maker.text != example.text and not (self.folder / name).exists():
                 self.follow(maker)
-        told = {"code": example.text} if example.python else {"argv": self.arguments(example)}
-        answer = self.ask(told)
+        if example.python:
+            answer = self.ask({"code": example.text, "page": example.page})
+        else:
+            answer = self.ask({"argv": self.arguments(example)})
         assert answer["status"] == 0, f"{example.text}\n{answer['stderr']}"
         self.done[example.text] = answer["stdout"]
         return answer["stdout"]
