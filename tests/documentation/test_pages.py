@@ -62,18 +62,10 @@ class Reader:
         if example.python:
             answer = self.ask({"code": example.text, "page": example.page})
         else:
-            answer = self.ask({"argv": self.arguments(example)})
+            answer = self.ask({"argv": shlex.split(example.text)[1:]})
         assert answer["status"] == 0, f"{example.text}\n{answer['stderr']}"
         self.done[example.text] = answer["stdout"]
         return answer["stdout"]
-
-    def arguments(self, example: Example) -> list[str]:
-        found = []
-        for word in shlex.split(example.text)[1:]:
-            # As a shell does.
-            files = sorted(self.folder.glob(word)) if "*" in word else []
-            found += [str(file.relative_to(self.folder)) for file in files] or [word]
-        return found
 
     def ask(self, told: dict) -> dict:
         timer = threading.Timer(SECONDS, self.process.kill)
