@@ -1,1 +1,1 @@
-"""What the README claims, measured: `python -m benchmarks.NAME` from the repository's root."""
+"""What the documentation claims, measured: `python -m benchmarks.NAME`, from the root."""

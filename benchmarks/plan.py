@@ -5,7 +5,7 @@
 The factors of `model_export/planning/roofline.py` are fitted here, by least squares of the
 logarithms. A figure that they come from is predicted with factors fitted without any figure of its
 chip (without that figure alone, where its chip has all there are); the others with all of them. The
-table is the README's.
+table is in `docs/planning.md`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _shown(stage: str, value: float) -> str:
 
 
 def lines() -> list[str]:
-    """The table, as the README has it: a summary by stage, then every figure."""
+    """The table, as `docs/planning.md` has it: a summary by stage, then every figure."""
     errors: dict[tuple[str, str], list[float]] = {}
     rows = []
     for row in PUBLISHED:

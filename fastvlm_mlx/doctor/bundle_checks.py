@@ -30,8 +30,8 @@ from fastvlm_mlx.doctor.report import (
 )
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.fastvlm import FastVLM, load, load_bundle_encoder
-from fastvlm_mlx.language.model import load_model
 from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.loading import evaluated_model
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe
 from fastvlm_mlx.vision.units import NAMES, floor_db, probe, snr_db
@@ -247,7 +247,7 @@ def _language(bundle: Bundle) -> Iterator[Line]:
 
 def _distributions(bundle: Bundle, ids: list[int]) -> np.ndarray:
     """Logarithms of the next token's probabilities, float32 [L, V]."""
-    model = load_model(bundle)
+    model = evaluated_model(bundle)
     tokens = mx.array(ids)
     embedded = model.embed_inputs(tokens, None)
     logits = model.language_model(tokens[None], input_embeddings=embedded[None])[0]

@@ -32,8 +32,9 @@ def decode(
     max_tokens: int,
     sampler: Callable[[mx.array], mx.array],
     processors: Sequence[Process] = (),
+    ahead: bool = True,
 ) -> Generator[int]:
-    """The ids that follow a prompt. While one is used, the next is computed.
+    """The ids that follow a prompt.
 
     Args:
         model: called as `model(ids, cache=, input_embeddings=) → logits`, as mlx-lm does.
@@ -42,6 +43,8 @@ def decode(
         max_tokens: how many ids are made, 1 or more.
         sampler: log-probabilities [1, V] → a token [1].
         processors: change logits [1, V] by the tokens [n] before them.
+        ahead: compute an id while the one before it is used. That is for a model that computes
+            lazily; with any other each id would wait for the next one.
     """
     caches = cache.make_prompt_cache(model)
     _prefill(model, ids[:-1], embeddings[:-1], caches)
@@ -59,11 +62,14 @@ def decode(
     token = next_token(ids[-1:], embeddings[-1:])
     for count in range(1, max_tokens + 1):
         made = token
+        if not ahead:
+            yield made.item()  # type: ignore[misc]
         if count < max_tokens:
             if processors:
                 history = mx.concatenate([history, made])
             token = next_token(made)
-        yield made.item()  # type: ignore[misc]
+        if ahead:
+            yield made.item()  # type: ignore[misc]
         if count % _TOKENS_BETWEEN_CLEARING == 0:
             mx.clear_cache()
 

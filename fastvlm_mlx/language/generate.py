@@ -197,6 +197,7 @@ def generate(
             max_tokens=min(options.max_tokens, room),
             sampler=Sampler(options, vocab_size),
             processors=processors(options),
+            ahead=model.lazy,
         )
     )
     tokens: list[int] = []

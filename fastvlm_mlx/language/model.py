@@ -66,6 +66,9 @@ class Model(nn.Module):
         )
         self.multi_modal_projector = MultiModalProjector(config)
 
+    # A call returns before its result is computed.
+    lazy = True
+
     @property
     def compute(self) -> str:
         """What computes, and in which type between the matrices."""
@@ -155,6 +158,8 @@ def for_this_machine(model: Model) -> RunningModel:
 
 class CPUModel:
     """What `Model` does, on a CPU in torch, which is imported and filled at the first use."""
+
+    lazy = False
 
     def __init__(self, model: Model):
         self.config = model.config

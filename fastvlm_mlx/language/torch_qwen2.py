@@ -218,6 +218,8 @@ class Qwen2:
 class TorchModel:
     """Projector and language model from the arrays of `model`, which are in memory."""
 
+    lazy = False
+
     def __init__(self, model: Model, numbers: Arithmetic):
         self.config: FastVLMConfig = model.config
         self.multi_modal_projector = model.multi_modal_projector

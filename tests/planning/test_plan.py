@@ -43,7 +43,7 @@ from model_export.samples.calibration import load_calibration
 
 BITS = (*LOADERS["app"].forms["affine"][0], 16)
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
 VIEWS = ("view", "reshape", "transpose", "split", "split_with_sizes", "getitem")
 ENCODERS = (
     VisionConfig(),
@@ -386,8 +386,8 @@ def test_what_is_said_to_make_it_fit_does(sized, size, device, bits, context):
         assert bits == min(BITS) or not plan.forecast(smallest, device, context, None).fits
 
 
-def test_the_figures_that_the_readme_names(sized):
-    shown = re.search(r"needs ([\d,]+) MB in fp16 and ([\d,]+) MB at 4 bits", README)
+def test_the_figures_that_the_page_names(sized):
+    shown = re.search(r"needs ([\d,]+) MB in fp16 and ([\d,]+) MB at 4 bits", PAGE)
     for bits, megabytes in zip((16, 4), shown.groups(), strict=True):
         made = footprint.of_checkpoint(sized["0.5b"], ExportOptions.of(llm_bits=bits))
         assert f"{plan.memory(made, 2048, None).total / 1e6:,.0f}" == megabytes
@@ -443,8 +443,8 @@ def test_the_factors_are_the_fit():
         assert getattr(found, field.name) == pytest.approx(fitted, rel=0.01), field.name
 
 
-def test_the_readme_shows_the_validation():
-    (shown,) = re.findall(r"<!-- benchmarks.plan -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+def test_the_page_shows_the_validation():
+    (shown,) = re.findall(r"<!-- benchmarks.plan -->\n(.*?)\n<!-- end -->", PAGE, re.DOTALL)
     assert shown.splitlines() == validation.lines()
 
 

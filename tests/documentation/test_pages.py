@@ -1,0 +1,164 @@
+"""What the documentation shows is run, and what comes out is what it shows.
+
+All pages share one directory and one process. A command that stands on several pages is run once,
+and a bundle that an example reads is made by the command of whichever page makes it.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from documentation.pages import EXAMPLES, PAGES, ROOT, Example, Page
+from hub_server import HubServer
+from PIL import Image
+
+SECONDS = 900
+FLOAT = re.compile(r"\d+(\.\d+)?(e[-+]\d+)?")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+MAKERS = {example.made: example for example in EXAMPLES if example.made}
+# The Swift packages that the demo app's project asks for, as it was released.
+PACKAGES = {
+    "ml-explore/mlx-swift-examples": "2.21.2",
+    "ml-explore/mlx-swift": "0.21.2",
+    "huggingface/swift-transformers": "0.1.18",
+}
+
+
+def words(text: str) -> list[str]:
+    """Lines without what differs from machine to machine: numbers and widths of columns."""
+    return [" ".join(FLOAT.sub("0", line).split()) for line in text.splitlines() if line.strip()]
+
+
+class Reader:
+    """Does what a reader of the documentation does, in a directory of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]):
+        self.folder = folder
+        self.done: dict[str, str] = {}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("reader.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={**os.environ, **environment, "COLUMNS": "80"},
+        )
+
+    def follow(self, example: Example) -> str:
+        """Run an example, after what makes the files that it reads, and return its output."""
+        if example.text in self.done:
+            return self.done[example.text]
+        for word in example.words:
+            name = Path(word).parts[0] if word else ""
+            maker = MAKERS.get(name)
+            if maker and maker.text != example.text and not (self.folder / name).exists():
+                self.follow(maker)
+        if example.python:
+            answer = self.ask({"code": example.text, "page": example.page})
+        else:
+            answer = self.ask({"argv": shlex.split(example.text)[1:]})
+        assert answer["status"] == 0, f"{example.text}\n{answer['stderr']}"
+        self.done[example.text] = answer["stdout"]
+        return answer["stdout"]
+
+    def ask(self, told: dict) -> dict:
+        timer = threading.Timer(SECONDS, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps(told) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
+        assert line, f"the process has died of {told}"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A reader with a clone of this repository, one of the demo app, a photograph, and a hub."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "model_export").symlink_to(ROOT / "model_export")
+    Image.radial_gradient("L").resize((320, 240)).convert("RGB").save(folder / "photo.jpg")
+    app = folder / "ml-fastvlm" / "app"
+    (app / "FastVLM" / "model").mkdir(parents=True)
+    (app / "FastVLM" / "FastVLM.swift").touch()
+    (app / "FastVLM.xcodeproj").mkdir()
+    (app / "FastVLM.xcodeproj" / "project.pbxproj").write_text(project())
+    hub = HubServer()
+    demo = ROOT / "model_export" / "demo" / "checkpoint"
+    files = {path.name: path.read_bytes() for path in demo.iterdir() if path.is_file()}
+    # In the place of Apple's, whose weights are not here.
+    hub.repositories["apple/FastVLM-0.5B"] = files
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    reader = Reader(folder, environment)
+    yield reader
+    reader.process.kill()
+    reader.process.communicate()
+    hub.shutdown()
+
+
+def project() -> str:
+    """As much of the demo app's Xcode project as names its Swift packages."""
+    blocks = [
+        f'\t\t{number:024X} /* XCRemoteSwiftPackageReference "{name}" */ = {{\n'
+        "\t\t\tisa = XCRemoteSwiftPackageReference;\n"
+        f'\t\t\trepositoryURL = "https://github.com/{name}";\n'
+        "\t\t\trequirement = {\n"
+        "\t\t\t\tkind = upToNextMajorVersion;\n"
+        f"\t\t\t\tminimumVersion = {version};\n"
+        "\t\t\t};\n"
+        "\t\t};\n"
+        for number, (name, version) in enumerate(PACKAGES.items())
+    ]
+    return f"// !$*UTF8*$!\n{{\n\tobjects = {{\n{''.join(blocks)}\t}};\n}}\n"
+
+
+def test_each_name_is_made_by_one_command():
+    made = {example.text: example.made for example in EXAMPLES if example.made}
+    assert len(set(made.values())) == len(made)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_do_what_the_page_shows(page: Page, reader: Reader):
+    for example in page.examples:
+        if not example.ours:
+            continue
+        output = reader.follow(example)
+        if example.output is None:
+            continue
+        found = words(output)
+        # A line of … stands for lines that are left out.
+        head, gap, tail = example.output.partition("…\n")
+        first, last = words(head), words(tail)
+        if gap:
+            assert len(found) > len(first + last)
+            found = found[: len(first)] + found[len(found) - len(last) :]
+        assert found == first + last, example.text
+
+
+def test_every_option_that_is_named_exists(reader: Reader):
+    shown = reader.ask({"argv": ["--help"]})["stdout"]
+    verbs = {
+        shlex.split(example.text)[1] for example in EXAMPLES if example.ours and not example.python
+    }
+    assert all(verb in shown for verb in verbs)
+    helps = [reader.ask({"argv": [verb, "--help"]})["stdout"] for verb in sorted(verbs)]
+    known = set(OPTION.findall(shown + "".join(helps)))
+    for page in PAGES:
+        prose = re.sub(r"`(python|pytest|pip)\b[^`]*`", "", page.prose)
+        assert set(OPTION.findall(prose)) <= known, page.name
