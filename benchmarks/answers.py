@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 import fastvlm_mlx
+from model_export import demo
 from model_export.demo.model import DemoModel, to_pixels
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.samples import scenes
 
-CHECKPOINT = Path(scenes.__file__).parent / "checkpoint"
+CHECKPOINT = Path(demo.__path__[0]) / "checkpoint"
 PLAIN = (
     (16, "fp32"),
     (16, "fp16"),

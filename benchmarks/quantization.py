@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.export import measure
 from benchmarks.synthetic import SIZES, make
+from model_export import demo
 from model_export.comparison.compare import QUESTIONS, compare
 from model_export.options import METHODS
-from model_export.samples import scenes
 
-DEMO = Path(scenes.__file__).parent / "checkpoint"
+DEMO = Path(demo.__path__[0]) / "checkpoint"
 
 
 def export(checkpoint: Path, out: Path, bits: int, method: str, rest: list[str]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ import torch
 
 from benchmarks.synthetic import SIZES, make
 from fastvlm_mlx.bundle.config import VisionConfig
+from model_export import demo
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
@@ -42,7 +43,7 @@ from model_export.samples import documents, scenes
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import Sample, gate_samples
 
-DEMO = Path(scenes.__file__).parent / "checkpoint"
+DEMO = Path(demo.__path__[0]) / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
 # Drawn for no other purpose: scenes where the encoder is small; one document of each kind beside
 # a photograph, where it is large.

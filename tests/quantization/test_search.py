@@ -204,9 +204,9 @@ def test_what_a_little_more_buys_is_said(checkpoint, tokenizer, calibration):
     [(0.01, 0.05, True), (0.05, 0.01, True), (0.02, 0.05, False), (1e-9, 9e-6, False)],
 )
 def test_a_gap_is_told_where_it_is_wide_and_of_something(predicted, measured, told):
-    taken = search.Tried("search", 4.0, predicted, measured)
-    larger = search.Tried("every matrix at 4 bits", 4.54, 0.0, measured / 10)
-    found = search.Found({}, 4.0, (taken,), (larger,), Calibration((), ()), ("a",), ("b",))
+    taken = search.MeasuredCandidate("search", 4.0, predicted, measured)
+    larger = search.MeasuredCandidate("every matrix at 4 bits", 4.54, 0.0, measured / 10)
+    found = search.SearchResult({}, 4.0, (taken,), (larger,), Calibration((), ()), ("a",), ("b",))
     notes = found.notes()
     assert any("losses of single matrices add up to" in note for note in notes) is told
     assert any("a little more buys much" in note for note in notes) is (measured > 1e-5)
@@ -217,7 +217,10 @@ def test_each_matrix_is_measured_in_the_forms_that_it_may_get(checkpoint):
     for layout, everywhere in (("app", {3, 4}), ("mlx", {2, 3, 4, 5, 6, 8})):
         options = ExportOptions.of(llm_bpw=4.6, layout=layout)
         space = Space(checkpoint.llm_specs, checkpoint.config, options)
-        asked = {p: {f.bits for f in forms} for p, forms in search._asked(space, 4.6).items()}
+        asked = {
+            p: {f.bits for f in forms}
+            for p, forms in search._formats_to_measure(space, 4.6).items()
+        }
         assert asked[recipes.EMBEDDING] == asked[PATHS[0]] == everywhere
         layers = {3, 4} if layout == "app" else {3, 4, 5, 6, 8}
         assert {frozenset(asked[path]) for path in asked if ".layers." in path} == {
