@@ -32,7 +32,7 @@ LONGEST = {
     file: place
     for place, file in enumerate(
         (
-            "cli/test_readme.py",
+            "documentation/test_pages.py",
             "encoder/test_resolutions.py",
             "encoder/test_compression.py",
             "encoder/test_coreml.py",

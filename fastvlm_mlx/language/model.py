@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import asdict
 from functools import cached_property
+from importlib.util import find_spec
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -142,14 +143,14 @@ def load_model(bundle: Bundle) -> Model:
 
 
 def for_this_machine(model: Model) -> RunningModel:
-    """The model as this machine runs it: in torch on a CPU, unless that is a Mac's; else in MLX.
+    """The model as this machine runs it: on a CPU in torch, unless that is a Mac's; else in MLX.
 
     Args:
         model: its arrays are in memory.
     """
     if mx.default_device() != mx.Device(mx.cpu):
         return model
-    if sys.platform == "darwin":
+    if sys.platform == "darwin" or find_spec("torch") is None:
         # MLX's half-precision kernels for a CPU are an order of magnitude slower and no more exact.
         model.set_dtype(mx.float32)
         return model

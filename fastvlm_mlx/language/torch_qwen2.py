@@ -8,6 +8,7 @@ machine. Between the products everything is float32.
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,10 @@ def arithmetic(parameters: int) -> Arithmetic:
     """What this CPU does well: bfloat16 where it multiplies that natively."""
     if parameters < SMALL:
         return Arithmetic(torch.float32, packed=False, keep_dense=True)
-    native = torch.cpu._is_avx512_bf16_supported() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine() == "x86_64":
+        native = torch.cpu._is_avx512_bf16_supported()
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     dtype = torch.bfloat16 if native else torch.float32
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Arithmetic(

@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from fastvlm_mlx.bundle.config import TextConfig
 from model_export.checkpoint.names import EMBEDDING, HEAD, LAYER, NORM
 from model_export.language.dialogue import Dialogue
 from model_export.language.weights import Matrix, Weights
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 LAYER_NAMES = tuple(name for name, _ in LAYER)
 
@@ -80,6 +83,8 @@ def run(config: TextConfig, dialogue: Dialogue, sides: Sequence[Side]) -> list[O
 
 def decoder_layer(config: TextConfig) -> Qwen2DecoderLayer:
     """Make transformers' layer without weights; those of one layer after the other go into it."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
     with torch.device("meta"):
         return Qwen2DecoderLayer(_settings(config), 0)
 
@@ -104,6 +109,8 @@ def replace_weight(layer: nn.Module, key: str, weight: Tensor) -> None:
 
 
 def rotary_embedding(config: TextConfig) -> Qwen2RotaryEmbedding:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
     return Qwen2RotaryEmbedding(_settings(config))
 
 
@@ -128,6 +135,8 @@ def _layer(config: TextConfig, weights: Weights, prefix: str) -> Qwen2DecoderLay
 
 
 def _settings(config: TextConfig) -> Qwen2Config:
+    from transformers import Qwen2Config
+
     settings = Qwen2Config(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,

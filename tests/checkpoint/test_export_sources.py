@@ -229,7 +229,7 @@ def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, o
     assert not out.exists()
     done = fastvlm("export", path, out, *options, "--base", moved)
     assert done.returncode == 0, done.stderr
-    assert "encoder tokens per image   4 " in done.stdout
+    assert "encoder tokens per image   4\n" in done.stdout
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["options"]["image_size"] == manifest["encoder"]["image_size"] == 128
     assert manifest["encoder"]["tokens_per_image"] == 4

@@ -612,18 +612,20 @@ def test_without_a_manifest_the_files_say_what_it_is(bundle_copy, mlx_bundle, tm
     """An `mlx` bundle's encoder has the type of the rest, and is judged by its limits."""
     of_app = replace(Bundle.open(bundle_copy), manifest=None)
     found = verify.recorded_options(of_app)
-    assert (found.layout, found.dtype, found.encoder_format) == ("app", "float16", "fp16")
+    assert (found.destination.layout, found.llm.dtype) == ("app", "float16")
+    assert found.encoder_format == "fp16"
     copy = Path(shutil.copytree(mlx_bundle, tmp_path / "mlx"))
     edit_json(copy, "config.json", torch_dtype="float32")
     found = verify.recorded_options(replace(Bundle.open(copy), manifest=None))
-    assert (found.layout, found.dtype, found.encoder_format) == ("mlx", "float32", "fp32")
+    assert (found.destination.layout, found.llm.dtype) == ("mlx", "float32")
+    assert found.encoder_format == "fp32"
     assert found.snr_floor_db == 80
 
 
 @pytest.mark.parametrize(("said", "found"), [(32, 32), (128, 128), (None, 64)])
 def test_the_group_size_is_the_recorded_one(bundle_copy, said, found):
     edit_json(bundle_copy, "manifest.json", lambda data: data["options"].update(group_size=said))
-    assert verify.recorded_options(Bundle.open(bundle_copy)).group_size == found
+    assert verify.recorded_options(Bundle.open(bundle_copy)).llm.resolved_group_size == found
 
 
 def test_a_manifest_decides_neither_its_limits_nor_what_is_exempt(demo_checkpoint, bundle_copy):

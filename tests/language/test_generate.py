@@ -157,7 +157,9 @@ def test_the_placeholders_take_the_features_place(model, image):
     assert mx.array_equal(embedded[start : start + 16], features.projected).item()
     outside = ids[:start] + ids[start + 16 :]
     rest = mx.concatenate([embedded[:start], embedded[start + 16 :]])
-    assert mx.allclose(rest, table(mx.array(outside))).item()
+    expected = table(mx.array(outside)).astype(mx.float32)
+    # MLX rounds what it dequantizes to the type of the scales.
+    assert mx.allclose(rest, expected, atol=1e-3).item()
 
 
 def test_a_question_without_an_image(model):

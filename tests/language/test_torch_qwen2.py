@@ -94,8 +94,10 @@ def bundle(request, demo_bundle, demo_checkpoint, tmp_path_factory):
     return out
 
 
-def loaded(path):
-    model = load_model(Bundle.open(path))
+def loaded(bundle, dtype=None):
+    model = load_model(bundle if isinstance(bundle, Bundle) else Bundle.open(bundle))
+    if dtype is not None:
+        model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model
 
@@ -149,15 +151,15 @@ def test_a_cache_keeps_what_it_held_when_it_grows():
 def test_answers_are_mlx_s(bundle):
     """On any CPU a model of this size computes in float32; in bfloat16 few answers change."""
     here = fastvlm_mlx.load(bundle)
-    mlx = here.worker.run(lambda: loaded(bundle))
-    mlx.set_dtype(mx.float32)
-    fast = replace(here, model=here.worker.run(lambda: TorchModel(loaded(bundle), FAST)))
+    mlx = here.worker.run(lambda: loaded(here.bundle, mx.float32))
+    fast = replace(here, model=here.worker.run(lambda: TorchModel(loaded(here.bundle), FAST)))
     exact, changed, questions = replace(here, model=mlx), 0, 0
     for seed in range(40, 43):
         scene = scenes.generate(seed, held_out=True)
         features = here.encode(scene.draw(here.image_processor.size))
+        projected = exact.project(features.features)
         for question in scene.questions(seed):
-            expected = exact.generate(features, question.prompt)
+            expected = exact.generate(projected, question.prompt)
             found = here.generate(features, question.prompt)
             assert (found.tokens, found.compute) == (expected.tokens, "torch float32")
             changed += fast.generate(features, question.prompt).tokens != expected.tokens

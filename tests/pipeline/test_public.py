@@ -118,14 +118,3 @@ class TestMistakes:
                 f"{blocked}try:\n {words}\nexcept OptionError as error: print(error)", cwd=tmp_path
             )
             assert "this needs torch of the `export` extra" in done.stdout, done.stderr
-
-
-def test_the_page_runs(tmp_path):
-    (tmp_path / "model_export").symlink_to(ROOT / "model_export")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    done = fresh(code, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
-    for shown in ("demo-mlx True", "language model 100%", "demo-app True", "best: ['demo-mlx']"):
-        assert shown in done.stdout
-    for error in re.findall(r"print\(error\)  # (.*)", PAGE):
-        assert error in done.stdout
