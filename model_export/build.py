@@ -107,5 +107,5 @@ def _refusal(failed: list[Gate], count: int, kept: Path, advice: str) -> GateErr
         f"the bundle failed {len(failed)} of its {count} gates ("
         + "; ".join(gate.sentence() for gate in failed)
         + f") and is kept at {kept}: rename it to use it as it is, judge it again with `fastvlm "
-        f"verify {kept}` and limits of your own, or {advice}"
+        f"verify {kept} --checkpoint …` and limits of your own, or {advice}"
     )

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 # minor version.
 from typer._click.exceptions import BadParameter, MissingParameter, NoSuchOption, UsageError
 
-from fastvlm_mlx.cli.verbs import NEAR
+# How alike a name and an option are at least that is proposed in its place, from 0 to 1.
+NEAR_OPTION = 0.6
 
 
 def usage_sentence(error: UsageError, arguments: list[str]) -> str:
@@ -22,8 +23,8 @@ def usage_sentence(error: UsageError, arguments: list[str]) -> str:
     path = path if error.ctx is None else error.ctx.command_path
     help_ = f"`{path} --help`"
     if isinstance(error, NoSuchOption):
-        near = get_close_matches(error.option_name, _options(error), 1, NEAR)
-        hint = f"use {near[0]}, or see {help_}" if near else f"see {help_} for those there are"
+        near = _near(error.option_name, _options(error))
+        hint = f"use {near}, or see {help_}" if near else f"see {help_} for those there are"
         return f"{error.option_name} is no option of `{path}`: {hint}"
     if isinstance(error, MissingParameter):
         return f"`{path}` needs {_name(error)}, which is not given: see {help_}"
@@ -32,6 +33,17 @@ def usage_sentence(error: UsageError, arguments: list[str]) -> str:
     # The first word of a sentence, unless it is a name.
     text = error.format_message().rstrip(".")
     return f"{text[:1].lower()}{text[1:]}: see {help_}"
+
+
+def _near(given: str, options: list[str]) -> str | None:
+    """The option that was probably meant: one that begins so, or else one spelled much alike."""
+    beginning = [option for option in options if option.startswith(given)]
+    if beginning:
+        return beginning[0]
+    # The dashes, which all of them have, would make any two short names alike.
+    names = {option.removeprefix("--"): option for option in options}
+    near = get_close_matches(given.removeprefix("--"), list(names), 1, NEAR_OPTION)
+    return names[near[0]] if near else None
 
 
 def _options(error: UsageError) -> list[str]:

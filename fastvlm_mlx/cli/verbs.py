@@ -77,6 +77,22 @@ class Additions:
 class VerbCommand(TyperCommand):
     """A verb's command, with our help."""
 
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Raises OptionError: an option that takes one value is given twice, and the parser would
+        drop the first."""
+        words = args[: args.index("--")] if "--" in args else args
+        for param in self.get_params(ctx):
+            # Counts of an argument, a flag or a list mean something, or do no harm.
+            if getattr(param, "is_flag", True) or getattr(param, "multiple", True):
+                continue
+            name = param.opts[0]
+            count = sum(word == name or word.startswith(f"{name}=") for word in words)
+            if count > 1:
+                raise OptionError(
+                    f"{name} is given {count} times: expected once, leave all but one out"
+                )
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         formatter.write(help_text.of_verb(self, ctx))
 

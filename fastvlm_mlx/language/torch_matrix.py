@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FEW_ROWS = 16
 # What the kernel divides the outputs and the inputs into.
 _ROWS_MULTIPLE, _COLUMNS_MULTIPLE = 32, 32
+# Of rows that are converted at once; the kernel packs 64 of them together at most.
+_BLOCK_ROWS = 4096
 # Codes that lie in whole bytes: bits → (bytes, codes in them). MLX packs without gaps, the lowest
 # bits first.
 _PERIODS = {2: (1, 4), 3: (3, 8), 4: (1, 2), 5: (5, 8), 6: (3, 4), 8: (1, 1)}
@@ -129,10 +131,11 @@ class AffineMatrix:
             arithmetic.packed and not rows % _ROWS_MULTIPLE and not columns % _COLUMNS_MULTIPLE
         )
         self._dense: Tensor | None = None
+        self._waited = False
         self._planes: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packs and len(x) <= FEW_ROWS:
+        if self._takes_packed(len(x)):
             rounded = x.bfloat16()
             product = sum(
                 torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -147,6 +150,16 @@ class AffineMatrix:
     def rows(self, ids: Tensor) -> Tensor:
         return _dequantized(self.words[ids], self.scales[ids], self.biases[ids], self.bits)
 
+    def _takes_packed(self, rows: int) -> bool:
+        """Whether packed codes are read. Where dequantized weights are there already, the first
+        product with few rows reads those: it makes the first token, and packing can wait."""
+        if not self.packs or rows > FEW_ROWS:
+            return False
+        if self._planes is None and self._dense is not None and not self._waited:
+            self._waited = True
+            return False
+        return True
+
     def _weight(self) -> Tensor:
         if self._dense is not None:
             return self._dense
@@ -154,8 +167,8 @@ class AffineMatrix:
             len(self.words), self.words.shape[1] * 8 // self.bits, dtype=self.arithmetic.dtype
         )
         # A part at a time: in float32 the whole is twice what is kept.
-        for start in range(0, len(dense), 1024):
-            part = slice(start, start + 1024)
+        for start in range(0, len(dense), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
             dense[part] = _dequantized(
                 self.words[part], self.scales[part], self.biases[part], self.bits
             )
@@ -181,7 +194,13 @@ class AffineMatrix:
 
 
 def _plane(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    # A block of rows at a time: the codes are integers of 32 bits on their way.
+    packed = torch.cat(
+        [
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 2)
+            for rows in codes.split(_BLOCK_ROWS)
+        ]
+    )
     return packed, torch.stack([scales.T, zeros.T], -1).bfloat16().contiguous()
 
 

@@ -72,6 +72,10 @@ def verify(
             show.note(f"{name} is not judged: {why}")
         if checkpoint is None:
             show.note("give --checkpoint to compare features and answers with the source")
+            recorded = (checked.manifest or {}).get("gates") or []
+            for gate in recorded:
+                if not gate["passed"]:
+                    show.note(f"{gate['name']} failed when the bundle was exported")
     if failed:
         raise GateError("; ".join(gate.sentence() for gate in failed) + ": export again")
 

@@ -95,6 +95,9 @@ class ExportOptions:
     def from_record(cls, record: Mapping[str, Any]) -> ExportOptions:
         """The options that a manifest records, which may be an older release's."""
         known = {name: record[name] for name in FLAT_NAMES if name in record}
+        if known.get("llm_bpw") is not None:
+            # What the others came to; the search decided the bits.
+            known.pop("llm_bits", None)
         if known.get("layout") == "mlx":
             # What it says of the encoder follows from the language model's type.
             known.pop("encoder_precision", None)

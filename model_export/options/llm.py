@@ -117,6 +117,7 @@ class LLMOptions:
         if not 0 < self.bpw < inf:
             raise OptionError(f"--llm-bpw is {self.bpw}: expected bits per weight above zero")
         given = {
+            "--llm-bits": self.bits is not None,
             "--recipe": self.recipe is not None,
             "--embed-bits": self.embed_bits is not None,
             "--head-bits": self.head_bits is not None,

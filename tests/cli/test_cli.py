@@ -251,6 +251,15 @@ class TestPadding:
 
 
 class TestVerify:
+    def test_a_gate_that_failed_at_the_export_is_told(self, fastvlm, bundle_copy):
+        def fail(manifest):
+            manifest["gates"][0]["passed"] = manifest["gates_passed"] = False
+
+        edit_json(bundle_copy, "manifest.json", fail)
+        status, _, err = fastvlm("verify", bundle_copy)
+        assert status == 0
+        assert "encoder SNR failed when the bundle was exported" in err
+
     def test_a_changed_file_is_named(self, fastvlm, bundle_copy):
         data = bytearray((bundle_copy / "model.safetensors").read_bytes())
         data[-1] ^= 255

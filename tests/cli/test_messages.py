@@ -168,6 +168,16 @@ def test_an_image_s_url(refused, demo_bundle):
             "inspect a --no-such",
             "--no-such is no option of `fastvlm inspect`: see `fastvlm inspect ",
         ),
+        ("generate b --temp 0.7", "--temp is no option of `fastvlm generate`: use --temperature, "),
+        ("generate b --verbose", "--verbose is no option of `fastvlm generate`: see `fastvlm gen"),
+        (
+            "generate b --image a.png --image=b.png --prompt Hm?",
+            "--image is given 2 times: expected once, leave all but one out",
+        ),
+        (
+            "plan a --llm-bpw 4.5 --llm-bits 4",
+            "--llm-bpw is given with --llm-bits, and a search decides every matrix's bits: leave ",
+        ),
         ("inspect -x a", "-x is no option of `fastvlm inspect`: see `fastvlm inspect --help` for "),
         ("export a", "`fastvlm export` needs OUT, which is not given: see `fastvlm export --help`"),
         ("push", "`fastvlm push` needs BUNDLE, which is not given: see `fastvlm push --help`"),

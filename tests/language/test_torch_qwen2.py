@@ -15,7 +15,14 @@ import fastvlm_mlx
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.quantization import MODES
 from fastvlm_mlx.language.model import for_this_machine, load_model
-from fastvlm_mlx.language.torch_matrix import FEW_ROWS, Arithmetic, as_torch, matrix, unpacked
+from fastvlm_mlx.language.torch_matrix import (
+    FEW_ROWS,
+    AffineMatrix,
+    Arithmetic,
+    as_torch,
+    matrix,
+    unpacked,
+)
 from fastvlm_mlx.language.torch_qwen2 import KVCache, TorchModel, arithmetic
 from model_export.options import ExportOptions
 from model_export.pipeline import export
@@ -23,6 +30,7 @@ from model_export.samples import scenes
 
 EXACT = Arithmetic(torch.float32, packed=False, keep_dense=True)
 FAST = Arithmetic(torch.bfloat16, packed=True, keep_dense=False)
+KEPT = Arithmetic(torch.bfloat16, packed=True, keep_dense=True)
 FORMS = [
     (bits, group, mode)
     for mode, (all_bits, groups) in MODES.items()
@@ -54,7 +62,9 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
     mx.eval([each.parameters() for each in quantized])
     for each in quantized:
         each["bias"] = mx.random.normal(each["bias"].shape).astype(each["bias"].dtype)
-    for rows in (1, FEW_ROWS, FEW_ROWS + 1):
+    matrices = {each: matrix(quantized, each) for each in (EXACT, FAST, KEPT)}
+    # As a prompt and its answer do, and few rows alone.
+    for rows in (1, FEW_ROWS + 1, 1, 1, FEW_ROWS):
         x = np.random.default_rng(rows).normal(size=(rows, 256)).astype(np.float32)
         weights = [
             mx.dequantize(q["weight"], q["scales"], q.get("biases"), group, bits, mode)
@@ -67,10 +77,11 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
             ],
             1,
         )
-        found = {each: matrix(quantized, each)(torch.from_numpy(x)) for each in (EXACT, FAST)}
+        found = {each: matrices[each](torch.from_numpy(x)) for each in matrices}
         # What scales of half precision are rounded to when MLX dequantizes.
         assert snr_db(expected, found[EXACT]) > (100 if dtype == "float32" else 45)
         assert snr_db(expected, found[FAST]) > 44
+        assert snr_db(expected, found[KEPT]) > 44
     ids = torch.tensor([3, 90, 0])
     assert (
         snr_db(
@@ -79,6 +90,18 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
         )
         > 40
     )
+
+
+def test_a_prompt_s_weights_make_the_first_token_and_then_codes_are_packed():
+    words, scales, biases = (as_torch(a) for a in mx.quantize(mx.random.normal((8256, 64)), 64, 4))
+    made = AffineMatrix(words.view(torch.uint8), scales, biases, 4, None, KEPT)
+    prompt, token = torch.ones(FEW_ROWS + 1, 64), torch.ones(1, 64)
+    expected = made(prompt)[:1]
+    assert torch.equal(made(token), expected)
+    assert made._planes is None
+    # Its rows are packed a block at a time.
+    assert snr_db(expected, made(token)) > 44
+    assert made._planes is not None
 
 
 @pytest.fixture(scope="module", params=["4", "16", "8, mlx"])

@@ -119,3 +119,9 @@ def test_paths_are_taken(tmp_path):
     options = ExportOptions.of(recipe=tmp_path / "a.json", calibration=tmp_path, method="awq")
     assert (options.llm.recipe, options.calibration) == (str(tmp_path / "a.json"), str(tmp_path))
     json.dumps(options.to_record())
+
+
+def test_the_record_of_a_search_is_read_back():
+    searched = ExportOptions.of(llm_bpw=4.5)
+    found = ExportOptions.from_record({**searched.to_record(), "llm_bits": 8})
+    assert (found.llm.bpw, found.llm.bits, found.calibrates) == (4.5, None, True)

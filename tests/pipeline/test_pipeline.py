@@ -361,7 +361,7 @@ class TestAFailedGate:
         words = (
             r"failed 1 of its 3 gates \(encoder SNR is 12\.3 dB, below its floor of 35 dB\) and is "
             rf"kept at {kept}: rename it to use it as it is, judge it again with `fastvlm verify "
-            rf"{kept}` and limits of your own, or choose more bits"
+            rf"{kept} --checkpoint …` and limits of your own, or choose more bits"
         )
         with pytest.raises(GateError, match=words):
             export(demo_checkpoint, out, ExportOptions.of(llm_bits=4))
