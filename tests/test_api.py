@@ -224,6 +224,8 @@ class TestFeatures:
             replace(features, projected=features.projected[:3]),
             replace(features, projected=np.array(features.projected)),
             replace(features, projected=None),
+            replace(features, projected=features.projected.astype(mx.complex64)),
+            replace(features, projected=features.projected.astype(mx.int32)),
         ]
         for seen in wrong:
             with pytest.raises(OptionError, match="the image's features"):

@@ -221,7 +221,7 @@ def _language(bundle: Bundle) -> Iterator[Line]:
     """The next token's distribution at every place of a prompt, on both devices."""
     name = "language model, GPU against the CPU"
     if not has_gpu():
-        yield Line(name, ABSENT, "no GPU: MLX computes on the CPU here")
+        yield Line(name, ABSENT, "no GPU: the CPU computes here")
         return
     stored = sum(file.stat().st_size for file in bundle.weight_files)
     # On a CPU what is not quantized is widened to float32.

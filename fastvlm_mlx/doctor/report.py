@@ -204,7 +204,7 @@ def gpu() -> Iterator[Line]:
             advice = "use a Mac with Apple's chip, and its own system rather than a virtual one's"
             yield Line("GPU", WARNING, "MLX finds no Metal and computes on the CPU", advice)
         else:
-            yield Line("GPU", ABSENT, "Metal is macOS's: MLX computes on the CPU here")
+            yield Line("GPU", ABSENT, "Metal is macOS's: the CPU computes here")
         return
     facts: dict[str, Any] = dict(mx.device_info())
     name = facts.get("device_name") or facts.get("architecture") or "one without a name"

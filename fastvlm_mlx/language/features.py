@@ -69,9 +69,14 @@ def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
             "thread "
             "that computes them"
         ) from error
-    if not isinstance(projected, mx.array) or projected.shape != shape:
+    if (
+        not isinstance(projected, mx.array)
+        or projected.shape != shape
+        or not mx.issubdtype(projected.dtype, mx.floating)
+    ):
         raise OptionError(
-            f"the image's features were changed: expected an MLX array of shape {list(shape)}"
+            "the image's features were changed: expected an MLX array of floating-point numbers "
+            f"of shape {list(shape)}"
         )
 
 
