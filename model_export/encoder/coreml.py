@@ -189,7 +189,11 @@ def check_graph(info: PackageInfo, config: VisionConfig, form: Form) -> None:
 def _convert(module: FastViTHD, config: VisionConfig, package: Path, form: Form) -> None:
     with quiet_coremltools(), temporary_files_in(package.parent):
         import coremltools as ct
+        from coremltools.converters.mil import Builder
 
+        # A conversion that was interrupted leaves its count of names, and the next one would begin
+        # there: the same encoder in other bytes.
+        Builder.name_count.clear()
         shape = (1, 3, config.image_size, config.image_size)
         with torch.no_grad():
             program = torch.export.export(module, (torch.zeros(shape),)).run_decompositions({})

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coremltools.converters.mil import Builder
 from torch import nn
 
 from benchmarks.synthetic import encoder_state_dict
@@ -147,6 +148,8 @@ def digests(package: Path) -> dict[str, str]:
 
 
 def test_the_same_module_makes_the_same_bytes(packages: dict[str, Path], tmp_path: Path) -> None:
+    # What an interrupted conversion leaves in the process.
+    Builder.name_count["conv2d_pad"] += 1
     export(tmp_path / "again.mlpackage", "fp16")
     once = digests(packages["fp16"])
     assert digests(tmp_path / "again.mlpackage") == once
