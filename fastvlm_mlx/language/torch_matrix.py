@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # From this many rows on, dequantized weights are faster: 1.6 ms against 1.5 with 16 rows of an
@@ -69,6 +68,8 @@ def matrix(modules: Sequence[nn.Module], arithmetic: Arithmetic) -> Matrix:
     Args:
         modules: MLX's linear layers or embeddings, quantized or not; their arrays are in memory.
     """
+    import torch
+
     first = modules[0]
     bias = None
     if "bias" in first:
@@ -95,6 +96,8 @@ class DenseMatrix:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         return _plus(F.linear(x.to(self.weight.dtype), self.weight).float(), self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -135,6 +138,9 @@ class AffineMatrix:
         self._planes: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         if self._takes_packed(len(x)):
             rounded = x.bfloat16()
             product = sum(
@@ -161,6 +167,8 @@ class AffineMatrix:
         return True
 
     def _weight(self) -> Tensor:
+        import torch
+
         if self._dense is not None:
             return self._dense
         dense = torch.empty(
@@ -177,6 +185,8 @@ class AffineMatrix:
         return dense
 
     def _packed(self) -> list[tuple[Tensor, Tensor]]:
+        import torch
+
         if self._planes is None:
             codes = unpacked(self.words, self.bits)
             # Codes are moved to the middle of the kernel's: what their scale and zero lose in
@@ -195,6 +205,8 @@ class AffineMatrix:
 
 def _plane(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
     # A block of rows at a time: the codes are integers of 32 bits on their way.
+    import torch
+
     packed = torch.cat(
         [
             torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 2)
@@ -218,6 +230,8 @@ def _dequantized(words: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Te
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
     """MLX's words as bytes, uint8 [N, K · bits / 8] → codes, uint8 [N, K]."""
+    import torch
+
     count, held = _PERIODS[bits]
     if held == 1:
         return words
@@ -234,6 +248,8 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 
 def as_torch(array: mx.array) -> Tensor:
     """The same memory in torch; of an array that was evaluated."""
+    import torch
+
     if array.dtype == mx.bfloat16:
         return torch.from_numpy(np.asarray(array.view(mx.uint16))).view(torch.bfloat16)
     if array.dtype == mx.uint32:

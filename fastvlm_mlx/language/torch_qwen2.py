@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.language.torch_matrix import Arithmetic, Matrix, as_torch, matrix
@@ -33,6 +31,8 @@ DENSE_SHARE = 0.25
 
 def arithmetic(parameters: int) -> Arithmetic:
     """What this CPU does well: bfloat16 where it multiplies that natively."""
+    import torch
+
     if parameters < SMALL:
         return Arithmetic(torch.float32, packed=False, keep_dense=True)
     if platform.machine() == "x86_64":
@@ -115,6 +115,8 @@ class Qwen2:
     """The language model of a bundle whose arrays `model` has in memory."""
 
     def __init__(self, model: Model, numbers: Arithmetic):
+        import torch
+
         text, qwen2 = model.config.text, model.language_model
         self.arithmetic = numbers
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -163,6 +165,8 @@ class Qwen2:
 
         Without a cache of every place, [1, L, V]; with one of the last alone, [1, 1, V].
         """
+        import torch
+
         with torch.inference_mode():
             if input_embeddings is None:
                 x = self.embed(np.asarray(inputs)[0])
@@ -175,9 +179,14 @@ class Qwen2:
 
     def embed(self, ids: np.ndarray) -> Tensor:
         """Ids [L] → float32 [L, D]."""
+        import torch
+
         return self.embed_tokens.rows(torch.from_numpy(ids.astype(np.int64)))
 
     def _hidden(self, x: Tensor, cache: list[KVCache]) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         start = cache[0].offset
         angles = torch.arange(start, start + len(x))[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
@@ -191,11 +200,16 @@ class Qwen2:
         return x
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _attention(
         self, layer: _Layer, x: Tensor, cache: KVCache, cos: Tensor, sin: Tensor
     ) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         length, width = len(x), self.head_dim
         normed = self._normed(x, layer.input_layernorm)
         qkv = _products(layer.qkv, normed).view(length, -1, width).transpose(0, 1)
@@ -225,6 +239,8 @@ class TorchModel:
     lazy = False
 
     def __init__(self, model: Model, numbers: Arithmetic):
+        import torch
+
         self.config: FastVLMConfig = model.config
         self.multi_modal_projector = model.multi_modal_projector
         self.arithmetic = numbers
@@ -242,12 +258,17 @@ class TorchModel:
 
     def project(self, features: mx.array) -> mx.array:
         """float32 [1, N, C] → [N, D] in float32."""
+        import torch
+        import torch.nn.functional as F
+
         with torch.inference_mode():
             x = torch.from_numpy(np.array(features[0].astype(mx.float32)))
             return mx.array(self._linear_2(F.gelu(self._linear_0(x))).numpy())
 
     def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
         """Embed ids [L] and put the rows of `projected` [N, D] where the placeholders stand."""
+        import torch
+
         with torch.inference_mode():
             embeddings = self.language_model.embed(np.asarray(ids)).numpy()
         if projected is not None:
@@ -257,10 +278,14 @@ class TorchModel:
 
 
 def _products(matrices: tuple[Matrix, ...], x: Tensor) -> Tensor:
+    import torch
+
     return torch.cat([m(x) for m in matrices], -1) if len(matrices) > 1 else matrices[0](x)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embeddings of [heads, L, width]; a pair is a place and that half the width on."""
+    import torch
+
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -23,7 +23,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from io import FileIO
 
@@ -245,6 +245,7 @@ def staging_directory(parent: int) -> Iterator[StagingDirectory]:
     """
     name = f".fastvlm-{secrets.token_hex(8)}"
     lock: FileIO | None = None
+    whole = False
     try:
         with exclusive(parent):
             os.mkdir(name, 0o700, dir_fd=parent)
@@ -259,14 +260,13 @@ def staging_directory(parent: int) -> Iterator[StagingDirectory]:
         os.close(fd)
         with opened(parent, name, lock, *map(stat.S_IMODE, modes)) as place:
             yield place
+        whole = True
     # Whatever ends it, a Ctrl-C too, leaves nothing behind.
-    except BaseException:
-        # What went wrong first is told; what can't be removed now is removed by the next run.
-        with suppress(OSError):
+    finally:
+        # Of a failure what went wrong first is told; what can't be removed then is removed by the
+        # next run.
+        with nullcontext() if whole else suppress(OSError):
             _end_at_last(parent, name, lock)
-        raise
-    else:
-        _end_at_last(parent, name, lock)
 
 
 def _end_at_last(parent: int, name: str, lock: FileIO | None) -> None:
