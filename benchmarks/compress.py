@@ -68,8 +68,8 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
     from model_export.encoder import coreml, fastvithd
     from model_export.encoder.compression import uniform
     from model_export.options import ExportOptions
-    from model_export.quantization.encoder_sensitivity import calibration_pixels
-    from model_export.quantization.mixed import mixed
+    from model_export.quantization.bits.encoder_sensitivity import calibration_pixels
+    from model_export.quantization.bits.mixed import mixed
     from model_export.samples.calibration import load_calibration
 
     precision, _, bpw = choice.partition(":")

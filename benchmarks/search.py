@@ -37,8 +37,8 @@ from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features
 from model_export.language.recipes import Scheme
 from model_export.options import LAYOUTS, ExportOptions
-from model_export.quantization import search, trial
-from model_export.quantization.candidates import Candidate, Space, alternatives
+from model_export.quantization.bits import search, trial
+from model_export.quantization.bits.candidates import Candidate, Space, alternatives
 from model_export.samples import documents, scenes
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import Sample, gate_samples

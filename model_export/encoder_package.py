@@ -15,8 +15,8 @@ from model_export.encoder import coreml, fastvithd, multifunction
 from model_export.encoder.compression import Compression, uniform
 from model_export.encoder.references import Reference, references_of_sizes
 from model_export.interruption import Progress
-from model_export.quantization.encoder_sensitivity import calibration_pixels
-from model_export.quantization.mixed import mixed
+from model_export.quantization.bits.encoder_sensitivity import calibration_pixels
+from model_export.quantization.bits.mixed import mixed
 
 
 @dataclass(frozen=True)

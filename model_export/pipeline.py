@@ -24,7 +24,8 @@ from model_export.interruption import ONE_AT_A_TIME, Progress, counted, interrup
 from model_export.language import llm, recipes
 from model_export.language.recipes import Scheme
 from model_export.options import ExportOptions
-from model_export.quantization import layerwise, search
+from model_export.quantization.bits import search
+from model_export.quantization.rounding import layerwise
 from model_export.results import ExportResult
 from model_export.samples.calibration import Calibration, load_calibration
 

@@ -101,7 +101,7 @@ def of_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Footprint:
     read = sum(size for name, size in stored.items() if _is_read(name, tied=checkpoint.tied))
     if options.llm.bpw is not None:
         # It solves for the bits with scipy, which a plain forecast does without.
-        from model_export.quantization.candidates import Space
+        from model_export.quantization.bits.candidates import Space
 
         space = Space(specs, checkpoint.config, options)
         space.check(options.llm.bpw)

@@ -33,8 +33,8 @@ from model_export.gates import verify
 from model_export.gates.encoder import encoder_gates, mean_cosine, snr_db
 from model_export.options import EncoderOptions, ExportOptions
 from model_export.pipeline import export
-from model_export.quantization.encoder_sensitivity import calibration_pixels, sensitivities
-from model_export.quantization.mixed import mixed
+from model_export.quantization.bits.encoder_sensitivity import calibration_pixels, sensitivities
+from model_export.quantization.bits.mixed import mixed
 from model_export.samples import images
 from model_export.samples.calibration import load_calibration
 

@@ -36,9 +36,9 @@ from model_export.loaders import LOADERS
 from model_export.options import ExportOptions
 from model_export.planning import devices, footprint, plan, roofline
 from model_export.planning.devices import CHIPS, DEVICES, SOURCES, find_device
-from model_export.quantization.candidates import Space, at_or_below
-from model_export.quantization.encoder_sensitivity import calibration_pixels
-from model_export.quantization.mixed import mixed
+from model_export.quantization.bits.candidates import Space, at_or_below
+from model_export.quantization.bits.encoder_sensitivity import calibration_pixels
+from model_export.quantization.bits.mixed import mixed
 from model_export.samples.calibration import load_calibration
 
 BITS = (*LOADERS["app"].forms["affine"][0], 16)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlm_mlx.errors import OptionError
-from model_export.quantization.allocation import Choice, allocate
+from model_export.quantization.bits.allocation import Choice, allocate
 
 CHOICE = st.builds(Choice, st.integers(1, 10**4).map(lambda n: n * 4096), st.floats(0, 1e3))
 PARTS = st.lists(st.lists(CHOICE, min_size=1, max_size=4), min_size=1, max_size=4)

@@ -20,7 +20,7 @@ from fastvlm_mlx.bundle.quantization import MODES, Format
 from fastvlm_mlx.errors import OptionError
 from model_export.language import affine, llm, qwen2
 from model_export.language.weights import unpack
-from model_export.quantization import awq, gptq, layers
+from model_export.quantization.rounding import awq, gptq, layers
 
 AFFINE_BITS, GROUPS = MODES["affine"]
 

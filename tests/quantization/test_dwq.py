@@ -14,8 +14,8 @@ from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.language import qwen2
 from model_export.language.recipes import PREFIX
-from model_export.quantization import dwq
-from model_export.quantization.layers import LAYERS, MATRICES
+from model_export.quantization.rounding import dwq
+from model_export.quantization.rounding.layers import LAYERS, MATRICES
 
 LENGTH = 12
 FORM = Format(3, 32)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model_export.encoder.compression import Histogram, rounded
-from model_export.quantization.encoder_sensitivity import Moments
-from model_export.quantization.mixed import Feedback
+from model_export.quantization.bits.encoder_sensitivity import Moments
+from model_export.quantization.bits.mixed import Feedback
 
 
 class TestFeedback:
@@ -38,7 +38,7 @@ class TestFeedback:
         feedback = Feedback.of(Moments(inputs.mean(1), torch.cov(inputs, correction=0)))
         palette = torch.from_numpy(Histogram.of(weight).palette(4)[0]).float()
         whole = feedback.round(weight, palette)
-        monkeypatch.setattr("model_export.quantization.mixed._BLOCK", 5)
+        monkeypatch.setattr("model_export.quantization.bits.mixed._BLOCK", 5)
         assert torch.equal(feedback.round(weight, palette), whole)
 
     def test_uncorrelated_inputs_leave_plain_rounding(self):

@@ -28,7 +28,7 @@ from model_export.language.dialogue import Dialogue
 from model_export.language.weights import Matrix, SourceWeights
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.quantization import awq, dwq, held_out, layers, layerwise
+from model_export.quantization.rounding import awq, dwq, held_out, layers, layerwise
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import gate_samples
 

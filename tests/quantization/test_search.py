@@ -20,9 +20,10 @@ from model_export.language.dialogue import Dialogue
 from model_export.language.weights import SourceWeights, rounded
 from model_export.options import ExportOptions
 from model_export.pipeline import export
-from model_export.quantization import held_out, search, sensitivity, trial
-from model_export.quantization.candidates import Space, alternatives, at_or_below
-from model_export.quantization.measurements import Measurements
+from model_export.quantization.bits import search, sensitivity, trial
+from model_export.quantization.bits.candidates import Space, alternatives, at_or_below
+from model_export.quantization.bits.measurements import Measurements
+from model_export.quantization.rounding import held_out
 from model_export.samples.calibration import Calibration, load_calibration
 
 FORMS = [Format(bits, 64) for bits in (2, 3, 4, 8)]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import OptionError
-from model_export.quantization.held_out import LEAST_IMAGES
+from model_export.quantization.rounding.held_out import LEAST_IMAGES
 from model_export.samples import calibration, documents
 from model_export.samples.images import Sample, gate_samples
 

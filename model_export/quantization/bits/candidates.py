@@ -18,8 +18,8 @@ from model_export.checkpoint.names import TensorSpec
 from model_export.language import llm, recipes
 from model_export.language.recipes import EMBEDDING, HEAD, PROJECTOR, Scheme, is_matrix, path_of
 from model_export.options import ExportOptions, LLMOptions
-from model_export.quantization.allocation import Choice, allocate
-from model_export.quantization.sensitivity import Losses
+from model_export.quantization.bits.allocation import Choice, allocate
+from model_export.quantization.bits.sensitivity import Losses
 
 # Beside the widest form that all could have: so many narrower ones, and so many wider.
 NARROWER, WIDER = 1, 3

@@ -19,8 +19,8 @@ from torch import Tensor
 from model_export.encoder.compression import Compression, Histogram, convolutions, rounded
 from model_export.encoder.fastvithd import FastViTHD
 from model_export.options import PALETTE_BITS
-from model_export.quantization.allocation import Choice, allocate
-from model_export.quantization.encoder_sensitivity import (
+from model_export.quantization.bits.allocation import Choice, allocate
+from model_export.quantization.bits.encoder_sensitivity import (
     Moments,
     Sensitivity,
     moments,

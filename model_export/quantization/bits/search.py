@@ -22,10 +22,10 @@ from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference, reference_features
 from model_export.language.recipes import Scheme, path_of
 from model_export.options import ExportOptions
-from model_export.quantization import sensitivity, trial
-from model_export.quantization.candidates import Candidate, Space, a_little_above, at_or_below
-from model_export.quantization.measurements import Measurements
-from model_export.quantization.sensitivity import Losses
+from model_export.quantization.bits import sensitivity, trial
+from model_export.quantization.bits.candidates import Candidate, Space, a_little_above, at_or_below
+from model_export.quantization.bits.measurements import Measurements
+from model_export.quantization.bits.sensitivity import Losses
 from model_export.samples.calibration import Calibration
 from model_export.samples.images import Sample
 

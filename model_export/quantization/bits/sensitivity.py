@@ -13,7 +13,7 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.encoder.references import Reference
 from model_export.language.recipes import Scheme
-from model_export.quantization import trial
+from model_export.quantization.bits import trial
 
 # Nats lost, by the model's path of a matrix and the format it is in.
 Losses = Mapping[str, Mapping[Format, float]]

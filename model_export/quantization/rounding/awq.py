@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.tensors import from_torch
 from model_export.language import llm
 from model_export.language.affine import round_weight
-from model_export.quantization.layers import (
+from model_export.quantization.rounding.layers import (
     READS,
     Formats,
     HiddenStates,

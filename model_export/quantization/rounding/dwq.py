@@ -26,8 +26,8 @@ from model_export.checkpoint.names import EMBEDDING, HEAD, NORM
 from model_export.language import llm, qwen2
 from model_export.language.affine import Coded, encode, grid
 from model_export.language.weights import Matrix, SourceWeights, Weights
-from model_export.quantization import held_out
-from model_export.quantization.layers import HiddenStates, Work
+from model_export.quantization.rounding import held_out
+from model_export.quantization.rounding.layers import HiddenStates, Work
 
 # Of a matrix's mean scale, what a step changes at first; it falls to zero at the end.
 RATE = 0.001

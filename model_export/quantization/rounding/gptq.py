@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.language import qwen2
 from model_export.language.affine import Coded, grid
-from model_export.quantization.layers import READS, LayerInputs, StoredArrays, inputs_of
+from model_export.quantization.rounding.layers import READS, LayerInputs, StoredArrays, inputs_of
 
 # Added to the Hessian's diagonal, of its mean (the paper's section 3.3).
 DAMPING = 0.01

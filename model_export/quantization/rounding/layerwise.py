@@ -27,8 +27,14 @@ from model_export.language import llm, qwen2
 from model_export.language.recipes import Scheme
 from model_export.language.weights import SourceWeights
 from model_export.options import ExportOptions
-from model_export.quantization import awq, dwq, gptq, held_out
-from model_export.quantization.layers import LAYERS, HiddenStates, LayerInputs, Work, first_states
+from model_export.quantization.rounding import awq, dwq, gptq, held_out
+from model_export.quantization.rounding.layers import (
+    LAYERS,
+    HiddenStates,
+    LayerInputs,
+    Work,
+    first_states,
+)
 from model_export.samples.calibration import Calibration, record, split
 
 
