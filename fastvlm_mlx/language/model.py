@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict
-from functools import cached_property
 from importlib.util import find_spec
 from math import sqrt
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -165,16 +165,19 @@ class CPUModel:
     def __init__(self, model: Model):
         self.config = model.config
         self.multi_modal_projector = model.multi_modal_projector
-        self._stored: Model | None = model
+        self._filling = Lock()
+        self._held: Model | TorchModel = model
 
-    @cached_property
+    @property
     def _torch(self) -> TorchModel:
         from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
 
-        stored, self._stored = self._stored, None
-        if stored is None:  # pragma: no cover, an error while it was filled
-            raise RuntimeError("the weights were given up")
-        return TorchModel(stored, arithmetic(stored.parameter_count))
+        with self._filling:
+            if not isinstance(self._held, TorchModel):
+                # In its place no sooner than it is whole: what fails or is interrupted is tried
+                # again by the next use.
+                self._held = TorchModel(self._held, arithmetic(self._held.parameter_count))
+            return self._held
 
     @property
     def language_model(self) -> Any:

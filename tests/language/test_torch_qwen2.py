@@ -202,6 +202,20 @@ def test_torch_comes_with_the_first_question(demo_bundle):
     assert mx.get_active_memory() - before < loaded_bytes
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_a_first_use_that_fails_is_tried_again(demo_bundle, monkeypatch, error):
+    model = fastvlm_mlx.load(demo_bundle)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastvlm_mlx.language.torch_qwen2.Qwen2", fail)
+        with pytest.raises(type(error)):
+            model.generate(None, "What do you see?", max_tokens=2)
+    assert model.generate(None, "What do you see?", max_tokens=2).generation_tokens
+
+
 def test_a_mac_keeps_mlx(demo_bundle, monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     model = loaded(demo_bundle)
