@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, check_max_
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
 from fastvlm_mlx.language.generate import (
+    Answer,
     Generation,
     GenerationResult,
+    Question,
     Timings,
     check_room,
     generate,
 )
+from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, check_limit
 from fastvlm_mlx.language.model import RunningModel
 from fastvlm_mlx.language.prompt import encode_prompt
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
@@ -61,6 +64,7 @@ class FastVLM:
     Attributes:
         num_tokens: N, the tokens that an image becomes.
         max_pixels: width × height of the largest image that is taken.
+        kept_bytes: the most that is kept in memory of earlier questions and images.
     """
 
     bundle: Bundle
@@ -73,6 +77,7 @@ class FastVLM:
     compute_units: str
     worker: Worker = field(default_factory=Worker, repr=False)
     max_pixels: int = DEFAULT_MAX_PIXELS
+    kept_bytes: int = DEFAULT_LIMIT
     _loading_s: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -89,6 +94,11 @@ class FastVLM:
     def _encoder(self) -> VisionEncoder:
         with self._loading():
             return load_bundle_encoder(self.bundle, self.compute_units, self.image_processor.size)
+
+    # Of this model alone: a copy with another model begins with nothing.
+    @cached_property
+    def _kept(self) -> Kept:
+        return Kept(self.kept_bytes)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -203,14 +213,14 @@ class FastVLM:
 
         return self._answers(image, questions)
 
-    def _answers(self, image: Askable, questions: list[_Question]) -> Iterator[Generation]:
+    def _answers(self, image: Askable, questions: list[Question]) -> Iterator[Generation]:
         features = image if isinstance(image, ImageFeatures) else self.encode(image)
         spent = Timings() if features is image else features.timings
         for question in questions:
             yield self._answer(question, features, spent)
             spent = Timings()
 
-    def _question(self, prompt: str, with_image: bool, options: SamplingOptions) -> _Question:
+    def _question(self, prompt: str, with_image: bool, options: SamplingOptions) -> Question:
         started = time.perf_counter()
         ids = encode_prompt(
             self.tokenizer,
@@ -221,37 +231,25 @@ class FastVLM:
         )
         check_room(self.config.text, ids)
         options.check_vocabulary(self.config.text.vocab_size)
-        return _Question(prompt, ids, options, time.perf_counter() - started)
+        return Question(prompt, ids, options, time.perf_counter() - started)
 
     def _answer(
-        self, question: _Question, features: ImageFeatures | None, spent: Timings
+        self, question: Question, features: ImageFeatures | None, spent: Timings
     ) -> Generation:
         if features is not None:
             shape = (self.num_tokens, self.config.text.hidden_size)
             check_features(features, self.worker.run(lambda: self._fingerprint), shape)
 
-        steps = generate(
+        make = partial(
+            Answer,
             self.model,
             self.tokenizer,
-            prompt=question.prompt,
-            ids=question.ids,
-            projected=None if features is None else features.projected,
-            options=question.options,
+            question,
+            None if features is None else features.projected,
             eos_token_ids=self.eos_token_ids,
             spent=replace(spent, load_s=self.load_s),
-            prompt_s=question.prompt_s,
         )
-        return Generation(self.worker, steps)
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A prompt as token ids with the placeholders, and the seconds that this took."""
-
-    prompt: str
-    ids: list[int]
-    options: SamplingOptions
-    prompt_s: float
+        return Generation(self.worker, generate(make, self._kept))
 
 
 def load(
@@ -262,6 +260,7 @@ def load(
     crop: bool = False,
     check_hashes: bool = True,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    kept_bytes: int = DEFAULT_LIMIT,
 ) -> FastVLM:
     """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
@@ -279,15 +278,19 @@ def load(
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
         check_hashes: compare every file with the manifest before use.
         max_pixels: width × height of the largest image that is looked at.
+        kept_bytes: the most that is kept in memory of earlier questions and images, so that what
+            they have in common with the next is not computed again; 0 keeps nothing. Answers are
+            the same with any number.
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
         EncoderError: its package is damaged, or no encoder's.
         OptionError: compute units that are unknown, or that nothing here has; or a size that the
-            encoder does not take; or a limit that is no number of pixels.
+            encoder does not take; or a limit that is no number of pixels, or of bytes.
     """
     started = time.perf_counter()
     max_pixels = check_max_pixels(max_pixels)
+    kept_bytes = check_limit(kept_bytes)
     bundle = Bundle.open(path)
     check_bundle_compute_units(bundle, compute_units)
     # First, what needs no reading of weights to be missing.
@@ -314,5 +317,6 @@ def load(
         compute_units=compute_units,
         worker=worker,
         max_pixels=max_pixels,
+        kept_bytes=kept_bytes,
         _loading_s=[time.perf_counter() - started],
     )

@@ -95,7 +95,8 @@ def timing_line(result: GenerationResult) -> str:
     """One line: counts, seconds of each stage, speed, memory."""
     t = result.timings
     return (
-        f"{result.image_tokens} image + {result.prompt_tokens - result.image_tokens} text tokens | "
+        f"{result.image_tokens} image + {result.prompt_tokens - result.image_tokens} text tokens, "
+        f"{result.cached_tokens} cached | "
         f"load {t.load_s:.2f} s | preprocess {t.preprocess_s:.3f} | encode {t.encode_s:.3f} | "
         f"project {t.project_s:.3f} | prefill {t.prefill_s:.3f} | TTFT {t.ttft_s:.3f} s | "
         f"{result.generation_tokens} tokens in {t.decode_s:.3f} s ({t.tokens_per_s:.1f}/s) | "

@@ -9,10 +9,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
@@ -22,8 +22,10 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
-from fastvlm_mlx.language.decode import decode
+from fastvlm_mlx.language.decode import Continuation, decode
 from fastvlm_mlx.language.detokenizer import Text
+from fastvlm_mlx.language.kept import Kept, Prompt, Span, content_hash, cut, keys
+from fastvlm_mlx.language.prompt import TURN_START
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
 from fastvlm_mlx.language.wired_memory import wired
 from fastvlm_mlx.language.worker import Worker
@@ -64,7 +66,8 @@ class GenerationResult:
     `compute` says what the language model ran on and in which type, such as "MLX float16".
 
     `tokens` are the generated ids without the end token; `generation_tokens` counts what was
-    decoded, the end token included. `peak_memory_bytes` is the process's.
+    decoded, the end token included. `cached_tokens` of the prompt's were computed for an earlier
+    question, those of the image among them. `peak_memory_bytes` is the process's.
     """
 
     prompt: str
@@ -72,6 +75,7 @@ class GenerationResult:
     tokens: tuple[int, ...]
     prompt_tokens: int
     image_tokens: int
+    cached_tokens: int
     generation_tokens: int
     finish_reason: str
     timings: Timings
@@ -161,88 +165,144 @@ class Generation:
         return self._result
 
 
-def generate(
-    model: RunningModel,
-    tokenizer: Tokenizer,
-    *,
-    prompt: str,
-    ids: list[int],
-    projected: mx.array | None,
-    options: SamplingOptions,
-    eos_token_ids: frozenset[int],
-    spent: Timings,
-    prompt_s: float,
-) -> Generator[str | GenerationResult]:
+@dataclass(frozen=True)
+class Question:
+    """A prompt as token ids with the placeholders, and the seconds that this took."""
+
+    prompt: str
+    ids: list[int]
+    options: SamplingOptions
+    prompt_s: float
+
+
+class Answer:
+    """An answer token by token: its text, its end, its times.
+
+    Attributes:
+        model: what computes it.
+        continued: the prompt, and what follows it.
+        ended: whether the latest token was the last.
+    """
+
+    def __init__(
+        self,
+        model: RunningModel,
+        tokenizer: Tokenizer,
+        question: Question,
+        projected: mx.array | None,
+        *,
+        eos_token_ids: frozenset[int],
+        spent: Timings,
+    ):
+        """
+        Args:
+            question: its ids with N placeholders where the image goes.
+            projected: the image, [N, D], or None.
+            eos_token_ids: end the answer.
+            spent: seconds the image has cost so far; they count towards `ttft_s`.
+
+        Raises:
+            PromptError: the prompt does not fit the context.
+        """
+        options, text = question.options, model.config.text
+        self._started = self._first = self._last = time.perf_counter() - question.prompt_s
+        room = check_room(text, question.ids)
+        options.check_vocabulary(text.vocab_size)
+        self.continued = Continuation(
+            _prompt(model, tokenizer, question.ids, projected),
+            max_tokens=min(options.max_tokens, room),
+            sampler=Sampler(options, text.vocab_size),
+            processors=processors(options),
+        )
+        self.model, self._question, self._spent = model, question, spent
+        self._image_tokens = 0 if projected is None else projected.shape[0]
+        self._eos_token_ids = eos_token_ids
+        self._text = Text(tokenizer, options.stop)
+        self._tokens: list[int] = []
+        self._count = 0
+        self._finish_reason = "length"
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """The text that can be shown now."""
+        self._last = time.perf_counter()
+        if not self._count:
+            self._first = self._last
+        self._count += 1
+        shown = ""
+        if token in self._eos_token_ids:
+            self._finish_reason, self.ended = "stop", True
+        else:
+            self._tokens.append(token)
+            shown = self._text.add(token)
+            if self._text.stopped:
+                self._finish_reason, self.ended = "stop", True
+        self.ended |= self._count == self.continued.max_tokens
+        return shown
+
+    def flush(self) -> str:
+        """The text that waited for what did not come."""
+        return self._text.flush()
+
+    def result(self) -> GenerationResult:
+        """After its end, and after `flush`."""
+        spent, decode_s = self._spent, self._last - self._first
+        prefill_s = self._first - self._started
+        return GenerationResult(
+            prompt=self._question.prompt,
+            text=self._text.shown,
+            tokens=tuple(self._tokens),
+            prompt_tokens=len(self._question.ids),
+            image_tokens=self._image_tokens,
+            cached_tokens=self.continued.cached_tokens,
+            generation_tokens=self._count,
+            finish_reason=self._finish_reason,
+            timings=replace(
+                spent,
+                prefill_s=prefill_s,
+                ttft_s=spent.preprocess_s + spent.encode_s + spent.project_s + prefill_s,
+                decode_s=decode_s,
+                tokens_per_s=(self._count - 1) / decode_s if self._count > 1 and decode_s else 0.0,
+            ),
+            peak_memory_bytes=peak_memory_bytes(),
+            compute=self.model.compute,
+        )
+
+
+def _prompt(
+    model: RunningModel, tokenizer: Tokenizer, ids: list[int], projected: mx.array | None
+) -> Prompt:
+    images = []
+    if projected is not None:
+        mx.eval(projected)
+        start = ids.index(model.config.image_token_index)
+        images.append(Span(start, start + projected.shape[0], content_hash(projected)))
+    ends = cut(ids, images, tokenizer.token_to_id(TURN_START))
+    array = mx.array(ids)
+    return Prompt(array, model.embed_inputs(array, projected), ends, keys(ids, images, ends))
+
+
+def generate(make: Callable[[], Answer], kept: Kept) -> Generator[str | GenerationResult]:
     """The text of each token, which may be empty, and last the result.
 
     Args:
-        ids: the prompt with N placeholders where the image goes, [L].
-        projected: the image, [N, D], or None.
-        spent: seconds the image has cost so far; they count towards `ttft_s`.
-        prompt_s: seconds that it took to make ids of the prompt; they are part of the prefill.
+        make: the answer. It is called here, on the thread that computes.
+        kept: what earlier prompts have computed.
 
     Raises:
         PromptError: the prompt does not fit the context.
     """
-    started = time.perf_counter() - prompt_s
-    vocab_size = model.config.text.vocab_size
-    room = check_room(model.config.text, ids)
-    options.check_vocabulary(vocab_size)
-    prompt_ids = mx.array(ids)
-    steps = wired(
-        decode(
-            model.language_model,
-            prompt_ids,
-            model.embed_inputs(prompt_ids, projected),
-            max_tokens=min(options.max_tokens, room),
-            sampler=Sampler(options, vocab_size),
-            processors=processors(options),
-            ahead=model.lazy,
-        )
-    )
-    tokens: list[int] = []
-    text = Text(tokenizer, options.stop)
-    finish_reason = "length"
-    count = 0
-    first = last = time.perf_counter()
+    answer = make()
+    model = answer.model
+    steps = wired(decode(model.language_model, answer.continued, kept, ahead=model.lazy))
     # However this ends, the memory is let go of by the thread that computes.
     with closing(steps):
         for token in steps:
-            last = time.perf_counter()
-            first = last if count == 0 else first
-            count += 1
-            if token in eos_token_ids:
-                finish_reason = "stop"
+            yield answer.add(token)
+            if answer.ended:
                 break
-            tokens.append(token)
-            yield text.add(token)
-            if text.stopped:
-                finish_reason = "stop"
-                break
-    yield text.flush()
-    decode_s = last - first
-    image_s = spent.preprocess_s + spent.encode_s + spent.project_s
-    yield GenerationResult(
-        prompt=prompt,
-        text=text.shown,
-        tokens=tuple(tokens),
-        prompt_tokens=len(ids),
-        image_tokens=0 if projected is None else projected.shape[0],
-        generation_tokens=count,
-        finish_reason=finish_reason,
-        timings=Timings(
-            load_s=spent.load_s,
-            preprocess_s=spent.preprocess_s,
-            encode_s=spent.encode_s,
-            project_s=spent.project_s,
-            prefill_s=first - started,
-            ttft_s=image_s + first - started,
-            decode_s=decode_s,
-            tokens_per_s=(count - 1) / decode_s if count > 1 and decode_s else 0.0,
-        ),
-        peak_memory_bytes=peak_memory_bytes(),
-        compute=model.compute,
-    )
+    yield answer.flush()
+    yield answer.result()
 
 
 def check_room(config: TextConfig, ids: list[int]) -> int:

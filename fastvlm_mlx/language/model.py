@@ -1,4 +1,4 @@
-"""The MLX side of FastVLM: the projector, and mlx-lm's Qwen2 unchanged."""
+"""The MLX side of FastVLM: the projector, and mlx-lm's Qwen2."""
 
 from __future__ import annotations
 
@@ -43,6 +43,23 @@ class MultiModalProjector(nn.Module):
         return self.linear_2(0.5 * x * (1 + mx.erf(x * sqrt(0.5))))
 
 
+class LanguageModel(qwen2.Model):  # type: ignore[name-defined]
+    """mlx-lm's Qwen2, which with a cache computes the logits of the last place alone."""
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Any = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        hidden = self.model(inputs, cache, input_embeddings)
+        if cache is not None:
+            hidden = hidden[:, -1:]
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+
 class Model(nn.Module):
     """Parameters under an `app` bundle's names: `language_model.*`, `multi_modal_projector.*`."""
 
@@ -50,7 +67,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         text = config.text
-        self.language_model = qwen2.Model(
+        self.language_model = LanguageModel(
             qwen2.ModelArgs(
                 model_type="qwen2",
                 hidden_size=text.hidden_size,

@@ -1,10 +1,15 @@
 """A bundle's matrices as torch multiplies them on a CPU, from the forms in which MLX stores them.
 
-MLX's own kernels for a CPU are 10 to 60 times slower than the hardware allows. A product with few
-rows reads the 4-bit codes themselves: `torch.ops.aten._weight_int4pack_mm_for_cpu` computes
+MLX's own kernels for a CPU are 10 to 60 times slower than the hardware allows. A product for one
+token reads the 4-bit codes themselves: `torch.ops.aten._weight_int4pack_mm_for_cpu` computes
 (code − 8) · scale + zero for a group of weights, which is MLX's affine form with zero = bias +
 8 · scale. Narrower codes fit into four bits; wider ones are two products, one with their upper bits
-and one with their lower four. A product with many rows multiplies dequantized weights.
+and one with their lower four. A product for the many tokens of a prompt multiplies dequantized
+weights.
+
+Which of the two it is depends on the number of tokens alone, so a prompt gives the same numbers
+each time. The first takes the sequences of a batch one row at a time: each has the numbers that it
+has alone, to the bit.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# From this many rows on, dequantized weights are faster: 1.6 ms against 1.5 with 16 rows of an
-# 896×4864 product, 3.3 against 2.4 with 32, on one thread of an EPYC with avx512_bf16.
-FEW_ROWS = 16
+# Tokens of a prompt that read packed codes where dequantized weights would have to be made for each
+# product. More are faster dequantized, which takes as long as this many rows.
+FEW_TOKENS = 32
 # What the kernel divides the outputs and the inputs into.
 _ROWS_MULTIPLE, _COLUMNS_MULTIPLE = 32, 32
 # Of rows that are converted at once; the kernel packs 64 of them together at most.
@@ -39,7 +44,7 @@ class Arithmetic:
 
     Attributes:
         dtype: of dense weights and of what they multiply.
-        packed: whether products with few rows read packed codes, in bfloat16.
+        packed: whether products for one token read packed codes, in bfloat16.
         keep_dense: whether dequantized weights stay in memory once they were made.
     """
 
@@ -56,7 +61,7 @@ class Matrix(Protocol):
     """A matrix [N, K] with its bias, if it has one."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 [M, K] → float32 [M, N]."""
+        """float32 [..., L, K] → float32 [..., L, N], for L tokens of each sequence."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the matrix by number, float32 [len(ids), K]."""
@@ -108,7 +113,7 @@ class AffineMatrix:
     """Codes in groups along K with a scale and a bias each, [N, K / group].
 
     What is made of the codes is made when it is first needed: dequantized weights by the first
-    product with many rows, packed codes by the first with few.
+    prompt, packed codes by the first token after it.
     """
 
     def __init__(
@@ -133,38 +138,28 @@ class AffineMatrix:
         self.packs = (
             arithmetic.packed and not rows % _ROWS_MULTIPLE and not columns % _COLUMNS_MULTIPLE
         )
+        self._few = 1 if arithmetic.keep_dense else FEW_TOKENS
         self._dense: Tensor | None = None
-        self._waited = False
         self._planes: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         import torch
         import torch.nn.functional as F
 
-        if self._takes_packed(len(x)):
-            rounded = x.bfloat16()
+        if self.packs and x.shape[-2] <= self._few:
+            rounded = x.reshape(-1, x.shape[-1]).bfloat16()
             product = sum(
                 torch.ops.aten._weight_int4pack_mm_for_cpu(
                     rounded, codes, self.group_size, scales_and_zeros
                 ).float()
                 for codes, scales_and_zeros in self._packed()
-            )
+            ).view(*x.shape[:-1], -1)
         else:
             product = F.linear(x.to(self.arithmetic.dtype), self._weight()).float()
         return _plus(product, self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         return _dequantized(self.words[ids], self.scales[ids], self.biases[ids], self.bits)
-
-    def _takes_packed(self, rows: int) -> bool:
-        """Whether packed codes are read. Where dequantized weights are there already, the first
-        product with few rows reads those: it makes the first token, and packing can wait."""
-        if not self.packs or rows > FEW_ROWS:
-            return False
-        if self._planes is None and self._dense is not None and not self._waited:
-            self._waited = True
-            return False
-        return True
 
     def _weight(self) -> Tensor:
         import torch

@@ -1,14 +1,15 @@
 """Projector and Qwen2 in torch, for machines without a GPU that MLX knows.
 
-It takes the place of mlx-lm's model behind the interface that `generate_step` expects,
-`model(ids, cache=, input_embeddings=) → logits`, so that everything above is the same on every
-machine. Between the products everything is float32.
+It takes the place of mlx-lm's model behind the interface that `generate_step` and `BatchGenerator`
+expect, `model(ids, cache=, input_embeddings=) → logits`, so that everything above is the same on
+every machine. Between the products everything is float32.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from fastvlm_mlx.bundle.config import FastVLMConfig
+from fastvlm_mlx.language.torch_cache import BatchKVCache, KVCache
 from fastvlm_mlx.language.torch_matrix import Arithmetic, Matrix, as_torch, matrix
 
 if TYPE_CHECKING:
@@ -47,58 +49,6 @@ def arithmetic(parameters: int) -> Arithmetic:
         packed=torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
         keep_dense=parameters * dtype.itemsize <= DENSE_SHARE * memory,
     )
-
-
-class KVCache:
-    """Keys and values of a layer, float32 [heads, places, head width], with room for more.
-
-    The interface is that of mlx-lm's caches as far as `generate_step` knows it.
-    """
-
-    STEP = 256
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.offset = 0
-
-    def update_and_fetch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values [heads, L, width]; all that there are, [heads, offset, width]."""
-        end = self.offset + keys.shape[1]
-        if self.keys is None or self.values is None or end > self.keys.shape[1]:
-            self.keys, self.values = (
-                self._grown(old, new, end)
-                for old, new in ((self.keys, keys), (self.values, values))
-            )
-        self.keys[:, self.offset : end] = keys
-        self.values[:, self.offset : end] = values
-        self.offset = end
-        return self.keys[:, :end], self.values[:, :end]
-
-    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
-        places = -(-end // self.STEP) * self.STEP
-        grown = new.new_empty(new.shape[0], places, new.shape[2])
-        if old is not None:
-            grown[:, : self.offset] = old[:, : self.offset]
-        return grown
-
-    @property
-    def state(self) -> tuple[()]:
-        """What MLX has still to evaluate: nothing."""
-        return ()
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, count: int) -> int:
-        """Forget the last `count` places; how many there were to forget."""
-        count = min(count, self.offset)
-        self.offset -= count
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -158,43 +108,42 @@ class Qwen2:
     def __call__(
         self,
         inputs: mx.array,
-        cache: list[KVCache] | None = None,
+        cache: Sequence[KVCache | BatchKVCache] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """Ids [1, L], or their embeddings [1, L, D] → logits, float32.
+        """Ids [B, L], or their embeddings [B, L, D] → logits, float32.
 
-        Without a cache of every place, [1, L, V]; with one of the last alone, [1, 1, V].
+        Without a cache of every place, [B, L, V]; with one of the last alone, [B, 1, V].
         """
         import torch
 
         with torch.inference_mode():
             if input_embeddings is None:
-                x = self.embed(np.asarray(inputs)[0])
+                x = self.embed(np.asarray(inputs))
             else:
-                x = torch.from_numpy(np.array(input_embeddings[0].astype(mx.float32)))
-            hidden = self._hidden(x, cache or self.make_cache())
-            hidden = hidden if cache is None else hidden[-1:]
-            logits = self.lm_head(self._normed(hidden, self.norm))
-            return mx.array(logits.numpy())[None]
+                x = torch.from_numpy(np.array(input_embeddings.astype(mx.float32)))
+            hidden = self._hidden(x, cache or [BatchKVCache.of(len(x)) for _ in self.layers])
+            hidden = hidden if cache is None else hidden[:, -1:]
+            return mx.array(self.lm_head(self._normed(hidden, self.norm)).numpy())
 
     def embed(self, ids: np.ndarray) -> Tensor:
-        """Ids [L] → float32 [L, D]."""
+        """Ids [...] → float32 [..., D]."""
         import torch
 
-        return self.embed_tokens.rows(torch.from_numpy(ids.astype(np.int64)))
+        rows = self.embed_tokens.rows(torch.from_numpy(ids.astype(np.int64).reshape(-1)))
+        return rows.view(*ids.shape, -1)
 
-    def _hidden(self, x: Tensor, cache: list[KVCache]) -> Tensor:
+    def _hidden(self, x: Tensor, cache: Sequence[KVCache | BatchKVCache]) -> Tensor:
         import torch
         import torch.nn.functional as F
 
-        start = cache[0].offset
-        angles = torch.arange(start, start + len(x))[:, None] * self.frequencies
+        starts = torch.tensor([sequence.offset for sequence in cache[0].sequences])
+        places = starts[:, None, None, None] + torch.arange(x.shape[1])[:, None]
+        angles = places * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         for layer, kept in zip(self.layers, cache, strict=True):
             x = x + self._attention(layer, x, kept, cos, sin)
-            normed = F.rms_norm(
-                x, layer.post_attention_layernorm.shape, layer.post_attention_layernorm, self.eps
-            )
+            normed = self._normed(x, layer.post_attention_layernorm)
             gate, up = _products(layer.gate_up, normed).chunk(2, -1)
             x = x + layer.down_proj(F.silu(gate) * up)
         return x
@@ -205,23 +154,34 @@ class Qwen2:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _attention(
-        self, layer: _Layer, x: Tensor, cache: KVCache, cos: Tensor, sin: Tensor
+        self, layer: _Layer, x: Tensor, cache: KVCache | BatchKVCache, cos: Tensor, sin: Tensor
     ) -> Tensor:
+        import torch
+
+        batch, length = x.shape[:2]
+        normed = self._normed(x, layer.input_layernorm)
+        # [B, heads, L, width]
+        qkv = _products(layer.qkv, normed).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        queries, keys, values = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
+        out = [
+            self._attended(queries[i], *sequence.update_and_fetch(keys[i], values[i]))
+            for i, sequence in enumerate(cache.sequences)
+        ]
+        return layer.o_proj(torch.stack(out) if batch > 1 else out[0][None])
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One sequence: [heads, L, width], and all places so far → [L, heads · width]."""
         import torch
         import torch.nn.functional as F
 
-        length, width = len(x), self.head_dim
-        normed = self._normed(x, layer.input_layernorm)
-        qkv = _products(layer.qkv, normed).view(length, -1, width).transpose(0, 1)
-        queries, keys, values = qkv.split([self.heads, self.kv_heads, self.kv_heads])
-        keys, values = cache.update_and_fetch(_rotated(keys, cos, sin), values)
+        length, width = queries.shape[1:]
         # Queries that share keys and values lie beside each other: [kv heads, shared · L, width].
-        queries = _rotated(queries, cos, sin)
         shared = self.heads // self.kv_heads
         if length == 1:
             grouped = queries.reshape(self.kv_heads, shared, width)
             out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None])[0]
-            return layer.o_proj(out.reshape(1, -1))
+            return out.reshape(1, -1)
         keys, values = (t.repeat_interleave(shared, 0) for t in (keys, values))
         places = keys.shape[1]
         mask = None
@@ -230,7 +190,7 @@ class Qwen2:
         out = F.scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None
         )[0]
-        return layer.o_proj(out.transpose(0, 1).reshape(length, -1))
+        return out.transpose(0, 1).reshape(length, -1)
 
 
 class TorchModel:
@@ -284,7 +244,7 @@ def _products(matrices: tuple[Matrix, ...], x: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embeddings of [heads, L, width]; a pair is a place and that half the width on."""
+    """Rotary embeddings of [B, heads, L, width]; a pair is a place and that half the width on."""
     import torch
 
     first, second = x.chunk(2, -1)

@@ -15,15 +15,16 @@ import fastvlm_mlx
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.quantization import MODES
 from fastvlm_mlx.language.model import for_this_machine, load_model
+from fastvlm_mlx.language.torch_cache import KVCache
 from fastvlm_mlx.language.torch_matrix import (
-    FEW_ROWS,
+    FEW_TOKENS,
     AffineMatrix,
     Arithmetic,
     as_torch,
     matrix,
     unpacked,
 )
-from fastvlm_mlx.language.torch_qwen2 import KVCache, TorchModel, arithmetic
+from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.samples import scenes
@@ -64,7 +65,7 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
         each["bias"] = mx.random.normal(each["bias"].shape).astype(each["bias"].dtype)
     matrices = {each: matrix(quantized, each) for each in (EXACT, FAST, KEPT)}
     # As a prompt and its answer do, and few rows alone.
-    for rows in (1, FEW_ROWS + 1, 1, 1, FEW_ROWS):
+    for rows in (1, FEW_TOKENS + 1, 1, FEW_TOKENS):
         x = np.random.default_rng(rows).normal(size=(rows, 256)).astype(np.float32)
         weights = [
             mx.dequantize(q["weight"], q["scales"], q.get("biases"), group, bits, mode)
@@ -92,16 +93,16 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
     )
 
 
-def test_a_prompt_s_weights_make_the_first_token_and_then_codes_are_packed():
+@pytest.mark.parametrize("numbers", [FAST, KEPT], ids=["dequantized each time", "kept"])
+def test_a_product_is_the_same_each_time_and_a_batch_s_rows_are_those_of_one(numbers):
     words, scales, biases = (as_torch(a) for a in mx.quantize(mx.random.normal((8256, 64)), 64, 4))
-    made = AffineMatrix(words.view(torch.uint8), scales, biases, 4, None, KEPT)
-    prompt, token = torch.ones(FEW_ROWS + 1, 64), torch.ones(1, 64)
-    expected = made(prompt)[:1]
-    assert torch.equal(made(token), expected)
-    assert made._planes is None
-    # Its rows are packed a block at a time.
-    assert snr_db(expected, made(token)) > 44
-    assert made._planes is not None
+    made = AffineMatrix(words.view(torch.uint8), scales, biases, 4, None, numbers)
+    tokens = torch.randn(20, 1, 64)
+    prompt = torch.randn(1, FEW_TOKENS + 1, 64)
+    # The first token's products must not depend on whether another was there before.
+    first, alone = made(prompt), [made(each) for each in tokens]
+    assert torch.equal(made(prompt), first)
+    assert torch.equal(made(tokens), torch.stack(alone))
 
 
 @pytest.fixture(scope="module", params=["4", "16", "8, mlx"])
@@ -156,6 +157,29 @@ def test_a_cache_changes_nothing(demo_bundle):
     assert [each.trim(7) for each in cache] == [7] * len(cache)
     again = np.array(language_model(ids[:, 293:], cache=cache))[0, 0]
     assert snr_db(expected[-1], again) > 90
+
+
+def test_mlx_lm_s_batches_take_it(demo_bundle):
+    """Prompts of different lengths at once, which it pads, and later ones that take free places."""
+    from mlx_lm.generate import BatchGenerator, generate_step
+
+    language_model = TorchModel(loaded(demo_bundle), EXACT).language_model
+    prompts = [np.random.default_rng(n).integers(0, 400, n).tolist() for n in (5, 30, 1, 12, 7)]
+    expected = [
+        [token for token, _ in generate_step(mx.array(prompt), language_model, max_tokens=count)]
+        for count, prompt in enumerate(prompts, 3)
+    ]
+    generator = BatchGenerator(language_model, prefill_batch_size=2, completion_batch_size=3)
+    uids = generator.insert(prompts, list(range(3, 8)))
+    found = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                held = len(prompts[uids.index(response.uid)]) + len(found[response.uid])
+                assert {each.offset for each in response.prompt_cache} <= {held, held - 1}
+    generator.close()
+    assert list(found.values()) == expected
 
 
 def test_a_cache_keeps_what_it_held_when_it_grows():
