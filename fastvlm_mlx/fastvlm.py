@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,6 +20,7 @@ from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, check_max_pixels, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
+from fastvlm_mlx.language.batch import DEFAULT_BATCH_SIZE, Answers, Asked, check_batch_size, pairs
 from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
 from fastvlm_mlx.language.generate import (
     Answer,
@@ -30,7 +31,7 @@ from fastvlm_mlx.language.generate import (
     check_room,
     generate,
 )
-from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, check_limit
+from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, check_limit, content_hash
 from fastvlm_mlx.language.model import RunningModel
 from fastvlm_mlx.language.prompt import encode_prompt
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
@@ -128,20 +129,31 @@ class FastVLM:
         self.worker.check()
         if not isinstance(image, Image.Image):
             image = load_image(image, max_pixels=self.max_pixels)
+        return self.worker.run(self._look, *self._pixels(image))
+
+    def _pixels(self, image: ImageSource) -> tuple[np.ndarray, bytes, float]:
+        """What the encoder takes, a hash of it, and the seconds that this took. On any thread."""
         started = time.perf_counter()
         # Of a PIL image that nobody has decoded, that is the time to.
         pixels = self.image_processor(load_image(image, max_pixels=self.max_pixels))
-        return self.worker.run(self._look, pixels, time.perf_counter() - started)
+        content = content_hash(pixels) if self.kept_bytes else b""
+        return pixels, content, time.perf_counter() - started
 
-    def _look(self, pixels: np.ndarray, preprocess_s: float) -> ImageFeatures:
+    def _look(self, pixels: np.ndarray, content: bytes, preprocess_s: float) -> ImageFeatures:
         encoder = self._encoder
-        started = time.perf_counter()
-        features = encoder(pixels)
-        encode_s = time.perf_counter() - started
-        encoded = self._project(features)
-        timings = replace(
-            encoded.timings, load_s=self.load_s, preprocess_s=preprocess_s, encode_s=encode_s
-        )
+        kept = self._kept.get(content)
+        if kept is None:
+            started = time.perf_counter()
+            features = encoder(pixels)
+            timings = Timings(encode_s=time.perf_counter() - started)
+            encoded = self._project(features)
+            timings = replace(timings, project_s=encoded.timings.project_s)
+            if self.kept_bytes:
+                nbytes = encoded.features.nbytes + encoded.projected.nbytes
+                self._kept.put(content, _copied(encoded), nbytes)
+        else:
+            encoded, timings = _copied(kept), Timings()
+        timings = replace(timings, load_s=self.load_s, preprocess_s=preprocess_s)
         return replace(encoded, timings=timings)
 
     def project(self, features: np.ndarray) -> ImageFeatures:
@@ -220,6 +232,60 @@ class FastVLM:
             yield self._answer(question, features, spent)
             spent = Timings()
 
+    def batch(
+        self,
+        images: Iterable[Askable | None],
+        prompts: str | Iterable[str],
+        options: SamplingOptions | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        **sampling: Any,
+    ) -> Answers:
+        """Ask about many images, and decode the answers together, each as it would be alone.
+
+        Images are taken as there is room for them, and the next ones made ready meanwhile. Until
+        its answer has come, an image is not to be changed.
+
+        Args:
+            images: of each question its image, the features of one, or None.
+            prompts: one for each image, or one text for all.
+            batch_size: how many answers are decoded together, 1 or more.
+
+        Returns:
+            An iterator over the results in the order of the images. What is wrong with one of them
+            is raised in its place; iterating goes on with the one after it.
+
+        Raises:
+            ImageError, PromptError, OptionError: one image or one prompt in place of several, or
+                options that are none.
+        """
+        options = resolve_options(options, sampling)
+        options.check_vocabulary(self.config.text.vocab_size)
+        size = check_batch_size(batch_size)
+        asked = (
+            Asked(partial(self._prepare, image, prompt, options), self._begin)
+            for image, prompt in pairs(images, prompts)
+        )
+        return Answers(self.worker, self.model, lambda: self._kept, asked, size)
+
+    def _prepare(
+        self, image: Askable | None, prompt: str, options: SamplingOptions
+    ) -> tuple[Question, ImageFeatures | tuple[np.ndarray, bytes, float] | None]:
+        question = self._question(prompt, image is not None, options)
+        if image is None or isinstance(image, ImageFeatures):
+            return question, image
+        return question, self._pixels(image)
+
+    def _begin(
+        self, prepared: tuple[Question, ImageFeatures | tuple[np.ndarray, bytes, float] | None]
+    ) -> Answer:
+        question, image = prepared
+        if isinstance(image, tuple):
+            features = self._look(*image)
+            return self._make(question, features, features.timings)
+        self._check(image)
+        return self._make(question, image, Timings())
+
     def _question(self, prompt: str, with_image: bool, options: SamplingOptions) -> Question:
         started = time.perf_counter()
         ids = encode_prompt(
@@ -236,12 +302,17 @@ class FastVLM:
     def _answer(
         self, question: Question, features: ImageFeatures | None, spent: Timings
     ) -> Generation:
+        self._check(features)
+        make = partial(self._make, question, features, spent)
+        return Generation(self.worker, generate(make, self._kept))
+
+    def _check(self, features: ImageFeatures | None) -> None:
         if features is not None:
             shape = (self.num_tokens, self.config.text.hidden_size)
             check_features(features, self.worker.run(lambda: self._fingerprint), shape)
 
-        make = partial(
-            Answer,
+    def _make(self, question: Question, features: ImageFeatures | None, spent: Timings) -> Answer:
+        return Answer(
             self.model,
             self.tokenizer,
             question,
@@ -249,7 +320,13 @@ class FastVLM:
             eos_token_ids=self.eos_token_ids,
             spent=replace(spent, load_s=self.load_s),
         )
-        return Generation(self.worker, generate(make, self._kept))
+
+
+def _copied(features: ImageFeatures) -> ImageFeatures:
+    """Arrays of their own: whoever has an image's features may change them."""
+    projected = mx.array(features.projected)
+    mx.eval(projected)
+    return replace(features, features=features.features.copy(), projected=projected)
 
 
 def load(
