@@ -171,10 +171,10 @@ class Answers:
             index, future, begin = self._preparing[0]
             if table.active and not future.done():
                 break
-            error = future.exception()
+            failed = future.exception()
             self._preparing.popleft()
-            if error is not None:
-                table.done[index] = error
+            if failed is not None:
+                table.done[index] = failed
                 break
             table.ready.append((index, future.result(), begin))
 

@@ -215,6 +215,25 @@ def test_answers_are_mlx_s(bundle):
     assert changed <= 2
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 4, "top_p": 0.95}])
+def test_a_batch_s_answers_are_those_of_one_at_a_time(bundle, options):
+    """In torch as on this machine, in torch with packed codes, and in MLX."""
+    here = fastvlm_mlx.load(bundle, kept_bytes=0)
+    mlx = here.worker.run(lambda: loaded(here.bundle, mx.float32))
+    fast = here.worker.run(lambda: TorchModel(loaded(here.bundle), FAST))
+    held_out = scenes.held_out(8)
+    prompts = [question.prompt for _, question in held_out]
+    seen = [here.encode(scene.draw(here.image_processor.size)) for scene, _ in held_out]
+    for model in (here, replace(here, model=fast), replace(here, model=mlx)):
+        images = [model.project(each.features) for each in seen]
+        expected = [
+            model.generate(image, prompt, max_tokens=12, **options).tokens
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        found = model.batch(images, prompts, max_tokens=12, batch_size=3, **options)
+        assert [answer.tokens for answer in found] == expected
+
+
 def test_torch_comes_with_the_first_question(demo_bundle):
     """And what MLX has read is given up as soon as torch has it."""
     mx.clear_cache()
