@@ -89,6 +89,7 @@ class TestGenerate:
         assert out.strip()
         assert len(err.strip().splitlines()) == 1
         assert "TTFT" in err
+        assert "text tokens, 0 cached |" in err
 
     def test_json(self, fastvlm, demo_bundle, photo):
         prompts = ["How many shapes are there?", "Describe the image."]
@@ -103,6 +104,7 @@ class TestGenerate:
                 "text",
                 "prompt_tokens",
                 "image_tokens",
+                "cached_tokens",
                 "generation_tokens",
                 "finish_reason",
                 "timings",
@@ -116,6 +118,8 @@ class TestGenerate:
                 "decode_s",
                 "tokens_per_s",
             } <= set(answer["timings"])
+        first, second = data["answers"]
+        assert first["cached_tokens"] == 0 < second["cached_tokens"] < second["prompt_tokens"]
 
     def test_an_image_from_standard_input(self, demo_bundle, photo):
         command = [sys.executable, "-m", "fastvlm_mlx", "generate", str(demo_bundle)]

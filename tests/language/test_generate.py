@@ -1,5 +1,7 @@
 """From tokens to text: whole characters, stop strings, options, and what an answer records."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
@@ -70,10 +72,17 @@ def test_a_stop_string_ends_the_text_before_it_and_is_never_shown(tokenizer, tex
         assert len(shown) in cuts or len(shown) <= max(cuts)
 
 
-def test_the_answer_records_what_it_took(model, image):
-    result = model.generate(image, "Describe the image.", max_tokens=5)
+@pytest.fixture
+def cold(model):
+    """It keeps nothing of what other tests asked."""
+    return replace(model, kept_bytes=0)
+
+
+def test_the_answer_records_what_it_took(cold, image):
+    result = cold.generate(image, "Describe the image.", max_tokens=5)
     assert result.image_tokens == 16
     assert result.prompt_tokens > 16
+    assert result.cached_tokens == 0
     assert 1 <= result.generation_tokens <= 5
     assert result.finish_reason in ("stop", "length")
     t = result.timings
@@ -82,15 +91,15 @@ def test_the_answer_records_what_it_took(model, image):
     assert result.peak_memory_bytes > 50e6
 
 
-def test_encode_once_ask_many(model, image):
-    features = model.encode(image)
-    assert features.features.shape == (1, 16, model.config.vision.hidden_size)
-    alone = model.generate(image, "How many shapes are there?", max_tokens=8)
-    again = model.generate(features, "How many shapes are there?", max_tokens=8)
+def test_encode_once_ask_many(cold, image):
+    features = cold.encode(image)
+    assert features.features.shape == (1, 16, cold.config.vision.hidden_size)
+    alone = cold.generate(image, "How many shapes are there?", max_tokens=8)
+    again = cold.generate(features, "How many shapes are there?", max_tokens=8)
     assert again.text == alone.text
     assert again.timings.encode_s == 0
     options = SamplingOptions(max_tokens=8)
-    answers = [g.result for g in model.ask(image, ["How many shapes are there?"] * 2, options)]
+    answers = [g.result for g in cold.ask(image, ["How many shapes are there?"] * 2, options)]
     assert [answer.text for answer in answers] == [alone.text] * 2
     assert answers[0].timings.encode_s > 0 == answers[1].timings.encode_s
 
