@@ -98,8 +98,9 @@ def _files(path: Path, opened: list[Bundle]) -> Iterator[Line]:
 def _first_load(path: Path, loaded: list[FastVLM]) -> Iterator[Line]:
     """Seconds until a bundle can look and answer, by what they go to; and once more."""
     started = time.perf_counter()
-    # Changed files are the line before; here it is loaded as far as it goes.
-    model = load(path, check_hashes=False)
+    # Changed files are the line before; here it is loaded as far as it goes. Times are to be those
+    # of an image and a question that it has not seen.
+    model = load(path, check_hashes=False, kept_bytes=0)
     load_s = time.perf_counter() - started
     encoder = model.encoder
     encoder_s = time.perf_counter() - started - load_s
