@@ -17,7 +17,6 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,7 +87,8 @@ def main() -> None:
         bundle = arguments.bundle or export(Path(temporary))
         model = fastvlm_mlx.load(bundle)
         asked = questions(model, arguments.questions)
-        cold = replace(model, kept_bytes=0)
+        del model
+        cold = fastvlm_mlx.load(bundle, kept_bytes=0)
         _ = cold.generate(noise(0), PROMPTS[0], max_tokens=2)
         runs = [images(cold, arguments.images, arguments.tokens) for _ in range(arguments.runs)]
     ttft = {key: median(one[key] for one in asked) for key in asked[0]}

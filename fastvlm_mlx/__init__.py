@@ -8,7 +8,7 @@
 The public names:
 
     load               loads a bundle and returns a FastVLM.
-    FastVLM            a loaded bundle: encode, generate, stream, ask.
+    FastVLM            a loaded bundle: encode, generate, stream, ask, batch.
     ImageFeatures      an encoded image, which any number of questions may be asked about.
     SamplingOptions    how tokens are chosen, and when an answer stops.
     Generation         an answer as it is made: iterate over it for its text.
