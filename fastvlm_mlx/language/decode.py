@@ -44,7 +44,7 @@ class Continuation:
         """
         Args:
             max_tokens: how many ids are made, 1 or more.
-            sampler: log-probabilities [1, V] → a token [1].
+            sampler: logits [1, V] → a token [1].
             processors: change logits [1, V] by the tokens [n] before them.
         """
         self.prompt, self.max_tokens = prompt, max_tokens
@@ -81,7 +81,7 @@ class Continuation:
         """The next id, from logits [1, V]; it may be computed later."""
         for process in self._processors:
             logits = process(self._history, logits)
-        self.token = self._sampler(logits - mx.logsumexp(logits, keepdims=True))
+        self.token = self._sampler(logits)
         mx.async_eval(self.token)
         if self._processors:
             self._history = mx.concatenate([self._history, self.token])

@@ -185,7 +185,7 @@ def _shown(value: Any) -> str:
 
 
 class Sampler:
-    """Log-probabilities [1, V] → a token [1]."""
+    """Logits [1, V] → a token [1]."""
 
     def __init__(self, options: SamplingOptions, vocab_size: int):
         self._options = options
@@ -199,11 +199,12 @@ class Sampler:
         seed = secrets.randbits(64) if options.seed is None else options.seed
         self._key = mx.random.key(seed)
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array) -> mx.array:
         if self._greedy:
-            return mx.argmax(logprobs, axis=-1)
+            # Without the sum over the vocabulary, which takes a CPU 2 ms of the 25 for a token.
+            return mx.argmax(logits, axis=-1)
         options = self._options
-        logprobs = logprobs.astype(mx.float32)
+        logprobs = (logits - mx.logsumexp(logits, keepdims=True)).astype(mx.float32)
         if options.top_p < 1:
             logprobs = sampling.apply_top_p(logprobs, options.top_p)
         if options.min_p > 0:

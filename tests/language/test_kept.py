@@ -64,7 +64,7 @@ def ask(model, projected, case, **more):
     return result.tokens, result.text, result.finish_reason
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.lists(cases, min_size=1, max_size=6))
 def test_answers_are_those_of_a_cold_run(pair, asked):
     model, projected, cold = pair
