@@ -67,7 +67,7 @@ class Continuation:
                 ids[places][None], cache=self.caches, input_embeddings=embeddings[places][None]
             )
             if places.stop < len(ids):
-                # Its logits are never computed: nothing is evaluated that needs them.
+                # MLX never computes its logits: nothing is evaluated that needs them.
                 mx.eval([each.state for each in self.caches])
                 if kept.limit:
                     keep(kept, self.prompt.keys[index], self.caches, places.start, places.stop)
