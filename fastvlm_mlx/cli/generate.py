@@ -106,6 +106,7 @@ def generate(
     """The answer goes to standard output as it is written, a line of timings to standard error.
     Several prompts look at the image once."""
     from fastvlm_mlx.bundle.bundle import Bundle
+    from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.fastvlm import load
     from fastvlm_mlx.image.decode import (
@@ -129,7 +130,11 @@ def generate(
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
     source: ImageSource = _stdin() if image == "-" else image
-    Bundle.open(bundle)
+    if Bundle.open(bundle).manifest is None:
+        show.note(
+            f"warning: {bundle} has no {MANIFEST}, so its files can't be checked; only bundles of "
+            "Apple and of mlx-vlm come without one"
+        )
     decoded = load_image(source, max_pixels=limit)
     model = load(
         bundle,

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastvlm_mlx.bundle.quantization import MODES
 from fastvlm_mlx.cli.common import OUTPUT, argument, option
-from model_export.language.recipes import STOCK
 from model_export.options import (
     BITS,
     DEFAULT_ENCODER_BPW,
@@ -18,6 +17,7 @@ from model_export.options import (
     LAYOUTS,
     METHODS,
     PRECISIONS,
+    RECIPES,
     TARGETS,
     ExportOptions,
     parse_sizes,
@@ -71,7 +71,7 @@ Overwrite = Annotated[
 LlmBits = Annotated[
     int | None,
     option(
-        "How many bits store a weight; 16 does not quantize.",
+        "How many bits store a weight; 16 does not quantize, and 5 needs layout mlx.",
         group=LANGUAGE,
         choices=BITS,
         default=_DEFAULTS["llm_bits"],
@@ -89,7 +89,8 @@ GroupSize = Annotated[
 LlmMode = Annotated[
     str | None,
     option(
-        "The format of quantized weights; all but affine have bits and a group size of their own.",
+        "The format of quantized weights; all but affine have bits and a group size of their own, "
+        "and need layout mlx.",
         group=LANGUAGE,
         choices=MODES,
         default=_DEFAULTS["llm_mode"],
@@ -124,9 +125,11 @@ ProjectorBits = Annotated[
 Recipe = Annotated[
     str | None,
     option(
-        "Give each layer its own bits, as a JSON file or a stock recipe says.",
+        "Give each layer its own bits: as a JSON file says, where --llm-bits holds for the layers "
+        "that it does not name, or as a recipe of mlx-lm does, which takes no --llm-bits. It needs "
+        "layout mlx.",
         group=LANGUAGE,
-        choices=STOCK,
+        choices=RECIPES,
         value="FILE",
     ),
 ]

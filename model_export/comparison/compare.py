@@ -101,7 +101,9 @@ def compare(
     if not any(model.name == chosen.name for model in models):
         models = [chosen, *models]
     if len(models) < 2:
-        raise OptionError("only one model is given: name two or more bundles or checkpoints")
+        again = f"{chosen.name} is given twice and no other model with it"
+        found = again if len(paths) > 1 else "only one model is given"
+        raise OptionError(f"{found}: name two or more bundles or checkpoints")
     for model in models:
         if model.shape != chosen.shape:
             raise OptionError(
@@ -125,7 +127,7 @@ def samples_of(model: Model, path: str | Path | None, count: int) -> list[Sample
     """The user's, or held-out scenes with `count` questions; for a large encoder the gates'."""
     vision = model.config.vision
     if path is not None:
-        return list(load_calibration(path, vision).samples)
+        return list(load_calibration(path, vision, "--questions").samples)
     gates = gate_samples(vision)
     if not gates[0].name.startswith("scene"):
         return gates

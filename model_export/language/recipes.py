@@ -25,14 +25,12 @@ from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import ConfigError, OptionError
 from model_export.checkpoint.names import TensorSpec
 from model_export.loaders import LOADERS
-from model_export.options import GROUP_SIZES, LLMOptions
+from model_export.options import GROUP_SIZES, RECIPES, LLMOptions
 
 PREFIX = "language_model."
 EMBEDDING = PREFIX + "model.embed_tokens"
 HEAD = PREFIX + "lm_head"
 PROJECTOR = "multi_modal_projector."
-# mlx_lm.convert's, by the names of its --quant-predicate.
-STOCK = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 # Of a scale or a bias that a group of weights shares.
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -159,14 +157,14 @@ def _check_width(path: str, width: int, stored: Format | None) -> None:
 def _recipe(
     name: str, widths: Mapping[str, int], config: FastVLMConfig, options: LLMOptions
 ) -> dict[str, Format | None]:
-    if name in STOCK:
-        predicate = _stock(name, config, options.resolved_group_size)
+    if name in RECIPES:
+        predicate = _predicate(name, config, options.resolved_group_size)
         return {path: predicate(path.removeprefix(PREFIX)) for path in widths if PREFIX in path}
     file = Path(name).expanduser()
     if not file.is_file():
         raise OptionError(
             f"--recipe {name} is no file and no recipe by name: expected a JSON file, or "
-            f"{', '.join(STOCK)}"
+            f"{', '.join(RECIPES)}"
         )
     entries = read_json(None, file, OptionError, remedy="correct it")
     chosen: dict[str, Format | None] = {}
@@ -211,7 +209,7 @@ def _entry(file: Path, pattern: str, value: Any, options: LLMOptions) -> Format 
         raise OptionError(f"{file}: {pattern} is {value!r}, expected one of {allowed}") from error
 
 
-def _stock(name: str, config: FastVLMConfig, group_size: int) -> Callable[[str], Format | None]:
+def _predicate(name: str, config: FastVLMConfig, group_size: int) -> Callable[[str], Format | None]:
     """mlx-lm's own function of a module's path, over the model that it is made for."""
     from mlx_lm.convert import mixed_quant_predicate_builder
 
@@ -220,8 +218,8 @@ def _stock(name: str, config: FastVLMConfig, group_size: int) -> Callable[[str],
     model = Model(config).language_model
     predicate = mixed_quant_predicate_builder(name, model, group_size)
 
-    def of(path: str) -> Format | None:
-        found = predicate(path, model)
-        return Format(**found) if isinstance(found, dict) else None
+    def format_of(path: str) -> Format | None:
+        form = predicate(path, model)
+        return Format(**form) if isinstance(form, dict) else None
 
-    return of
+    return format_of

@@ -133,7 +133,7 @@ def test_median_and_deviation_are_of_the_answers(demo_checkpoint, coarse, tmp_pa
 
 
 def test_what_is_refused(demo_checkpoint, demo_bundle, tmp_path):
-    with pytest.raises(OptionError, match="only one model"):
+    with pytest.raises(OptionError, match="is given twice"):
         compare.compare([demo_bundle, demo_bundle], None, None, COUNT, silent)
     with pytest.raises((BundleError, CheckpointError), match="nowhere"):
         compare.compare([demo_bundle, tmp_path / "nowhere"], None, None, COUNT, silent)
