@@ -61,7 +61,7 @@ def generate(
         option("Above 1 it makes recent tokens less likely.", group=SAMPLING, value="X"),
     ] = None,
     seed: Annotated[
-        int | None, option("Makes the drawing repeatable.", group=SAMPLING, value="N")
+        int | None, option("Make sampled answers repeatable.", group=SAMPLING, value="N")
     ] = None,
     stop: Annotated[
         list[str] | None, option("End the answer before this text.", group=SAMPLING, value="TEXT")
@@ -69,8 +69,8 @@ def generate(
     compute_units: Annotated[
         str,
         option(
-            "Where Core ML runs the encoder, on macOS only; auto measures and takes the fastest "
-            "that is exact enough.",
+            "Where Core ML runs the encoder, on macOS only: ne is the Neural Engine, all leaves it "
+            "to Core ML, and auto measures them and takes the fastest that is exact enough.",
             group=IMAGE,
             choices=COMPUTE_UNITS,
         ),

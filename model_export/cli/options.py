@@ -25,7 +25,7 @@ from model_export.options import (
 from model_export.presets import PRESETS
 
 BUNDLE, LANGUAGE, ENCODER = "Bundle", "Language model", "Encoder"
-SOURCE, LIMITS, QUESTIONS = "Checkpoint", "Limits of the checks", "Questions"
+SOURCE, LIMITS, QUESTIONS = "Checkpoint", "Limits of the gates", "Questions"
 _DEFAULTS = ExportOptions().flat()
 
 Out = Annotated[Path, argument("OUT", "The directory in which the bundle appears.")]

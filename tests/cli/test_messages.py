@@ -283,8 +283,8 @@ class TestVerifyWithoutACheckpoint:
 
         listed = len(json.loads((demo_bundle / "manifest.json").read_text())["files"])
         out = run(demo_bundle)
-        assert f"{listed} as manifest.json lists them, by size and SHA-256" in out
-        assert "app, by the rules of the programs that load it" in out
+        assert f"all {listed} have the size and the SHA-256 that manifest.json lists" in out
+        assert "app: it keeps the rules of the programs that load it" in out
         assert "encoder largest magnitude" in out
         (bundle_copy / "manifest.json").unlink()
-        assert "not compared, there is no manifest.json" in run(bundle_copy)
+        assert "not compared, because there is no manifest.json" in run(bundle_copy)

@@ -1,4 +1,4 @@
-"""The assignments of bits that a search chooses from: those that promise least loss, and plain ones.
+"""The assignments that a search chooses from: those of least predicted loss, and plain ones.
 
 An assignment is plain where a user could have asked for it with other options: one form for the
 layers and one each for projector, embedding and head, or one of mlx-lm's recipes.

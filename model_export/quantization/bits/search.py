@@ -29,8 +29,8 @@ from model_export.quantization.bits.sensitivity import Losses
 from model_export.samples.calibration import Calibration
 from model_export.samples.images import Sample
 
-# The version of the way to measure losses. It is part of the name under which they are kept, so that
-# losses that were measured in another way are not reused.
+# The version of the way to measure losses. It is part of the name under which they are kept, so
+# that losses that were measured in another way are not reused.
 METHOD = 2
 # Single matrices are compared with each other on smaller images and fewer questions, because the
 # tokens of large images would take most of the time, and all matrices are treated alike.
@@ -42,7 +42,7 @@ MEASURING = 4e13
 CHOOSING = 2e13
 MEASURED_IMAGES = 8
 DECIDING_IMAGES = 24
-# How many tokens the questions about an image have with their answers, for an estimate of the time.
+# How many tokens the questions about an image have with their answers, to estimate the time.
 TEXT_TOKENS = 80
 # How many whole models are measured at least on the images that were kept back.
 FINALISTS = 8
