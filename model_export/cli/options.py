@@ -36,7 +36,7 @@ CheckpointReference = Annotated[
 Base = Annotated[
     str | None,
     option(
-        "The base of an adapter or a projector, if it is not the one that it names.",
+        "The base checkpoint of an adapter or a projector, if not the one that it names.",
         group=SOURCE,
         value="CHECKPOINT",
     ),
@@ -99,7 +99,7 @@ LlmMode = Annotated[
 EmbedBits = Annotated[
     int | None,
     option(
-        "The bits of the embedding, if they are other than --llm-bits.",
+        "The bits of the embedding, if they are not --llm-bits.",
         group=LANGUAGE,
         choices=BITS,
     ),
@@ -107,7 +107,7 @@ EmbedBits = Annotated[
 HeadBits = Annotated[
     int | None,
     option(
-        "The bits of the output head, if they are other than --llm-bits and the head is not the "
+        "The bits of the output head, if they are not --llm-bits; for models whose head is not the "
         "embedding.",
         group=LANGUAGE,
         choices=BITS,
@@ -136,7 +136,7 @@ Recipe = Annotated[
 LlmBpw = Annotated[
     float | None,
     option(
-        "Search the layers' bits that lose least at this many bits per weight in the mean.",
+        "Find the bits of each matrix that lose least, at this many bits per weight on average.",
         group=LANGUAGE,
         value="BITS",
     ),
@@ -144,8 +144,8 @@ LlmBpw = Annotated[
 Method = Annotated[
     str | None,
     option(
-        "How weights are rounded: rtn takes the nearest value, the others lose less by looking at "
-        "calibration images.",
+        "How weights are rounded: rtn takes the nearest value; the others look at a calibration "
+        "set to lose less.",
         group=LANGUAGE,
         choices=METHODS,
         default=_DEFAULTS["method"],
@@ -154,8 +154,8 @@ Method = Annotated[
 CalibrationSet = Annotated[
     str | None,
     option(
-        "The images for --method, --llm-bpw and a mixed encoder: a directory, or a JSONL file of "
-        "image, prompt and answer.",
+        "The calibration set for --method, --llm-bpw and a mixed encoder: a directory of images, "
+        "or a JSONL file of image, prompt and answer.",
         group=LANGUAGE,
         value="PATH",
         default="our own images",
@@ -210,7 +210,7 @@ ImageSize = Annotated[
 ImageSizes = Annotated[
     str | None,
     option(
-        "Several input sizes, such as 512,1024, in one encoder whose weights they share.",
+        "Several input sizes in one encoder, such as 512,1024; they share its weights.",
         group=ENCODER,
         value="PIXELS,PIXELS",
     ),
@@ -260,7 +260,11 @@ Questions = Annotated[
 ]
 Count = Annotated[
     int,
-    option("Ask at least this many questions about the scenes.", group=QUESTIONS, value="N"),
+    option(
+        "Ask at least this many questions, if they are about generated scenes.",
+        group=QUESTIONS,
+        value="N",
+    ),
 ]
 Plot = Annotated[
     Path | None,

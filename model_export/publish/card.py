@@ -199,8 +199,10 @@ def _usage(manifest: Mapping[str, Any], repository: str, revision: str | None) -
     branch = f" --revision {revision}" if revision else ""
     text = f"""## How to run it
 
+In a clone of fastvlm-mlx (on a Mac `pip install .` is enough):
+
 ```console
-$ pip install fastvlm-mlx
+$ pip install ".[export]"
 $ hf download {repository}{branch} --local-dir {name}
 $ fastvlm generate {name} --image photo.jpg --prompt "Describe the image."
 ```

@@ -240,6 +240,8 @@ class TestCard:
         assert "(`multi_modal_projector.linear_0.weight`, `multi_modal" in text
         assert re.search(r"\| KL divergence \| \S+ nats \| ≤ 2\.\d+e-06 nats \| passed \|", text)
         assert "coremltools 9" in text
+        # The package is on no index.
+        assert "pip install fastvlm-mlx" not in text
         assert "fastvlm install" not in text
         assert "mlx_vlm" not in text
 
