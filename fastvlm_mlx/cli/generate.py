@@ -18,7 +18,9 @@ def generate(
     bundle: BundlePath,
     image: Annotated[
         str,
-        option("The image's file; - reads it from standard input.", group=QUESTION, value="FILE"),
+        option(
+            "The file of the image; - reads it from standard input.", group=QUESTION, value="FILE"
+        ),
     ],
     prompt: Annotated[
         list[str], option("What to ask about the image.", group=QUESTION, value="TEXT")
@@ -103,8 +105,8 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The answer goes to standard output as it is written, a line of timings to standard error.
-    Several prompts look at the image once."""
+    """The answer goes to standard output as it is made, and a line of timings to standard error.
+    With several prompts the image is encoded once."""
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show

@@ -33,14 +33,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """All models are asked the same questions, and given the reference's answers token by token.
-    The table has their sizes, their losses, and how many answers would change. A dot marks a model if
-    no other is both smaller and nearer to the reference. The gates of an export ask other
+    The table has their sizes, their losses, and how many answers would change. A dot marks a model
+    if no other is both smaller and nearer to the reference. The gates of an export ask other
     questions, so their figures differ."""
     from fastvlm_mlx.bundle.files import left_behind
     from fastvlm_mlx.cli import show
     from model_export.cli import early
-    from model_export.comparison import RESULTS
+    from model_export.comparison import RESULTS, check_count
 
+    check_count(count)
     check_plot(plot)
     early.check_samples("--questions", questions)
     # What a sweep leaves beside its bundles, which `sweep/*` names too.

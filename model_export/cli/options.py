@@ -26,6 +26,7 @@ from model_export.presets import PRESETS
 
 BUNDLE, LANGUAGE, ENCODER = "Bundle", "Language model", "Encoder"
 SOURCE, LIMITS, QUESTIONS = "Checkpoint", "Limits of the gates", "Questions"
+OWN_LIMIT = "the gate's own"
 _DEFAULTS = ExportOptions().flat()
 
 Out = Annotated[Path, argument("OUT", "The directory in which the bundle appears.")]
@@ -126,8 +127,8 @@ Recipe = Annotated[
     str | None,
     option(
         "Give each layer its own bits: as a JSON file says, where --llm-bits holds for the layers "
-        "that it does not name, or as a recipe of mlx-lm does, which takes no --llm-bits. It needs "
-        "layout mlx.",
+        "that it does not name, or as a recipe of mlx-lm says, which takes no --llm-bits. More "
+        "than one choice of bits needs layout mlx.",
         group=LANGUAGE,
         choices=RECIPES,
         value="FILE",
@@ -158,7 +159,7 @@ CalibrationSet = Annotated[
         "or a JSONL file of image, prompt and answer.",
         group=LANGUAGE,
         value="PATH",
-        default="our own images",
+        default="generated images and a photograph",
     ),
 ]
 Dtype = Annotated[
@@ -230,6 +231,7 @@ MinSnr = Annotated[
         "The lowest signal-to-noise ratio of the encoder that passes, in dB.",
         group=LIMITS,
         value="DB",
+        default=OWN_LIMIT,
     ),
 ]
 MaxKl = Annotated[
@@ -238,6 +240,7 @@ MaxKl = Annotated[
         "The highest KL divergence of the answers that passes, in nats.",
         group=LIMITS,
         value="NATS",
+        default=OWN_LIMIT,
     ),
 ]
 MinAgreement = Annotated[
@@ -246,6 +249,7 @@ MinAgreement = Annotated[
         "The lowest share of equal tokens that passes, from 0 to 1.",
         group=LIMITS,
         value="SHARE",
+        default=OWN_LIMIT,
     ),
 ]
 

@@ -20,6 +20,7 @@ import torch
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.language.prompt import TURN_END
+from model_export.comparison import check_count
 from model_export.comparison.models import Model, open_model
 from model_export.gates.encoder import mean_cosine, snr_db
 from model_export.interruption import Progress
@@ -84,7 +85,7 @@ def compare(
     count: int,
     progress: Progress,
 ) -> list[Row]:
-    """Hold every model to the reference.
+    """Compare every model with the reference.
 
     Args:
         reference: a checkpoint or a bundle; without one the first checkpoint among `paths`, or
@@ -93,9 +94,10 @@ def compare(
         count: how many of the scenes' questions are asked at least.
 
     Raises:
-        OptionError: fewer than two models, or models of different shapes.
+        OptionError: fewer than two models, models of different shapes, or no question.
         BundleError, CheckpointError: one of them can't be read.
     """
+    check_count(count)
     models = [open_model(path) for path in dict.fromkeys(map(str, paths))]
     chosen = open_model(reference) if reference is not None else _reference(models)
     if not any(model.name == chosen.name for model in models):

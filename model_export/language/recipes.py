@@ -82,7 +82,7 @@ def scheme(
 def check_layout(formats: Scheme, layout: str) -> None:
     """Check a scheme against its layout; raises OptionError if the loaders can't read it."""
     if reason := unreadable(formats, layout):
-        raise OptionError(f"{reason}, use --layout mlx, or one format and 16 bits")
+        raise OptionError(f"{reason}; use --layout mlx, or one format and 16 bits")
 
 
 def unreadable(formats: Scheme, layout: str) -> str | None:
@@ -98,8 +98,8 @@ def unreadable(formats: Scheme, layout: str) -> str | None:
         return None
     listed = " and ".join(sorted(map(str, distinct)))
     return (
-        f"layout {layout} can't hold {listed}: {loader.program} reads one affine bits and "
-        "group_size for all that is quantized"
+        f"layout {layout} can't hold {listed}: {loader.program} reads one choice of affine "
+        "bits and group size for all that is quantized"
     )
 
 

@@ -57,6 +57,11 @@ def plan(bundle_path: Path, app: Path) -> Installation:
         DestinationError: `app` is not the demo app, or its model can't be replaced.
     """
     bundle = Bundle.open(bundle_path)
+    if bundle.layout != "app":
+        raise BundleError(
+            f"{bundle_path} is of layout {bundle.layout} and the demo app loads layout app: make "
+            f"such a bundle with `fastvlm convert {bundle_path} OUT`"
+        )
     bundle.check_files()
     info = describe(bundle.package)
     check_app(bundle, info)

@@ -114,7 +114,7 @@ class EncoderOptions:
             return
         if self.precision != "mixed":
             raise OptionError(
-                f"--encoder-bpw is what mixed is given, and the encoder is {self.precision}: add "
+                f"--encoder-bpw is given and the encoder is {self.precision}: add "
                 "--encoder-precision mixed, or leave it out"
             )
         if not 4 <= self.bpw < 16:

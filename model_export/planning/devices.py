@@ -286,7 +286,8 @@ def find_device(name: str) -> str:
         slug = slug.removesuffix("-max").removesuffix("-plus")
     if slug in DEVICES:
         return slug
-    near = ", ".join(get_close_matches(slug, DEVICES, n=3, cutoff=0.3)) or "none"
+    near = ", ".join(get_close_matches(slug, DEVICES, n=3, cutoff=0.3))
     raise OptionError(
-        f"--device {name} is not known (nearest: {near}): leave it out to see all that are"
+        f"--device {name} is not known{f' (nearest: {near})' if near else ''}: leave it out to see "
+        "all that are"
     )

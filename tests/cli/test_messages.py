@@ -237,6 +237,10 @@ def test_a_wrong_command_line(refused, line, sentence):
             "{image} is a file: expected the directory of a bundle or a checkpoint",
         ),
         (
+            "install {mlx} {empty}",
+            "{mlx} is of layout mlx and the demo app loads layout app: make such a bundle with ",
+        ),
+        (
             "export {image} {new}",
             "{image} is a file: expected the directory of a checkpoint, which holds config.json ",
         ),
@@ -252,17 +256,19 @@ def test_a_wrong_command_line(refused, line, sentence):
             "compare {bundle} {checkpoint} --questions {image}",
             "--questions {image} is an image: expected a directory of images, or a JSONL file ",
         ),
+        ("compare {bundle} {checkpoint} --count 0", "--count is 0: expected 1 or more"),
+        ("sweep {checkpoint} --out {new} --count -5", "--count is -5: expected 1 or more"),
         (
             "compare {bundle} {checkpoint} --questions {empty}",
             "--questions {empty} holds no image that can be used: expected images, or JSON lines ",
         ),
     ],
 )
-def test_what_does_not_go_together(refused, demo_bundle, demo_checkpoint, tmp_path, line, sentence):
+def test_what_does_not_go_together(refused, demo_bundle, mlx_bundle, demo_checkpoint, tmp_path, line, sentence):
     names = {name: tmp_path / name for name in ("empty", "new")} | {"image": tmp_path / "a.png"}
     names["empty"].mkdir()
     Image.new("RGB", (64, 64)).save(names["image"])
-    paths = {"bundle": demo_bundle, "checkpoint": demo_checkpoint, **names}
+    paths = {"bundle": demo_bundle, "mlx": mlx_bundle, "checkpoint": demo_checkpoint, **names}
     assert refused(*line.format(**paths).split()).startswith(sentence.format(**paths))
     assert not (tmp_path / "new").exists()
 
