@@ -264,7 +264,9 @@ def test_a_wrong_command_line(refused, line, sentence):
         ),
     ],
 )
-def test_what_does_not_go_together(refused, demo_bundle, mlx_bundle, demo_checkpoint, tmp_path, line, sentence):
+def test_what_does_not_go_together(
+    refused, demo_bundle, mlx_bundle, demo_checkpoint, tmp_path, line, sentence
+):
     names = {name: tmp_path / name for name in ("empty", "new")} | {"image": tmp_path / "a.png"}
     names["empty"].mkdir()
     Image.new("RGB", (64, 64)).save(names["image"])
