@@ -6,7 +6,7 @@
 export              turn a checkpoint into a bundle, checked by every gate
 convert             turn an mlx bundle into an app bundle
 verify              repeat a bundle's checks, and compare it with its checkpoint
-compare             hold bundles and checkpoints to one of them
+compare             measure sizes and losses of bundles and checkpoints, side by side
 plan                predict memory and time on a device, before anything is exported
 
 ExportOptions       what an export is asked for, in these groups:
@@ -24,8 +24,8 @@ DevicePlan          what plan gives back for each device
 Gate                one figure with its limit
 Progress            the type of a progress callback: the stage's name, the share that is done
 
-Importing this package loads neither torch nor coremltools: each comes with the first name that
-needs it. A user's mistake raises a `fastvlm_mlx.errors.FastVLMError` of one sentence.
+Importing this package loads neither torch nor coremltools; a function loads what it needs. A user's
+mistake raises a `fastvlm_mlx.errors.FastVLMError` of one sentence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exporter's questions for Python: `verify`, `compare` and `plan`, answered by dataclasses."""
+"""`verify`, `compare` and `plan` for Python. They return dataclasses."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ OWN_LIMITS = GateLimits()
 
 @dataclass(frozen=True)
 class CompareResult:
-    """Models side by side, from `compare`.
+    """The models that `compare` compared.
 
     Attributes:
-        rows: one for each model, with what it takes and what it loses against the reference.
+        rows: one for each model, with its sizes and its losses compared with the reference.
     """
 
     rows: tuple[Row, ...]
 
     @property
     def reference(self) -> Row:
-        """The model that all others are held to."""
+        """The model that all others are compared with."""
         return next(row for row in self.rows if row.reference)
 
     @property
     def best(self) -> tuple[Row, ...]:
-        """The models than which no other is both smaller and nearer to the reference."""
+        """The models for which no other is both smaller and nearer to the reference."""
         return tuple(row for row in self.rows if row.best)
 
 
@@ -47,19 +47,19 @@ class DevicePlan:
     Seconds and rates are None where a rate of the chip is not published.
 
     Attributes:
-        device, chip: by name.
-        memory_bytes: what is resident, by part, and in total.
+        device, chip: their names.
+        memory_bytes: the memory that each part takes, and all of them in total.
         limit_bytes, limit_with_entitlement_bytes: what the system lets an app have; None where
             there is no limit for one app.
         limit_at_least: the limits are lower bounds.
-        verdict: in words.
+        verdict: whether it fits, in words.
         fits: whether the bundle runs without being killed for memory.
         encoder_s, project_s, prefill_s, ttft_s: seconds of each step to the first token, and of all
             of them.
-        tokens_per_s: tokens a second with the context full.
-        prompt_tokens: tokens of an image with a question.
-        context: tokens in the KV cache.
-        kv_bits: bits of a quantized KV cache, or None.
+        tokens_per_s: tokens per second when the context is full.
+        prompt_tokens: how many tokens an image with a question has.
+        context: how many tokens the KV cache holds.
+        kv_bits: the bits of a quantized KV cache, or None.
         remedies: the smallest changes of options that make it fit, if it does not.
     """
 
@@ -98,16 +98,16 @@ def verify(
         bundle: a directory.
         checkpoint: the one that the bundle was made from, a directory or a hub id. Without it the
             files and the layout are checked, and nothing is compared.
-        limits: to judge by in place of the gates' own.
+        limits: those that are given replace the gates' own.
         progress: called with each stage's name and, where it is known, the share that is done.
-        base: for an adapter or a projector, in place of the base that it names.
-        revision: of a hub id.
+        base: the base of an adapter or a projector, if it is not the one that it names.
+        revision: the branch, tag or commit of a hub id.
 
     Raises:
         BundleError: a file changed, the layout's rules are broken, or the bundle was made from
             another checkpoint.
         CheckpointError, ConfigError: the checkpoint is not a whole FastVLM.
-        OptionError: limits, a base or a revision without a checkpoint.
+        OptionError: limits, a base or a revision are given without a checkpoint.
     """
     from model_export.gates.verify import verify as run
 
@@ -135,16 +135,16 @@ def compare(
     questions: str | Path | None = None,
     count: int = 200,
 ) -> CompareResult:
-    """Hold bundles and checkpoints to one of them: what each takes, and what it loses.
+    """Measure the sizes of bundles and checkpoints, and what each loses compared with one of them.
 
     Args:
         models: directories of bundles and checkpoints, or hub ids of checkpoints.
-        reference: what all are held to; else the first checkpoint among `models`, or the largest
-            bundle.
+        reference: the model that all are compared with; unless given, the first checkpoint among
+            `models`, or else the largest bundle.
         progress: called with each stage's name and, where it is known, the share that is done.
-        questions: a directory of images, or JSON lines of image, prompt and answer; else scenes,
-            or a photograph.
-        count: how many of the scenes' questions are asked at least.
+        questions: a directory of images, or a file of JSON lines with image, prompt and answer;
+            unless given, generated scenes, or a photograph for a large encoder.
+        count: how many questions about the scenes are asked at least.
 
     Raises:
         OptionError: fewer than two models, or models of different shapes.
@@ -173,25 +173,25 @@ def plan(
 
     Args:
         model: the directory of a bundle or a checkpoint, or a checkpoint's hub id.
-        device: a phone or a Mac by its chip, as iphone-16-pro or m4; all known ones unless given.
-        options: of the export that a checkpoint would go through; a bundle takes none.
+        device: a phone, or a Mac by its chip, as iphone-16-pro or m4; all known ones unless given.
+        options: those of the export that a checkpoint would go through; a bundle takes none.
         progress: called with each stage's name and, where it is known, the share that is done.
-        base: for an adapter or a projector, in place of the base that it names.
-        revision: of a hub id.
-        context: tokens in the KV cache; 2048, or all that the model has, unless given.
-        kv_bits: 4 or 8 for a quantized KV cache.
+        base: the base of an adapter or a projector, if it is not the one that it names.
+        revision: the branch, tag or commit of a hub id.
+        context: how many tokens the KV cache holds; 2048, or all that the model has, unless given.
+        kv_bits: 4 or 8 quantizes the KV cache.
 
     Returns:
         A plan for each device.
 
     Raises:
         BundleError, CheckpointError, ConfigError, EncoderError: the model is not whole.
-        OptionError: an unknown device, or options that don't fit.
+        OptionError: the device is not known, or the options don't fit the model.
     """
     from model_export.planning.plan import run
 
     (progress or _silent)("shapes", None)
-    found = run(
+    plans = run(
         model,
         device,
         options,
@@ -200,8 +200,8 @@ def plan(
         context=context,
         kv_bits=kv_bits,
     )
-    return [DevicePlan(**row) for row in found]
+    return [DevicePlan(**row) for row in plans]
 
 
 def _silent(stage: str, done: float | None) -> None:
-    """The progress callback of who gives none."""
+    """Report no progress."""

@@ -88,7 +88,7 @@ def _check_convertible(bundle: Bundle, layout: str) -> None:
     if bundle.layout == layout:
         raise BundleError(
             f"{bundle.path} is of layout {layout} already: expected a bundle of the other "
-            "layout, use it as it is"
+            "layout; this one can be used as it is"
         )
     if bundle.layout == "app":
         raise BundleError(

@@ -45,7 +45,7 @@ def export(
     """Turn a checkpoint into a bundle at `destination`, checked by every gate.
 
     Args:
-        checkpoint: a directory or a hub id, of any kind that `sources` knows.
+        checkpoint: a directory or a hub id of a checkpoint, an adapter or a projector.
         destination: a directory that does not exist, or with `overwrite` one that holds a bundle.
         options: what is asked for; `ExportOptions.of(llm_bits=4)` takes the command line's names.
         progress: called with each stage's name and, where it is known, the share that is done.

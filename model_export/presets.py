@@ -7,9 +7,9 @@ from typing import Any
 
 from fastvlm_mlx.errors import OptionError
 
-# Options by the command line's names. Those with limits promise something of the answers.
+# The options by their names on the command line. A preset with limits promises what they say.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The smallest bundle that keeps the answers.
+    # The smallest bundle whose answers stay nearly the same.
     "phone": {
         "llm_bits": 4,
         "method": "gptq",
@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_kl_nats": 0.025,
         "min_agreement": 0.97,
     },
-    # The checkpoint's own precision.
+    # Nothing is quantized; weights are cast to 16-bit floats.
     "exact": {"llm_bits": 16, "encoder_precision": "fp16"},
 }
 # Each of these replaces a preset's bits and method.

@@ -155,7 +155,7 @@ def _directory(path: str | Path) -> Path:
     if not exists:
         raise BundleError(f"{path} does not exist: expected a bundle made by `fastvlm export`")
     if not directory:
-        raise BundleError(f"{path} is a file: expected the bundle's directory")
+        raise BundleError(f"{path} is a file: expected the directory of a bundle")
     if (path / CONFIG).is_file():
         return path
     if (path / ADAPTER_CONFIG).is_file():

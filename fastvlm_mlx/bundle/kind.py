@@ -17,6 +17,8 @@ LANGUAGE = "language_model."
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # An owner and a name, as on the hub, and a revision.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+# Of the files that either is made of.
+_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".mlpackage"})
 _LISTED = 5
 
 
@@ -37,6 +39,17 @@ def is_bundle(path: Path) -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory that is no bundle looks like a checkpoint's, whole or an adapter's."""
     return any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+
+
+def is_neither(path: Path) -> bool:
+    """Whether there is nothing at a directory that a bundle or a checkpoint, or a part of one, is
+    made of, nor a directory of one."""
+    try:
+        suffixes = {child.suffix for child in path.iterdir() if not left_behind(child.name)}
+    except OSError:
+        # Who reads it says why it can't be read.
+        return False
+    return not suffixes & _SUFFIXES and what_is_below(path) is None
 
 
 def what_is_below(path: Path) -> str | None:

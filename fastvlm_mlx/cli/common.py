@@ -59,7 +59,9 @@ def _completing(words: tuple[str, ...]) -> Callable[[], list[str]]:
 
 
 Json = Annotated[bool, option("Print the result as one JSON object.", "--json", group=OUTPUT)]
-BundlePath = Annotated[Path, argument("BUNDLE", "The directory of a bundle.")]
+BundlePath = Annotated[
+    Path, argument("BUNDLE", "The directory of a bundle, which `fastvlm export` makes.")
+]
 
 
 def missing_extra() -> list[str]:

@@ -18,7 +18,9 @@ def generate(
     bundle: BundlePath,
     image: Annotated[
         str,
-        option("The image's file; - reads it from standard input.", group=QUESTION, value="FILE"),
+        option(
+            "The file of the image; - reads it from standard input.", group=QUESTION, value="FILE"
+        ),
     ],
     prompt: Annotated[
         list[str], option("What to ask about the image.", group=QUESTION, value="TEXT")
@@ -61,7 +63,7 @@ def generate(
         option("Above 1 it makes recent tokens less likely.", group=SAMPLING, value="X"),
     ] = None,
     seed: Annotated[
-        int | None, option("Makes the drawing repeatable.", group=SAMPLING, value="N")
+        int | None, option("Make sampled answers repeatable.", group=SAMPLING, value="N")
     ] = None,
     stop: Annotated[
         list[str] | None, option("End the answer before this text.", group=SAMPLING, value="TEXT")
@@ -69,8 +71,8 @@ def generate(
     compute_units: Annotated[
         str,
         option(
-            "Where Core ML runs the encoder, on macOS only; auto measures and takes the fastest "
-            "that is exact enough.",
+            "Where Core ML runs the encoder, on macOS only: ne is the Neural Engine, all leaves it "
+            "to Core ML, and auto measures them and takes the fastest that is exact enough.",
             group=IMAGE,
             choices=COMPUTE_UNITS,
         ),
@@ -103,9 +105,10 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The answer goes to standard output as it is written, a line of timings to standard error.
-    Several prompts look at the image once."""
+    """The answer goes to standard output as it is made, and a line of timings to standard error.
+    With several prompts the image is encoded once."""
     from fastvlm_mlx.bundle.bundle import Bundle
+    from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.fastvlm import load
     from fastvlm_mlx.image.decode import (
@@ -129,7 +132,11 @@ def generate(
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
     source: ImageSource = _stdin() if image == "-" else image
-    Bundle.open(bundle)
+    if Bundle.open(bundle).manifest is None:
+        show.note(
+            f"warning: {bundle} has no {MANIFEST}, so its files can't be checked; only bundles of "
+            "Apple and of mlx-vlm come without one"
+        )
     decoded = load_image(source, max_pixels=limit)
     model = load(
         bundle,

@@ -36,7 +36,7 @@ def facts_of(path: Path, checkpoint_facts: Callable[[Path], dict[str, Any]]) -> 
     Raises:
         BundleError, CheckpointError, ConfigError: it is neither, or can't be read.
     """
-    from fastvlm_mlx.bundle.kind import is_bundle
+    from fastvlm_mlx.bundle.kind import is_bundle, is_neither
     from fastvlm_mlx.inspection import inspect_bundle
 
     try:
@@ -50,4 +50,12 @@ def facts_of(path: Path, checkpoint_facts: Callable[[Path], dict[str, Any]]) -> 
             f"{path} does not exist: expected the directory of a bundle or of a checkpoint; "
             "export, plan, sweep, compare and `verify --checkpoint` take hub ids as well"
         )
-    return inspect_bundle(path) if is_bundle(path) else checkpoint_facts(path)
+    if not path.is_dir():
+        raise BundleError(f"{path} is a file: expected the directory of a bundle or a checkpoint")
+    if is_bundle(path):
+        return inspect_bundle(path)
+    if is_neither(path):
+        raise BundleError(
+            f"{path} holds no config.json: expected the directory of a bundle or a checkpoint"
+        )
+    return checkpoint_facts(path)

@@ -53,7 +53,7 @@ app = typer.Typer(
     cls=Fastvlm,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "obj": ADDITIONS},
-    help="FastVLM: any checkpoint in, one verified bundle out, the same answers everywhere.",
+    help="Turn a FastVLM checkpoint into a verified bundle that gives the same answers everywhere.",
 )
 
 

@@ -24,13 +24,16 @@ _stdout = Console()
 
 # All but the line's end and the tab, as Python writes them.
 _CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
+# The facts that are not called by their key with spaces.
+LABELS = {"fits_unmodified_mlx_vlm": "fits unmodified mlx-vlm", "misfit": "why it does not fit"}
 # In these huggingface_hub may draw bars of its own, with bytes and speed: none of ours meanwhile.
 HUB_STAGES = ("checkpoint", "upload")
 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, float | None], None]]:
-    """A progress callback for long work: a bar on a terminal, a line for each stage elsewhere."""
+    """Yield a progress callback for long work. It draws a bar on a terminal, and elsewhere prints a
+    line for each stage."""
     if not _stderr.is_terminal:
         yield _lines()
         return
@@ -87,12 +90,13 @@ def note(text: str) -> None:
 
 
 def answer(text: str) -> str:
-    """What a model says, for a terminal: whoever made it, it gives the terminal no commands."""
+    """Make a model's answer safe to print: whoever made the model, its text can't give the terminal
+    commands."""
     return text.translate(_CONTROLS)
 
 
 def timing_line(result: GenerationResult) -> str:
-    """One line: counts, seconds of each stage, speed, memory."""
+    """Write counts, seconds of each stage, speed and memory in one line."""
     t = result.timings
     return (
         f"{result.image_tokens} image + {result.prompt_tokens - result.image_tokens} text tokens, "
@@ -105,7 +109,7 @@ def timing_line(result: GenerationResult) -> str:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    """Facts of `inspect` as a table, nested ones with their group's name."""
+    """Print the facts of `inspect` as a table; nested ones get their group's name in front."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         if key == "gates":
@@ -116,7 +120,8 @@ def print_facts(facts: dict[str, Any]) -> None:
                     entry = ", ".join(f"{k} {_shown('bytes', v)}" for k, v in entry.items())
                 table.add_row(*_cells(f"{key} {inner}".replace("_", " "), _shown(inner, entry)))
         else:
-            table.add_row(*_cells(key.replace("_", " "), _shown(key, value)))
+            name = LABELS.get(key, key.replace("_", " "))
+            table.add_row(*_cells(name, _shown(key, value)))
     print_table(table)
     if facts.get("gates"):
         print_gates(facts["gates"])
@@ -130,7 +135,8 @@ def print_gates(gates: list[dict[str, Any]]) -> None:
 
 
 def print_table(table: Table, width: int | None = None) -> None:
-    """On a terminal as it is; elsewhere without the spaces that fill its lines up."""
+    """Print a table. Where the output is no terminal, its lines end without the spaces that fill
+    them up."""
     console = Console(width=width, highlight=False) if width else _stdout
     if console.is_terminal:
         console.print(table, soft_wrap=width is None)
@@ -141,7 +147,8 @@ def print_table(table: Table, width: int | None = None) -> None:
 
 
 def _cells(*texts: str) -> list[Text]:
-    """What may be somebody else's text, as it is: neither markup nor an escape for the terminal."""
+    """Make cells of texts that may be somebody else's. Nothing in them is read as rich's markup or
+    reaches the terminal as a command."""
     return [Text(printable(text)) for text in texts]
 
 

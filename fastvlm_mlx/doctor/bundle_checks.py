@@ -44,7 +44,7 @@ _SAME_NATS, _USABLE_NATS = 0.01, 0.1
 _GOOD, _USABLE = 0.8, 0.6
 _LONGEST = 64  # tokens of an answer
 _PROMPT = "What is in the picture?"
-# A stage that takes longer than was foreseen by this factor is slow; below this many seconds
+# A stage that takes longer than was predicted by this factor is slow; below this many seconds
 # what is measured is the calling, not the computing.
 _SLOW, _SHORT_S = 3.0, 0.01
 _STAGES = {"encode_s": "encoder_s", "project_s": "project_s", "prefill_s": "prefill_s"}
@@ -78,8 +78,11 @@ def _files(path: Path, opened: list[Bundle]) -> Iterator[Line]:
     facts: dict[str, Any] = {"layout": bundle.layout, "manifest": bundle.manifest is not None}
     if bundle.manifest is None:
         opened.append(bundle)
-        told = f"layout {bundle.layout}, without a manifest: nothing says what it was made from"
-        advice = "as it should be for Apple's and mlx-vlm's; ours have one, export again"
+        told = f"layout {bundle.layout}, without manifest.json, so its files can't be checked"
+        advice = (
+            "only bundles of Apple and of mlx-vlm come without one; if this is one of ours, export "
+            "the checkpoint again"
+        )
         yield Line("bundle", WARNING, told, advice, facts)
         return
     facts["source"] = bundle.manifest["source"]["name"]
@@ -308,7 +311,7 @@ def _repeats(tokens: tuple[int, ...]) -> bool:
 
 
 def _times(path: Path, model: FastVLM, exporter: Exporter) -> Iterator[Line]:
-    """Stages of an answer, everything warm, beside what `plan` foresees for this chip."""
+    """Stages of an answer, everything warm, beside what `plan` predicts for this chip."""
     name = "time to the first token"
     question = exporter.questions()[0]
     answer = min(
@@ -317,14 +320,14 @@ def _times(path: Path, model: FastVLM, exporter: Exporter) -> Iterator[Line]:
     )
     spent = asdict(answer.timings)
     figures: dict[str, Any] = {"measured": spent, "predicted": None}
-    foreseen, why = _foreseen(path, exporter)
-    figures["predicted"] = foreseen
+    forecast, why = _forecast(path, exporter)
+    figures["predicted"] = forecast
     parts, slow = [f"preprocess {spent['preprocess_s'] * 1000:.1f} ms"], []
     for stage, predicted in _STAGES.items():
-        took, expected = spent[stage], (foreseen or {}).get(predicted)
+        took, expected = spent[stage], (forecast or {}).get(predicted)
         told = f"{stage.removesuffix('_s')} {took * 1000:.1f} ms"
         if expected is not None:
-            told += f" (foreseen {expected * 1000:.1f})"
+            told += f" (predicted {expected * 1000:.1f})"
             if took > _SLOW * expected and took > _SHORT_S:
                 slow.append(stage.removesuffix("_s"))
         parts.append(told)
@@ -333,22 +336,22 @@ def _times(path: Path, model: FastVLM, exporter: Exporter) -> Iterator[Line]:
     told = ", ".join(parts) + (f"; {why}" if why else "")
     if slow:
         advice = "close what else computes, plug it in, and see which compute units are in use"
-        told += f"; slower than foreseen: {', '.join(slow)}"
+        told += f"; slower than predicted: {', '.join(slow)}"
         yield Line(name, WARNING, told, advice, figures)
     else:
         yield Line(name, OK, told, figures=figures)
 
 
-def _foreseen(path: Path, exporter: Exporter) -> tuple[dict[str, Any] | None, str]:
-    """The forecast for this machine, or why there is none."""
+def _forecast(path: Path, exporter: Exporter) -> tuple[dict[str, Any] | None, str]:
+    """Predict the times on this machine, or say why that can't be done."""
     if sys.platform != "darwin":
-        return None, "nothing foreseen: `fastvlm plan` knows Apple's chips"
+        return None, "there is no prediction, because `fastvlm plan` knows only Apple's chips"
     try:
         return exporter.forecast(path, machine.chip().removeprefix("Apple ")), ""
     except ModuleNotFoundError as error:
-        return None, f"nothing foreseen: that needs {error.name}, {INSTALL}"
+        return None, f"there is no prediction, which needs {error.name}: {INSTALL}"
     except OptionError as error:
-        return None, f"nothing foreseen: {error}"
+        return None, f"there is no prediction: {error}"
 
 
 def _decibels(value: float) -> str:

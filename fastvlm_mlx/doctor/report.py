@@ -148,7 +148,7 @@ def versions() -> Iterator[Line]:
             wrong.append(f"{name} {found[name]} where {requirement.partition(';')[0].strip()}")
     told = ", ".join(f"{name} {number}" for name, number in found.items())
     if wrong:
-        advice = "install what is asked for: pip install --upgrade fastvlm-mlx"
+        advice = f"install what is asked for: {INSTALL}"
         yield Line("versions", WARNING, f"{', '.join(wrong)}, of {told}", advice, found)
     else:
         yield Line("versions", OK, told, figures=found)

@@ -51,10 +51,10 @@ CARD_BYTES = 10 * MB
 
 
 class Checkpoint:
-    """A FastVLM checkpoint: a directory or a hub id, of any kind that `sources` knows.
+    """A FastVLM checkpoint, an adapter with its base, or a projector with its base.
 
-    Opening it reads headers only and checks that every tensor is there with its shape. Tensors
-    are read one at a time, by `mx` or `torch`, and kept by nobody.
+    Opening it reads headers only and checks that every tensor is there with its shape. A tensor is
+    read when it is asked for, as an array of MLX or torch, and is not kept.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Checkpoint:
     ):
         """
         Args:
-            base, revision: as in `open_source`.
+            reference: a directory or a hub id.
+            base: the base of an adapter or a projector, if it is not the one that it names.
+            revision: the branch, tag or commit of a hub id.
             image_size: the encoder's input size in pixels, in place of the checkpoint's own.
 
         Raises:

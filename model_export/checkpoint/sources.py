@@ -63,7 +63,8 @@ def open_source(
     path, hub_id = hub.locate(reference, revision)
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is a file: expected the directory that holds config.json and the weights"
+            f"{path} is a file: expected the directory of a checkpoint, which holds config.json "
+            "and the weights"
         )
     if is_bundle(path):
         raise _bundle_found(path)

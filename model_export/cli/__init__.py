@@ -24,7 +24,7 @@ VERBS = (
         "convert",
         "Export",
         "Turn an mlx bundle into an app bundle, without its checkpoint.",
-        "fastvlm convert mlx-bundle app-bundle --layout app",
+        "fastvlm convert mlx-bundle app-bundle",
         "model_export.cli.convert",
         needs_export=True,
         writes=True,

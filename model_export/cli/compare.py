@@ -32,14 +32,16 @@ def compare(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """All are asked the same questions, and given the answers of the reference token by token. The
-    table says how much larger the loss is and how many answers would change; a dot marks what no
-    other is both smaller and nearer than."""
+    """All models are asked the same questions, and given the reference's answers token by token.
+    The table has their sizes, their losses, and how many answers would change. A dot marks a model
+    if no other is both smaller and nearer to the reference. The gates of an export ask other
+    questions, so their figures differ."""
     from fastvlm_mlx.bundle.files import left_behind
     from fastvlm_mlx.cli import show
     from model_export.cli import early
-    from model_export.comparison import RESULTS
+    from model_export.comparison import RESULTS, check_count
 
+    check_count(count)
     check_plot(plot)
     early.check_samples("--questions", questions)
     # What a sweep leaves beside its bundles, which `sweep/*` names too.
@@ -54,7 +56,7 @@ def compare(
 
 
 def check_plot(plot: Path | None) -> None:
-    """Raises OptionError, DestinationError: it can't be drawn into."""
+    """Raises OptionError, DestinationError: the chart can't be written to this file."""
     if plot is not None:
         from model_export.comparison import plot as chart
 
@@ -62,7 +64,7 @@ def check_plot(plot: Path | None) -> None:
 
 
 def deliver(rows: Sequence[Row], plot: Path | None, more: dict[str, Any], *, as_json: bool) -> None:
-    """Draw the rows where a plot is wanted, and print them with `more`, which is for programs."""
+    """Draw the rows if a plot is wanted, and print them; `more` is printed for programs only."""
     if plot is not None:
         from model_export.comparison import plot as chart
 
@@ -74,7 +76,8 @@ def deliver(rows: Sequence[Row], plot: Path | None, more: dict[str, Any], *, as_
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """A row for each model; • stands before what no other is both smaller and nearer than."""
+    """Print a row for each model, with • where no other is both smaller and nearer to the
+    reference."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text

@@ -11,7 +11,9 @@ from model_export.cli.options import BUNDLE, Out, Overwrite
 def convert(
     bundle: BundlePath,
     out: Out,
-    layout: Annotated[str, option("The layout of the new bundle.", group=BUNDLE, choices=("app",))],
+    layout: Annotated[
+        str, option("The layout of the new bundle.", group=BUNDLE, choices=("app",))
+    ] = "app",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

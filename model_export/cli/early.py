@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.kind import is_bundle
-from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.hub import is_hub_id
 from model_export.destination.destination import check_replaceable, resolve
 from model_export.language import recipes
 from model_export.options import ExportOptions
+from model_export.samples.calibration import check_path
 
 
 def check_destination(out: Path, *, overwrite: bool) -> None:
@@ -23,12 +23,9 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
 
 
 def check_samples(name: str, path: str | Path | None) -> None:
-    """Raises OptionError: there is nothing at the path of images that the option `name` gives."""
-    if path is not None and not _exists(path):
-        raise OptionError(
-            f"{name} {path} does not exist: expected a directory of images, or a JSONL file of "
-            "image, prompt and answer"
-        )
+    """Raises OptionError: there are no images at the path that the option `name` gives."""
+    if path is not None:
+        check_path(name, path)
 
 
 def check_checkpoint(

@@ -83,9 +83,9 @@ def export(
     min_agreement: MinAgreement = None,
     as_json: Json = False,
 ) -> None:
-    """The bundle appears at OUT complete and checked, or not at all. Every export ends in a numeric
-    comparison of what was written with the checkpoint; `fastvlm plan` takes the same options and
-    predicts what the bundle needs."""
+    """The bundle appears at OUT complete and checked, or not at all. Every export ends in gates:
+    what was written is compared with the checkpoint, and the figures of that with limits. `fastvlm
+    plan` takes the same options and predicts what the bundle needs."""
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.inspection import inspect_bundle
     from model_export.cli import early
@@ -106,7 +106,7 @@ def export(
 
 
 def note_padding(path: Path) -> None:
-    """Say so if mlx-vlm, which pads every image, will answer otherwise than the checkpoint."""
+    """Tell the user if mlx-vlm, which pads every image, will not answer as the checkpoint does."""
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.cli import show
 

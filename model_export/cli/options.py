@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastvlm_mlx.bundle.quantization import MODES
 from fastvlm_mlx.cli.common import OUTPUT, argument, option
-from model_export.language.recipes import STOCK
 from model_export.options import (
     BITS,
     DEFAULT_ENCODER_BPW,
@@ -18,6 +17,7 @@ from model_export.options import (
     LAYOUTS,
     METHODS,
     PRECISIONS,
+    RECIPES,
     TARGETS,
     ExportOptions,
     parse_sizes,
@@ -25,7 +25,8 @@ from model_export.options import (
 from model_export.presets import PRESETS
 
 BUNDLE, LANGUAGE, ENCODER = "Bundle", "Language model", "Encoder"
-SOURCE, LIMITS, QUESTIONS = "Checkpoint", "Limits of the checks", "Questions"
+SOURCE, LIMITS, QUESTIONS = "Checkpoint", "Limits of the gates", "Questions"
+OWN_LIMIT = "the gate's own"
 _DEFAULTS = ExportOptions().flat()
 
 Out = Annotated[Path, argument("OUT", "The directory in which the bundle appears.")]
@@ -36,7 +37,7 @@ CheckpointReference = Annotated[
 Base = Annotated[
     str | None,
     option(
-        "The base of an adapter or a projector, if it is not the one that it names.",
+        "The base checkpoint of an adapter or a projector, if not the one that it names.",
         group=SOURCE,
         value="CHECKPOINT",
     ),
@@ -71,7 +72,7 @@ Overwrite = Annotated[
 LlmBits = Annotated[
     int | None,
     option(
-        "How many bits store a weight; 16 does not quantize.",
+        "How many bits store a weight; 16 does not quantize, and 5 needs layout mlx.",
         group=LANGUAGE,
         choices=BITS,
         default=_DEFAULTS["llm_bits"],
@@ -89,7 +90,8 @@ GroupSize = Annotated[
 LlmMode = Annotated[
     str | None,
     option(
-        "The format of quantized weights; all but affine have bits and a group size of their own.",
+        "The format of quantized weights; all but affine have bits and a group size of their own, "
+        "and need layout mlx.",
         group=LANGUAGE,
         choices=MODES,
         default=_DEFAULTS["llm_mode"],
@@ -98,7 +100,7 @@ LlmMode = Annotated[
 EmbedBits = Annotated[
     int | None,
     option(
-        "The bits of the embedding, if they are other than --llm-bits.",
+        "The bits of the embedding, if they are not --llm-bits.",
         group=LANGUAGE,
         choices=BITS,
     ),
@@ -106,7 +108,7 @@ EmbedBits = Annotated[
 HeadBits = Annotated[
     int | None,
     option(
-        "The bits of the output head, if they are other than --llm-bits and the head is not the "
+        "The bits of the output head, if they are not --llm-bits; for models whose head is not the "
         "embedding.",
         group=LANGUAGE,
         choices=BITS,
@@ -124,16 +126,18 @@ ProjectorBits = Annotated[
 Recipe = Annotated[
     str | None,
     option(
-        "Give each layer its own bits, as a JSON file or a stock recipe says.",
+        "Give each layer its own bits: as a JSON file says, where --llm-bits holds for the layers "
+        "that it does not name, or as a recipe of mlx-lm says, which takes no --llm-bits. More "
+        "than one choice of bits needs layout mlx.",
         group=LANGUAGE,
-        choices=STOCK,
+        choices=RECIPES,
         value="FILE",
     ),
 ]
 LlmBpw = Annotated[
     float | None,
     option(
-        "Search the layers' bits that lose least at this many bits per weight in the mean.",
+        "Find the bits of each matrix that lose least, at this many bits per weight on average.",
         group=LANGUAGE,
         value="BITS",
     ),
@@ -141,8 +145,8 @@ LlmBpw = Annotated[
 Method = Annotated[
     str | None,
     option(
-        "How weights are rounded: rtn takes the nearest value, the others lose less by looking at "
-        "calibration images.",
+        "How weights are rounded: rtn takes the nearest value; the others look at a calibration "
+        "set to lose less.",
         group=LANGUAGE,
         choices=METHODS,
         default=_DEFAULTS["method"],
@@ -151,11 +155,11 @@ Method = Annotated[
 CalibrationSet = Annotated[
     str | None,
     option(
-        "The images for --method, --llm-bpw and a mixed encoder: a directory, or a JSONL file of "
-        "image, prompt and answer.",
+        "The calibration set for --method, --llm-bpw and a mixed encoder: a directory of images, "
+        "or a JSONL file of image, prompt and answer.",
         group=LANGUAGE,
         value="PATH",
-        default="our own images",
+        default="generated images and a photograph",
     ),
 ]
 Dtype = Annotated[
@@ -207,7 +211,7 @@ ImageSize = Annotated[
 ImageSizes = Annotated[
     str | None,
     option(
-        "Several input sizes, such as 512,1024, in one encoder whose weights they share.",
+        "Several input sizes in one encoder, such as 512,1024; they share its weights.",
         group=ENCODER,
         value="PIXELS,PIXELS",
     ),
@@ -227,6 +231,7 @@ MinSnr = Annotated[
         "The lowest signal-to-noise ratio of the encoder that passes, in dB.",
         group=LIMITS,
         value="DB",
+        default=OWN_LIMIT,
     ),
 ]
 MaxKl = Annotated[
@@ -235,6 +240,7 @@ MaxKl = Annotated[
         "The highest KL divergence of the answers that passes, in nats.",
         group=LIMITS,
         value="NATS",
+        default=OWN_LIMIT,
     ),
 ]
 MinAgreement = Annotated[
@@ -243,6 +249,7 @@ MinAgreement = Annotated[
         "The lowest share of equal tokens that passes, from 0 to 1.",
         group=LIMITS,
         value="SHARE",
+        default=OWN_LIMIT,
     ),
 ]
 
@@ -257,7 +264,11 @@ Questions = Annotated[
 ]
 Count = Annotated[
     int,
-    option("Ask at least this many questions about the scenes.", group=QUESTIONS, value="N"),
+    option(
+        "Ask at least this many questions, if they are about generated scenes.",
+        group=QUESTIONS,
+        value="N",
+    ),
 ]
 Plot = Annotated[
     Path | None,

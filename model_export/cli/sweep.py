@@ -22,7 +22,12 @@ def sweep(
         option("The directory of the bundles and of sweep.json.", group=EXPORTS, value="DIRECTORY"),
     ],
     layout: Annotated[
-        str, option("Who loads the bundles, as for export.", group=EXPORTS, choices=LAYOUTS)
+        str,
+        option(
+            "Who loads the bundles: app is Apple's demo app, mlx is mlx-vlm and mlx-swift-lm.",
+            group=EXPORTS,
+            choices=LAYOUTS,
+        ),
     ] = "app",
     choices: Annotated[
         Path | None,
@@ -30,7 +35,7 @@ def sweep(
             'A JSON file of the exports to make, such as {"small": {"llm_bits": 4}}.',
             group=EXPORTS,
             value="FILE",
-            default="our own",
+            default="a set of usual ones",
         ),
     ] = None,
     questions: Questions = None,
@@ -38,11 +43,13 @@ def sweep(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Every bundle is compared with the checkpoint as `fastvlm compare` does it. A sweep that was
-    stopped goes on where it was when it is run again."""
+    """Every bundle is compared with the checkpoint as `fastvlm compare` does it. If a sweep was
+    stopped, the same command continues where it was."""
     from fastvlm_mlx.cli import show
     from model_export.cli import early
+    from model_export.comparison import check_count
 
+    check_count(count)
     check_plot(plot)
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)

@@ -81,16 +81,16 @@ def verify(
 
 
 def print_checks(bundle: Bundle) -> None:
-    """What was checked before any gate, as the bundle's manifest and its layout say it."""
+    """Print what was checked before any gate: the files and the layout."""
     from rich.table import Table
 
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
 
-    files = f"{len(bundle.files) - 1} as {MANIFEST} lists them, by size and SHA-256"
+    files = f"all {len(bundle.files) - 1} have the size and the SHA-256 that {MANIFEST} lists"
     if bundle.manifest is None:
-        files = f"not compared, there is no {MANIFEST}"
-    table = Table("check", "", box=None, pad_edge=False)
+        files = f"not compared, because there is no {MANIFEST}"
+    table = Table("checked", "result", box=None, pad_edge=False)
     table.add_row("files", files)
-    table.add_row("layout", f"{bundle.layout}, by the rules of the programs that load it")
+    table.add_row("layout", f"{bundle.layout}: it keeps the rules of the programs that load it")
     show.print_table(table)

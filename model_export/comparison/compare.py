@@ -20,6 +20,7 @@ import torch
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.language.prompt import TURN_END
+from model_export.comparison import check_count
 from model_export.comparison.models import Model, open_model
 from model_export.gates.encoder import mean_cosine, snr_db
 from model_export.interruption import Progress
@@ -84,7 +85,7 @@ def compare(
     count: int,
     progress: Progress,
 ) -> list[Row]:
-    """Hold every model to the reference.
+    """Compare every model with the reference.
 
     Args:
         reference: a checkpoint or a bundle; without one the first checkpoint among `paths`, or
@@ -93,15 +94,18 @@ def compare(
         count: how many of the scenes' questions are asked at least.
 
     Raises:
-        OptionError: fewer than two models, or models of different shapes.
+        OptionError: fewer than two models, models of different shapes, or no question.
         BundleError, CheckpointError: one of them can't be read.
     """
+    check_count(count)
     models = [open_model(path) for path in dict.fromkeys(map(str, paths))]
     chosen = open_model(reference) if reference is not None else _reference(models)
     if not any(model.name == chosen.name for model in models):
         models = [chosen, *models]
     if len(models) < 2:
-        raise OptionError("only one model is given: name two or more bundles or checkpoints")
+        again = f"{chosen.name} is given twice and no other model with it"
+        found = again if len(paths) > 1 else "only one model is given"
+        raise OptionError(f"{found}: name two or more bundles or checkpoints")
     for model in models:
         if model.shape != chosen.shape:
             raise OptionError(
@@ -125,7 +129,7 @@ def samples_of(model: Model, path: str | Path | None, count: int) -> list[Sample
     """The user's, or held-out scenes with `count` questions; for a large encoder the gates'."""
     vision = model.config.vision
     if path is not None:
-        return list(load_calibration(path, vision).samples)
+        return list(load_calibration(path, vision, "--questions").samples)
     gates = gate_samples(vision)
     if not gates[0].name.startswith("scene"):
         return gates

@@ -21,7 +21,7 @@ from fastvlm_mlx.bundle.manifest import MANIFEST
 from fastvlm_mlx.bundle.schema import check, read_json
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.comparison import RESULTS, compare
+from model_export.comparison import RESULTS, check_count, compare
 from model_export.comparison.compare import Bench, Row, samples_of
 from model_export.comparison.models import open_model
 from model_export.destination.destination import clear_leftovers
@@ -79,6 +79,7 @@ def sweep(
         OptionError: a choice is no set of options.
         DestinationError: `out` is another checkpoint's sweep, or can't be written.
     """
+    check_count(count)
     options = {name: _options(name, fields, layout) for name, fields in choices.items()}
     progress("checkpoint", None)
     state = _State.open(out, _digest(Checkpoint(checkpoint_path), questions, count))
@@ -191,7 +192,7 @@ class _State:
             clear_leftovers(out)
             if out.exists() and (not out.is_dir() or not is_empty(out)):
                 raise DestinationError(
-                    f"{out} is there and is no sweep's: choose a directory of its own"
+                    f"{out} exists and was not made by a sweep: choose another directory"
                 )
             return cls(file, {"made_from": digest, "choices": {}})
         data = read_json(out, file, DestinationError, remedy="remove it")

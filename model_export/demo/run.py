@@ -51,13 +51,18 @@ class Demo:
             yield question, answer, scenes.is_right(question, answer.text)
 
 
-def check_directory(directory: Path) -> None:
-    """Raises DestinationError: `directory` holds something that the demo did not make."""
+def check_directory(directory: Path) -> bool:
+    """Look whether a demo may be made in `directory`, and whether an earlier one is there.
+
+    Raises:
+        DestinationError: `directory` holds something that the demo did not make.
+    """
     clear_leftovers(directory)
     if not _ours(directory, {BUNDLE, SCENE}):
         raise DestinationError(
             f"{directory} exists and is not an earlier demo's: name another directory"
         )
+    return (directory / BUNDLE).exists()
 
 
 def run_demo(directory: Path, progress: Progress, *, seed: int, llm_bits: int) -> Demo:
@@ -75,7 +80,8 @@ def run_demo(directory: Path, progress: Progress, *, seed: int, llm_bits: int) -
     bundle, image = directory / BUNDLE, directory / SCENE
     with as_file(files("model_export.demo") / "checkpoint") as checkpoint:
         export(checkpoint, bundle, options, progress)
-        _, gates = verify(bundle, checkpoint, {}, progress)
+        # Its stages are those of the export's check; here they are one.
+        _, gates = verify(bundle, checkpoint, {}, lambda stage, done: progress("verify", None))
     scene = scenes.generate(seed, held_out=True)
     # What was there is the demo's own, unless it is a link that somebody put there.
     image.unlink(missing_ok=True)

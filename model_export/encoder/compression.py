@@ -1,9 +1,10 @@
-"""The encoder's weights in fewer bits: palettes of a few values, or 8-bit integers.
+"""Store the encoder's weights in fewer bits, as palettes of a few values or as 8-bit integers.
 
 A palette is a look-up table of 2^bits values for one weight tensor. Its values minimize the squared
-rounding error: k-means in one dimension, exact on the histogram of the tensor's fp16 values, of
-which there are at most 65,536. Depthwise convolutions and the three-channel stem stay fp16 in the
-uniform choices: 1.3 of 122 million weights, which at 6 bits make two thirds of all the noise.
+rounding error. They are found by k-means in one dimension on the histogram of the tensor's fp16
+values, which is exact because there are at most 65,536 of them. In the uniform choices the
+depthwise convolutions and the stem, which has three input channels, stay fp16. They are 1.3 of 122
+million weights, and at 6 bits they would make two thirds of all the noise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from fastvlm_mlx.vision.package import MIXED, quiet_coremltools
 from model_export.encoder.fastvithd import FastViTHD
 from model_export.options import PALETTE_BITS
 
-# Widths that Core ML's table look-up has had since iOS 16, as far as they are of use here.
 # What coremltools' passes append to the name of a constant that they replace.
 _SUFFIXES = ("", "_palettized", "_quantized")
 _ROUNDS = 200
@@ -37,11 +37,11 @@ class Compression:
     """How the weights of convolutions are stored, by the name of the convolution.
 
     Attributes:
-        palettes: float16 [2^bits], ascending.
-        int8: those stored as symmetric integers with a scale for each output channel.
-        calibration: what it was measured on, for the record.
-
-    What neither names stays fp16.
+        palettes: the convolutions that are stored as palettes; each is float16 [2^bits],
+            ascending.
+        int8: the convolutions that are stored as symmetric integers with a scale for each output
+            channel. Those in neither stay fp16.
+        calibration: what the choice was measured on, for the record.
     """
 
     palettes: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Compression:
 
     @property
     def formats(self) -> dict[str, str]:
-        """palette4, palette6, palette8 or int8, by convolution."""
+        """The format of each compressed convolution: palette4, palette6, palette8 or int8."""
         widths = {2**bits: name for name, bits in PALETTE_BITS.items()}
         return {n: widths[len(p)] for n, p in self.palettes.items()} | dict.fromkeys(
             sorted(self.int8), "int8"
@@ -58,27 +58,27 @@ class Compression:
 
     @property
     def precision(self) -> str:
-        """As `fastvlm_mlx.vision.package.describe` names what is written."""
-        found = sorted(set(self.formats.values()))
-        return MIXED if len(found) > 1 else found[0] if found else "fp16"
+        """The name that `fastvlm_mlx.vision.package.describe` gives to what is written."""
+        formats = sorted(set(self.formats.values()))
+        return MIXED if len(formats) > 1 else formats[0] if formats else "fp16"
 
     def metadata(self) -> dict[str, str]:
-        """What the package says about it."""
+        """Make the entries that describe it in the package."""
         entries = {"weight_formats": self.formats, "calibration": dict(self.calibration)}
         return {key: json.dumps(value) for key, value in entries.items() if value}
 
 
 def convolutions(module: FastViTHD) -> dict[str, nn.Conv2d]:
-    """Every convolution by name; the encoder has no other weights."""
+    """Find every convolution by its name; the encoder has no other weights."""
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Conv2d)}
 
 
 def uniform(
     module: FastViTHD, precision: str, progress: Callable[[float], None] = lambda done: None
 ) -> Compression:
-    """int8, palette6 or palette4 for every convolution but the depthwise ones and the stem.
+    """Give every convolution but the depthwise ones and the stem int8, palette6 or palette4.
 
-    Needs no data, and does not write to `module`.
+    This needs no data, and does not write to `module`.
     """
     names = {n: c for n, c in convolutions(module).items() if c.groups == 1 and c.in_channels > 3}
     if precision == "int8":
@@ -99,13 +99,17 @@ class Histogram:
 
     @staticmethod
     def of(weight: Tensor, importance: Tensor | None = None) -> Histogram:
-        """`importance`: how much each element's squared error counts, all the same unless given.
+        """Count the values of a weight.
+
+        Args:
+            importance: how much the squared error of each element counts; all count the same
+                unless it is given.
 
         Raises:
             EncoderError: a weight is not a finite fp16 number.
         """
         codes = weight.detach().half().numpy().view(np.uint16).ravel()
-        # What nothing depends on still gets a palette.
+        # A weight that nothing depends on gets a palette all the same.
         if importance is not None and not importance.any():
             importance = None
         weights = None if importance is None else importance.numpy().ravel()
@@ -124,7 +128,7 @@ class Histogram:
         return Histogram(values[order], counts[present][order])
 
     def palette(self, bits: int) -> tuple[np.ndarray, float]:
-        """The float16 [2^bits] palette of least squared error, and that error, summed."""
+        """Find the float16 [2^bits] palette of least squared error, and the sum of that error."""
         size = 2**bits
         values, counts = self.values, self.counts
         if len(values) <= size:
@@ -132,7 +136,8 @@ class Histogram:
         cells = _Cells.over(values, counts)
         palette, error = cells.settled(_companded(values, counts, size))
         for _ in range(size):
-            # Lloyd's steps never move a level past a gap: take one away here, put one in there.
+            # Lloyd's steps never move a level over a gap between values, so a level is taken away
+            # in one place and added in another.
             moved, smaller = cells.settled(cells.exchanged(palette))
             if smaller > (1 - _WORTHWHILE) * error:
                 break
@@ -144,7 +149,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Sums over any range of a histogram's values: of counts, of values and of their squares."""
+    """Sums over any range of a histogram's values: of the counts, the values and their squares."""
 
     values: np.ndarray
     sums: np.ndarray
@@ -155,19 +160,20 @@ class _Cells:
         return _Cells(values, np.pad(moments, ((0, 0), (1, 0))))
 
     def around(self, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Count, mean and squared error of what is nearest to each level, which ascend."""
+        """Compute count, mean and squared error of the values that are nearest to each of the
+        ascending levels."""
         edges = np.searchsorted(self.values, (palette[1:] + palette[:-1]) / 2)
         ends = np.concatenate([[0], edges, [len(self.values)]])
         count, total, squares = np.diff(self.sums[:, ends], axis=1)
         mean = np.where(count > 0, total / np.where(count > 0, count, 1), palette)
-        # Of next to nothing, a difference of sums may be all rounding.
+        # Where a cell holds next to nothing, the difference of two sums may be all rounding error.
         low = self.values[np.minimum(ends[:-1], len(self.values) - 1)]
         high = self.values[np.maximum(ends[1:] - 1, 0)]
         mean = np.where(ends[1:] > ends[:-1], np.clip(mean, low, np.maximum(low, high)), palette)
         return count, mean, np.maximum(squares - total * mean, 0)
 
     def settled(self, palette: np.ndarray) -> tuple[np.ndarray, float]:
-        """Lloyd's algorithm from `palette`, and the error that it ends with."""
+        """Run Lloyd's algorithm from `palette`; return its last levels and their error."""
         for _ in range(_ROUNDS):
             _, better, errors = self.around(palette)
             if np.array_equal(better, palette):
@@ -176,7 +182,7 @@ class _Cells:
         return palette, float(errors.sum())
 
     def exchanged(self, palette: np.ndarray) -> np.ndarray:
-        """The two neighbours that lose least by it as one level; the worst level as two."""
+        """Join the two neighbours that lose least by it, and split the worst level in two."""
         count, mean, errors = self.around(palette)
         both = count[1:] + count[:-1]
         lost = count[1:] * count[:-1] / np.where(both > 0, both, 1) * np.diff(mean) ** 2
@@ -191,7 +197,8 @@ class _Cells:
 
 
 def _companded(values: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
-    """Levels as dense as the density's cube root: Panter and Dite's optimum for many of them."""
+    """Place levels as densely as the cube root of the values' density, which for many levels is
+    optimal (Panter and Dite)."""
     mass = np.cumsum(counts)
     shares = np.linspace(0, mass[-1], _QUANTILES)
     edges = values[np.minimum(np.searchsorted(mass, shares), len(values) - 1)]
@@ -206,12 +213,12 @@ def _indices(palette: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def rounded(weight: Tensor, palette: Tensor) -> Tensor:
-    """Each element's nearest value in the ascending `palette`."""
+    """Round each element to the nearest value in the ascending `palette`."""
     return palette[torch.bucketize(weight, (palette[1:] + palette[:-1]) / 2)]
 
 
 def compressed(model: Any, compression: Compression) -> Any:
-    """A converted fp16 model (coremltools' MLModel), its weights stored as `compression` says."""
+    """Store the weights of a converted fp16 model (coremltools' MLModel) as `compression` says."""
     with quiet_coremltools():
         import coremltools.optimize.coreml as cto
 
@@ -239,17 +246,17 @@ def _looked_up(palette: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _constant_name(convolution: str, part: str) -> str:
-    """What the converter calls a parameter of the module in an fp16 program."""
+    """Make the name that the converter gives to a parameter of the module in an fp16 program."""
     return f"p_{convolution}_{part}_to_fp16".replace(".", "_")
 
 
 def stored_parameters(
     module: FastViTHD, constants: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each parameter's name, the parameter itself, and what a package holds in its place.
+    """Yield the name of each parameter, the parameter, and what a package holds in its place.
 
     Args:
-        constants: of the package, decompressed: `MLProgramEncoder.constants`.
+        constants: the constants of the package, decompressed (`MLProgramEncoder.constants`).
 
     Raises:
         EncoderError: the package is not one that was exported from this shape of encoder.
@@ -257,10 +264,10 @@ def stored_parameters(
     for name, convolution in convolutions(module).items():
         for part, parameter in convolution.named_parameters():
             prefix = _constant_name(name, part)
-            found = [constants[prefix + s] for s in _SUFFIXES if prefix + s in constants]
-            if len(found) != 1 or found[0].shape != parameter.shape:
+            stored = [constants[prefix + s] for s in _SUFFIXES if prefix + s in constants]
+            if len(stored) != 1 or stored[0].shape != parameter.shape:
                 raise EncoderError(
                     f"the encoder package has no {part} of {name}: expected one that fastvlm "
                     "exported from this checkpoint, export it again"
                 )
-            yield f"{name}.{part}", parameter, found[0]
+            yield f"{name}.{part}", parameter, stored[0]

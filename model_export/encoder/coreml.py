@@ -1,9 +1,10 @@
-"""The folded FastViTHD becomes an `.mlpackage`: torch.export, Core ML, metadata, a fixed graph.
+"""Convert the folded FastViTHD into an `.mlpackage` and check the graph that came of it.
 
-The deployment target is iOS 15 / macOS 12, the first that knows ML Programs, or iOS 16 / macOS 13,
-the first that knows compressed weights: the graph is the same, operation by operation, for every
-later one, and float32 at both ends of an fp16 program is possible in all of them. torch.jit.trace,
-which Apple's recipe uses, fails in coremltools 9.0 with numpy 2.4 on the attention's shapes.
+The module goes through torch.export to Core ML. The deployment target is iOS 15 / macOS 12, the
+first that knows ML Programs, or iOS 16 / macOS 13, the first that knows compressed weights. The
+graph has the same operations for every later target, and all of them allow float32 at both ends of
+an fp16 program. torch.jit.trace, which Apple's recipe uses, fails in coremltools 9.0 with numpy 2.4
+on the shapes of the attention.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ NOT_COMPRESSED = Compression()
 
 _IDENTIFIERS = uuid.uuid5(uuid.NAMESPACE_URL, "fastvlm-mlx:mlpackage")
 _MAX_TRANSPOSES = 2
-# coremltools/models/model.py: what it writes on its own and changes from run to run.
+# coremltools/models/model.py writes this entry, which changes from run to run.
 _CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 
 
@@ -51,8 +52,10 @@ _CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 class EncoderMetadata:
     """What the package says about where it comes from.
 
-    `source` names the checkpoint, `license` is that of its weights, which extends to the package.
-    `options` is written as it is, one entry each.
+    Attributes:
+        source: the name of the checkpoint.
+        license: the licence of its weights, which extends to the package.
+        options: entries that are written as they are.
     """
 
     source: str
@@ -67,13 +70,13 @@ class Form:
     """How an encoder is written.
 
     Attributes:
-        precision: fp16 or fp32, what the program computes in; input and output are float32 either
-            way.
-        metadata: where it comes from.
+        precision: what the program computes in, fp16 or fp32; input and output are float32 in
+            both.
+        metadata: what the package says about where it comes from.
         compression: how the weights of an fp16 program are stored.
-        target: the first iOS that loads it, iOS15 to iOS18; compressed weights need iOS16, several
-            functions iOS18.
-        image_input: it takes 8-bit RGB images and divides by 255 itself, in float32.
+        target: the first iOS that loads it, iOS15 to iOS18. Compressed weights need iOS16, and
+            several functions need iOS18.
+        image_input: whether it takes 8-bit RGB images and divides by 255 itself, in float32.
     """
 
     precision: str
@@ -92,11 +95,11 @@ def export_encoder(
 
     Args:
         module: float32 [1, 3, S, S] → [1, N, C], from `model_export.encoder.fastvithd.fold`.
-        config: the module's shape.
+        config: the shapes of the module.
         package: a path ending in `.mlpackage` that does not exist.
 
     Returns:
-        What was written, read back from disk.
+        A description of what was written, read back from disk.
 
     Raises:
         OptionError: an unknown precision.
@@ -114,7 +117,7 @@ def export_encoder(
 
 @contextmanager
 def appearing_package(package: Path) -> Iterator[None]:
-    """Write a package within: it must be new, and nothing half-written stays, Ctrl-C included.
+    """Write a new package within; if that fails or is interrupted, nothing half-written stays.
 
     Raises:
         DestinationError: `package` exists, has another suffix, or there is no room for it.
@@ -129,7 +132,7 @@ def appearing_package(package: Path) -> Iterator[None]:
     try:
         yield
         whole = True
-    # The native writers of weights and package have no error class of their own.
+    # What writes weights and package in C++ raises nothing more specific.
     except RuntimeError as error:
         if "filesystem error" not in str(error) and "FileWriter" not in str(error):
             raise
@@ -143,7 +146,7 @@ def appearing_package(package: Path) -> Iterator[None]:
 
 
 def check_graph(info: PackageInfo, config: VisionConfig, form: Form) -> None:
-    """Compare the exported graph with its budget of operations, and both ends with the contract.
+    """Check the operations of the exported graph, and the types and shapes of its ends.
 
     Raises:
         GateError: a channel norm was not fused, a transpose or a cast was inserted, or an input or
@@ -224,10 +227,10 @@ def _convert(module: FastViTHD, config: VisionConfig, package: Path, form: Form)
 
 @contextmanager
 def temporary_files_in(directory: Path) -> Iterator[None]:
-    """Keep Python's temporary files, of every thread, below `directory`, and remove them.
+    """Keep the temporary files of every thread of this process below `directory`, and remove them.
 
-    coremltools writes the weights to one first. A process that is killed leaves it, and where the
-    bundle is being made the next export finds it.
+    coremltools writes the weights to a temporary file first, which a process that is killed leaves
+    behind. Where the bundle is being made, the next export finds and removes it.
     """
     earlier = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix=".temporary-", dir=directory) as scratch:

@@ -63,7 +63,7 @@ def verify(
     if checkpoint_path is None:
         if any(limit is not None for limit in limits.values()):
             raise OptionError(
-                "limits compare a bundle with its source, which was not given: add --checkpoint"
+                "limits are given and no checkpoint to compare the bundle with: add --checkpoint"
             )
         progress("check encoder", None)
         exact = options.encoder_format == "fp32"

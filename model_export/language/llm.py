@@ -45,13 +45,13 @@ SHARD_BYTES = 5_000_000_000
 # Arrays that are computed while one is written: a matrix makes three, most of them small.
 AHEAD = 6
 
-# By a tensor's name in the bundle: the file that its finished form waits in.
+# For each tensor that is finished already, by its name in the bundle, the file that it waits in.
 Ready = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the bundle holds it."""
+    """A tensor as the bundle stores it."""
 
     name: str
     dtype: str
@@ -63,7 +63,7 @@ class Stored:
 class Summary:
     """What was written: parameters and bytes, and which weights were left at `dtype`.
 
-    An `mlx` bundle's encoder is in the same files and counted apart.
+    The encoder of an `mlx` bundle is in the same files, and is counted apart.
     """
 
     parameters: int
@@ -79,9 +79,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Part:
-    """What is written together: tensors, and a function that reads or computes them in order.
+    """The tensors that one weight becomes, and a function that reads or computes them.
 
-    Its arrays are theirs one after the other, each whole or by blocks of rows.
+    It yields the arrays of the tensors in their order, each whole or by blocks of rows.
     """
 
     entries: list[Stored]
@@ -92,17 +92,17 @@ class Part:
         return sum(entry.bytes for entry in self.entries)
 
 
-def stored(spec: TensorSpec, chosen: Scheme, dtype: str) -> list[Stored]:
+def stored(spec: TensorSpec, scheme: Scheme, dtype: str) -> list[Stored]:
     """List the tensors that `spec` becomes: itself at `dtype`, or weight, scales and biases."""
-    form = format_of(spec, chosen)
+    form = format_of(spec, scheme)
     if form is None:
         _, name, size = DTYPES[dtype]
         return [Stored(spec.name, name, spec.shape, prod(spec.shape) * size)]
     return packed(spec, form, dtype)
 
 
-def format_of(spec: TensorSpec, chosen: Scheme) -> Format | None:
-    return chosen.get(path_of(spec)) if is_matrix(spec) else None
+def format_of(spec: TensorSpec, scheme: Scheme) -> Format | None:
+    return scheme.get(path_of(spec)) if is_matrix(spec) else None
 
 
 def packed(spec: TensorSpec, form: Format, dtype: str) -> list[Stored]:
@@ -127,9 +127,9 @@ def packed(spec: TensorSpec, form: Format, dtype: str) -> list[Stored]:
 
 
 def convert(
-    checkpoint: Checkpoint, spec: TensorSpec, chosen: Scheme, dtype: str
+    checkpoint: Checkpoint, spec: TensorSpec, scheme: Scheme, dtype: str
 ) -> Iterator[mx.array]:
-    """Yield the arrays of `stored(spec, chosen, dtype)` in that order, the first by blocks of rows.
+    """Yield the arrays of `stored(spec, scheme, dtype)` in that order, the first by blocks of rows.
 
     Raises:
         CheckpointError: the source holds NaN or infinity.
@@ -139,7 +139,7 @@ def convert(
         # The classification head: transformers' checkpoints have none, both loaders want one.
         yield mx.zeros(spec.shape, DTYPES[dtype][0])
         return
-    form = format_of(spec, chosen)
+    form = format_of(spec, scheme)
     rest: list[list[mx.array]] = []
     for rows in [ALL] if spec.axes is not None else row_blocks(spec.shape):
         # What MLX quantizes fastest on a CPU, and numpy knows: it has no bfloat16.
@@ -158,10 +158,11 @@ def convert(
 
 @cache
 def _streams() -> Iterator[mx.ThreadLocalStream]:
-    """Where blocks are computed, in turn. On a CPU a stream is a thread: what is read and checked
-    in the meantime has its own. Each thread that exports has both for itself.
+    """Yield the streams that blocks are computed on, in turn. On a CPU a stream is a thread, so a
+    block is computed while the next is read and checked. Each thread that exports has both streams
+    for itself.
 
-    On a CPU on every machine, so that a Mac writes the bits that another machine checks.
+    They are on the CPU on every machine, so that a Mac writes the bits that another machine checks.
     """
     return cycle([mx.new_thread_local_stream(mx.Device(mx.cpu)) for _ in range(2)])
 
@@ -188,7 +189,7 @@ def finish(weight: mx.array, form: Format | None, dtype: str) -> list[mx.array]:
 
 def write(
     checkpoint: Checkpoint,
-    chosen: Scheme,
+    scheme: Scheme,
     layout: str,
     dtype: str,
     directory: Path,
@@ -198,7 +199,7 @@ def write(
     """Write the projector, the language model and an `mlx` bundle's encoder into `directory`.
 
     Args:
-        chosen: each matrix's format, from `recipes.scheme`.
+        scheme: each matrix's format, from `recipes.scheme`.
         dtype: the type of what is not quantized.
         progress: called with the bytes just written.
         ready: what is not converted here, from `layerwise.quantize`.
@@ -209,18 +210,18 @@ def write(
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
     parts = []
     for spec in specs:
-        entries = stored(spec, chosen, dtype)
-        arrays = partial(convert, checkpoint, spec, chosen, dtype)
+        entries = stored(spec, scheme, dtype)
+        arrays = partial(convert, checkpoint, spec, scheme, dtype)
         if spec.name in ready:
             arrays = partial(take, ready[spec.name], entries)
         parts.append(Part(entries, arrays))
-    return write_parts(specs, parts, chosen, directory, progress)
+    return write_parts(specs, parts, scheme, directory, progress)
 
 
 def write_parts(
     specs: list[TensorSpec],
     parts: list[Part],
-    chosen: Scheme,
+    scheme: Scheme,
     directory: Path,
     progress: Callable[[int], None],
 ) -> Summary:
@@ -228,7 +229,7 @@ def write_parts(
 
     Args:
         parts: what each of `specs` becomes.
-        chosen, progress: as for `write`.
+        scheme, progress: as for `write`.
 
     Raises:
         OSError: the disk is full or not writable; and what the parts raise.
@@ -256,13 +257,13 @@ def write_parts(
         parameters=sum(prod(spec.shape) for spec in specs if not in_encoder(spec)),
         bytes=total - encoder,
         encoder_bytes=encoder,
-        unquantized=_unquantized(specs, chosen),
+        unquantized=_unquantized(specs, scheme),
         files=tuple(names),
     )
 
 
 def _ahead(arrays: Iterator[mx.array]) -> Iterator[mx.array]:
-    """The same arrays, the next ones begun before one is handed on."""
+    """Yield the same arrays; the next ones are begun before one is handed on."""
     begun: deque[mx.array] = deque()
     for array in arrays:
         begun.append(array)
@@ -277,22 +278,22 @@ def take(file: Path, entries: list[Stored]) -> Iterator[mx.array]:
     return (tensors[entry.name].read() for entry in entries)
 
 
-def total_bytes(checkpoint: Checkpoint, chosen: Scheme, layout: str, dtype: str) -> int:
+def total_bytes(checkpoint: Checkpoint, scheme: Scheme, layout: str, dtype: str) -> int:
     """Count the bytes that `write` will write, without headers."""
     specs = bundle_specs(checkpoint.config, tied=checkpoint.tied, layout=layout)
-    return sum(entry.bytes for spec in specs for entry in stored(spec, chosen, dtype))
+    return sum(entry.bytes for spec in specs for entry in stored(spec, scheme, dtype))
 
 
-def _unquantized(specs: list[TensorSpec], chosen: Scheme) -> dict[str, str]:
-    """Matrices that stay as they are where others are quantized, and why."""
-    if not any(chosen.values()):
+def _unquantized(specs: list[TensorSpec], scheme: Scheme) -> dict[str, str]:
+    """List the matrices that are not quantized while others are, each with the reason."""
+    if not any(scheme.values()):
         return {}
     return {
         spec.name: "projector: few weights, read by every image token"
         if path_of(spec).startswith(PROJECTOR)
         else "asked for"
         for spec in specs
-        if is_matrix(spec) and chosen[path_of(spec)] is None
+        if is_matrix(spec) and scheme[path_of(spec)] is None
     }
 
 

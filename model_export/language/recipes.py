@@ -25,19 +25,17 @@ from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import ConfigError, OptionError
 from model_export.checkpoint.names import TensorSpec
 from model_export.loaders import LOADERS
-from model_export.options import GROUP_SIZES, LLMOptions
+from model_export.options import GROUP_SIZES, RECIPES, LLMOptions
 
 PREFIX = "language_model."
 EMBEDDING = PREFIX + "model.embed_tokens"
 HEAD = PREFIX + "lm_head"
 PROJECTOR = "multi_modal_projector."
-# mlx_lm.convert's, by the names of its --quant-predicate.
-STOCK = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
-# Of a scale or a bias that a group of weights shares.
+# The bytes of a scale or a bias, which a group of weights shares.
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
-# By the model's path of a matrix: its format, or None where it is left at the export's dtype.
+# The format of each matrix by its path in the model; None where it is left at the export's dtype.
 Scheme = Mapping[str, Format | None]
 
 
@@ -61,47 +59,47 @@ def scheme(
             its group; bits for a head that is the embedding; or the layout's loaders can't read it.
     """
     widths = {path_of(spec): spec.shape[1] for spec in specs if is_matrix(spec)}
-    chosen: dict[str, Format | None] = dict.fromkeys(widths, options.format)
+    formats: dict[str, Format | None] = dict.fromkeys(widths, options.format)
     projector = options.part_format(options.projector_bits)
-    chosen |= {path: projector for path in widths if path.startswith(PROJECTOR)}
+    formats |= {path: projector for path in widths if path.startswith(PROJECTOR)}
     if options.recipe is not None:
-        chosen |= _recipe(str(options.recipe), widths, config, options)
+        formats |= _recipe(str(options.recipe), widths, config, options)
     if options.embed_bits is not None:
-        chosen[EMBEDDING] = options.part_format(options.embed_bits)
+        formats[EMBEDDING] = options.part_format(options.embed_bits)
     if options.head_bits is not None:
         if HEAD not in widths:
             raise OptionError(
                 f"--head-bits is {options.head_bits} and this model's head is its embedding: use "
                 "--embed-bits"
             )
-        chosen[HEAD] = options.part_format(options.head_bits)
-    for path, stored in chosen.items():
+        formats[HEAD] = options.part_format(options.head_bits)
+    for path, stored in formats.items():
         _check_width(path, widths[path], stored)
-    check_layout(chosen, layout)
-    return chosen
+    check_layout(formats, layout)
+    return formats
 
 
-def check_layout(chosen: Scheme, layout: str) -> None:
+def check_layout(formats: Scheme, layout: str) -> None:
     """Check a scheme against its layout; raises OptionError if the loaders can't read it."""
-    if reason := unreadable(chosen, layout):
-        raise OptionError(f"{reason}, use --layout mlx, or one format and 16 bits")
+    if reason := unreadable(formats, layout):
+        raise OptionError(f"{reason}; use --layout mlx, or one format and 16 bits")
 
 
-def unreadable(chosen: Scheme, layout: str) -> str | None:
+def unreadable(formats: Scheme, layout: str) -> str | None:
     """Say why the layout's loaders can't read a scheme; None where they can."""
     loader = LOADERS[layout]
-    formats = {stored for stored in chosen.values() if stored is not None}
-    if unknown := sorted(str(stored) for stored in formats if not loader.knows(stored)):
+    distinct = {stored for stored in formats.values() if stored is not None}
+    if unknown := sorted(str(stored) for stored in distinct if not loader.knows(stored)):
         return (
             f"layout {layout} can't hold {unknown[0]}: {loader.program} ({loader.versions}) reads "
             f"{loader.known()}"
         )
-    if loader.per_module or len(formats) <= 1:
+    if loader.per_module or len(distinct) <= 1:
         return None
-    found = " and ".join(sorted(map(str, formats)))
+    listed = " and ".join(sorted(map(str, distinct)))
     return (
-        f"layout {layout} can't hold {found}: {loader.program} reads one affine bits and "
-        "group_size for all that is quantized"
+        f"layout {layout} can't hold {listed}: {loader.program} reads one choice of affine "
+        "bits and group size for all that is quantized"
     )
 
 
@@ -118,29 +116,29 @@ def scheme_of(bundle: Bundle) -> Scheme:
     }
 
 
-def quantization(chosen: Scheme, layout: str) -> Quantization | None:
+def quantization(formats: Scheme, layout: str) -> Quantization | None:
     """Describe a scheme for config.json: the commonest format, and the modules that differ."""
-    counted = Counter(stored for stored in chosen.values() if stored is not None)
+    counted = Counter(stored for stored in formats.values() if stored is not None)
     if not counted:
         return None
     default = counted.most_common(1)[0][0]
     # What is left unquantized has no scales, which every loader goes by.
     differing = {
         stored_name(path, layout): stored
-        for path, stored in chosen.items()
+        for path, stored in formats.items()
         if stored is not None and stored != default
     }
     return Quantization(default, differing)
 
 
-def layer_bits(chosen: Scheme, specs: Iterable[TensorSpec]) -> int:
+def layer_bits(formats: Scheme, specs: Iterable[TensorSpec]) -> int:
     """Compute the mean bits of the layers' weights, rounded down: what a model card's tag says."""
     layers = [spec for spec in specs if is_matrix(spec) and ".layers." in spec.name]
-    formats = [chosen.get(path_of(spec)) for spec in layers]
-    if not any(formats):
+    of_layers = [formats.get(path_of(spec)) for spec in layers]
+    if not any(of_layers):
         return 16
     sizes = [prod(spec.shape) for spec in layers]
-    bits = [16 if stored is None else stored.bits for stored in formats]
+    bits = [16 if stored is None else stored.bits for stored in of_layers]
     mean = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
     return min(int(mean), 8)
 
@@ -159,25 +157,25 @@ def _check_width(path: str, width: int, stored: Format | None) -> None:
 def _recipe(
     name: str, widths: Mapping[str, int], config: FastVLMConfig, options: LLMOptions
 ) -> dict[str, Format | None]:
-    if name in STOCK:
-        predicate = _stock(name, config, options.resolved_group_size)
+    if name in RECIPES:
+        predicate = _predicate(name, config, options.resolved_group_size)
         return {path: predicate(path.removeprefix(PREFIX)) for path in widths if PREFIX in path}
     file = Path(name).expanduser()
     if not file.is_file():
         raise OptionError(
             f"--recipe {name} is no file and no recipe by name: expected a JSON file, or "
-            f"{', '.join(STOCK)}"
+            f"{', '.join(RECIPES)}"
         )
     entries = read_json(None, file, OptionError, remedy="correct it")
-    chosen: dict[str, Format | None] = {}
+    by_pattern: dict[str, Format | None] = {}
     for pattern, value in entries.items():
         fitting = [path for path in widths if _fits(path, pattern)]
         if not fitting:
             raise OptionError(
                 f"{file} names {pattern}, which no layer is called{_near(pattern, widths)}"
             )
-        chosen |= dict.fromkeys(fitting, _entry(file, pattern, value, options))
-    return chosen
+        by_pattern |= dict.fromkeys(fitting, _entry(file, pattern, value, options))
+    return by_pattern
 
 
 def _fits(path: str, pattern: str) -> bool:
@@ -191,7 +189,7 @@ def _near(pattern: str, paths: Iterable[str]) -> str:
 
 
 def _entry(file: Path, pattern: str, value: Any, options: LLMOptions) -> Format | None:
-    """A number of bits, or a format as config.json has them."""
+    """Read an entry of a recipe: a number of bits, or a format as in config.json."""
     if value is False or value == 16:
         return None
     given = {"bits": value} if type(value) is int else value
@@ -211,8 +209,8 @@ def _entry(file: Path, pattern: str, value: Any, options: LLMOptions) -> Format 
         raise OptionError(f"{file}: {pattern} is {value!r}, expected one of {allowed}") from error
 
 
-def _stock(name: str, config: FastVLMConfig, group_size: int) -> Callable[[str], Format | None]:
-    """mlx-lm's own function of a module's path, over the model that it is made for."""
+def _predicate(name: str, config: FastVLMConfig, group_size: int) -> Callable[[str], Format | None]:
+    """Make mlx-lm's own function that gives a module's path its format, for this model."""
     from mlx_lm.convert import mixed_quant_predicate_builder
 
     from fastvlm_mlx.language.model import Model
@@ -220,8 +218,8 @@ def _stock(name: str, config: FastVLMConfig, group_size: int) -> Callable[[str],
     model = Model(config).language_model
     predicate = mixed_quant_predicate_builder(name, model, group_size)
 
-    def of(path: str) -> Format | None:
-        found = predicate(path, model)
-        return Format(**found) if isinstance(found, dict) else None
+    def format_of(path: str) -> Format | None:
+        form = predicate(path, model)
+        return Format(**form) if isinstance(form, dict) else None
 
-    return of
+    return format_of

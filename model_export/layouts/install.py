@@ -17,15 +17,21 @@ from fastvlm_mlx.vision.package import app_misfit, describe
 from model_export.destination.destination import Destination, appearing, look_at, resolve
 from model_export.layouts.app import check_app
 
-# From the repository's root, from app/, and from app/FastVLM/, to the source file that shows
-# which of them a directory is.
+# A user may give the repository's root, app/ or app/FastVLM/. The landmark is a source file that is
+# found at one of these places below it.
 LANDMARK = "FastVLM.swift"
 PLACES = ("app/FastVLM", "FastVLM", ".")
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What goes where: `files` are relative to the bundle, and `place` holds what is there now."""
+    """An installation that was checked and can be made.
+
+    Attributes:
+        place: the app's model directory, and what is there now.
+        files: the names of the bundle's files, relative to it.
+        bytes: the size of all of them.
+    """
 
     bundle: Path
     place: Destination
@@ -38,9 +44,9 @@ class Installation:
 
     @property
     def replaces(self) -> tuple[str, ...]:
-        """Files that are there now, relative to `model`."""
-        found = self.place.found.files if self.place.found else ()
-        return tuple(name for name in found if not any(map(is_litter, name.split("/"))))
+        """The files that are there now, relative to `model`."""
+        present = self.place.found.files if self.place.found else ()
+        return tuple(name for name in present if not any(map(is_litter, name.split("/"))))
 
 
 def plan(bundle_path: Path, app: Path) -> Installation:
@@ -51,6 +57,11 @@ def plan(bundle_path: Path, app: Path) -> Installation:
         DestinationError: `app` is not the demo app, or its model can't be replaced.
     """
     bundle = Bundle.open(bundle_path)
+    if bundle.layout != "app":
+        raise BundleError(
+            f"{bundle_path} is of layout {bundle.layout} and the demo app loads layout app: make "
+            f"such a bundle with `fastvlm convert {bundle_path} OUT`"
+        )
     bundle.check_files()
     info = describe(bundle.package)
     check_app(bundle, info)
@@ -76,8 +87,8 @@ def plan(bundle_path: Path, app: Path) -> Installation:
 def install(installation: Installation) -> None:
     """Copy the bundle beside the app's model directory, then put it in its place.
 
-    What was there stays until then, whatever it was; and if it is not what the plan listed, it
-    stays for good.
+    What was there stays until the copy is complete. If it is no longer what the plan listed, it is
+    not replaced.
 
     Raises:
         DestinationError: the directory can't be written, the disk is full, or what is there is not
@@ -91,7 +102,11 @@ def install(installation: Installation) -> None:
 
 
 def model_directory(app: Path) -> Path:
-    """Where the app's model is, or will be. Raises DestinationError: `app` is not the demo app."""
+    """Find the directory where the app's model is, or will be.
+
+    Raises:
+        DestinationError: `app` is not the demo app.
+    """
     app = app.expanduser()
     if not app.is_dir():
         raise DestinationError(

@@ -1,8 +1,9 @@
-"""What a program finds in a bundle's files, decoded as that program does and by nothing of ours.
+"""The rules that the loaders of both layouts share, decoded as those programs do.
 
-Neither our writer nor our reader has a part in it: headers are read here, names and shapes follow
-from the numbers of config.json as the program's own modules do, and a quantized form's from its
-bits. `layouts` and `mlx_layout` say which rules are whose.
+No function of our writer or our reader is used here, or both could be wrong alike: headers are read
+again, names and shapes follow from the numbers in config.json as the programs' own modules compute
+them, and the shapes of a quantized matrix follow from its bits. `app` and `mlx` say which rule
+belongs to which program.
 """
 
 from __future__ import annotations
@@ -17,30 +18,34 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import BundleError
 
 FLOATS = ("F16", "BF16", "F32")
-# Of a header in JSON; a 7B model's has 50 kB.
+# No header is longer; that of a 7B model has 50 kB.
 MAX_HEADER_BYTES = 100_000_000
 END_OF_TURN = "<|im_end|>"
 
 
 class RuleError(BundleError):
-    """A rule that is not kept: in which file, what was found and what was expected. Whose rule it
-    is, the layout adds."""
+    """A rule that is not kept: in which file, what was found and what was expected. The layout adds
+    which program the rule belongs to."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as a header has it: safetensors' name of its type, and its shape."""
+    """A tensor as a header describes it: safetensors' name of its type, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
-# By a tensor's name: its shape, whole. By a module's path: that its weight may be quantized.
+# The shape of each tensor before quantization, by its name.
 Shapes = dict[str, tuple[int, ...]]
 
 
 def read_object(directory: Path, name: str) -> dict[str, Any]:
-    """Raises RuleError: there is no such file, or it holds something other than a JSON object."""
+    """Read a file that holds a JSON object.
+
+    Raises:
+        RuleError: there is no such file, or it holds something else.
+    """
     try:
         data = json.loads((directory / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -51,14 +56,14 @@ def read_object(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_headers(directory: Path) -> dict[str, Entry]:
-    """The tensors of every safetensors file below the directory.
+    """Read which tensors the safetensors files below a directory hold.
 
     Raises:
         RuleError: a header can't be read, or two files hold the same name.
     """
     entries: dict[str, Entry] = {}
     for file in sorted(directory.rglob("*.safetensors")):
-        # What copying to a disk of another system leaves beside each file.
+        # macOS leaves such a file beside each that it copies to a disk of another system.
         if file.name.startswith("._"):
             continue
         for name, entry in _header(file).items():
@@ -87,19 +92,20 @@ def _header(file: Path) -> dict[str, Entry]:
 
 
 def quantized_form(data: Any, path: str) -> Format:
-    """An entry of config.json's `quantization`, affine unless it says otherwise.
+    """Read an entry of config.json's `quantization`, which is affine unless it says otherwise.
 
     Raises:
         RuleError: bits or group size are no numbers.
     """
-    found = (data.get("bits"), data.get("group_size"), data.get("mode", "affine"))
-    if [type(value) for value in found] != [int, int, str]:
+    form = (data.get("bits"), data.get("group_size"), data.get("mode", "affine"))
+    if [type(value) for value in form] != [int, int, str]:
         raise RuleError(f"config.json gives {path} the form {data}, expected bits and group_size")
-    return Format(*found)
+    return Format(*form)
 
 
 def decoder_shapes(config: Mapping[str, Any]) -> tuple[Shapes, set[str]]:
-    """Qwen2 below `language_model.`, and the paths of its matrices."""
+    """Compute the shapes of Qwen2's tensors below `language_model.`, and list the paths of its
+    matrices, whose weights may be quantized."""
     prefix = "language_model.model."
     width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
@@ -115,7 +121,7 @@ def decoder_shapes(config: Mapping[str, Any]) -> tuple[Shapes, set[str]]:
     }
     shapes: Shapes = {f"{prefix}norm.weight": (width,)}
     of_matrices = {f"{prefix}embed_tokens": (rows, width)}
-    # Every loader's default where the key is missing.
+    # Where the key is missing, every loader takes the head to be the embedding.
     if config.get("tie_word_embeddings") is False:
         of_matrices["language_model.lm_head"] = (rows, width)
     for index in range(config["num_hidden_layers"]):
@@ -130,7 +136,11 @@ def decoder_shapes(config: Mapping[str, Any]) -> tuple[Shapes, set[str]]:
 
 
 def projector_shapes(config: Mapping[str, Any], first: str, second: str) -> tuple[Shapes, set[str]]:
-    """The two products of the projector, by their modules' paths."""
+    """Compute the shapes of the projector's two linear layers, and list their paths.
+
+    Args:
+        first, second: the paths of the two layers.
+    """
     width = config["hidden_size"]
     shapes: Shapes = {
         f"{first}.weight": (width, config["mm_hidden_size"]),
@@ -141,10 +151,10 @@ def projector_shapes(config: Mapping[str, Any], first: str, second: str) -> tupl
 
 
 def parts(path: str, shape: tuple[int, ...], form: Format) -> Iterator[tuple[str, Entry]]:
-    """What a quantized matrix consists of.
+    """Yield the tensors that a quantized matrix consists of.
 
-    Codes lie end to end in words of 32 bits along a row. Each group of a row has a scale: of a
-    floating type and with a bias in the affine mode, one byte in the others.
+    The codes of a row lie end to end in words of 32 bits. Each group of a row has a scale. In the
+    affine mode that is a float, with a bias; in the other modes it is one byte.
 
     Raises:
         RuleError: a row does not divide into such groups, or into whole words.
@@ -164,10 +174,10 @@ def parts(path: str, shape: tuple[int, ...], form: Format) -> Iterator[tuple[str
 
 
 def check_entries(found: Mapping[str, Entry], expected: Mapping[str, Entry]) -> None:
-    """Every tensor is there with its type and shape, and no other is.
+    """Check that every tensor is there with its type and shape, and that no other is.
 
     Args:
-        expected: of type "float" where any floating one will do.
+        expected: a type of "float" stands for any floating type.
 
     Raises:
         RuleError: naming the first tensor that is not.
@@ -185,7 +195,8 @@ def check_entries(found: Mapping[str, Entry], expected: Mapping[str, Entry]) -> 
 
 
 def check_end_of_turn(directory: Path) -> int:
-    """The tokenizer ends an answer where the model does, at the end of its turn; the id of that.
+    """Check that the tokenizer ends an answer with the token that the model ends its turn with, and
+    return the id of it.
 
     Raises:
         RuleError: it has another `eos_token`, or no token for the end of a turn.
@@ -209,5 +220,5 @@ def _shown(entry: Entry) -> str:
 
 
 def refuse(path: Path, loader: str, broken: RuleError) -> BundleError:
-    """For raising: the bundle can't be loaded by that program."""
+    """Make the error that says which program can't load the bundle, and why."""
     return BundleError(f"{path} can't be loaded by {loader}: {broken}; export the checkpoint again")

@@ -1,13 +1,13 @@
-"""Whether the demo app's Xcode project builds with the Swift packages that it asks for.
+"""Say whether the demo app's Xcode project builds with its Swift packages, and pin their versions.
 
-It asks for three "up to the next major version", gets newer ones than it was written for, and does
-not compile. It does with the exact versions of `BUILDS_WITH` (apple/ml-fastvlm, issue 39). Of
-`project.pbxproj`, a property list in the old format, only the requirements of these packages are
-ever changed, and everything else is kept byte for byte.
+The project asks for three packages "up to the next major version", gets newer ones than it was
+written for, and does not compile. It compiles with the exact versions of `BUILDS_WITH`
+(apple/ml-fastvlm, issue 39). Its file `project.pbxproj` is a property list in the old format. Only
+the requirements of these packages are ever changed in it; all else is kept byte for byte.
 
-Xcode writes what it resolved to into `Package.resolved`. It keeps to a version there as long as the
-requirement allows it, and resolves anew otherwise, unless that is forbidden
-(`-disableAutomaticPackageResolution`, Xcode Cloud), when the build fails.
+Xcode writes the versions that it chose into `Package.resolved`. It keeps a version there as long as
+the requirement allows it, and chooses anew otherwise. Where that is forbidden
+(`-disableAutomaticPackageResolution`, Xcode Cloud), the build fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUILDS_WITH = {
 PROJECT = "FastVLM.xcodeproj"
 PBXPROJ = "project.pbxproj"
 RESOLVED = "project.xcworkspace/xcshareddata/swiftpm/Package.resolved"
-# What the project was before it was pinned, beside it.
+# The name under which the file is kept as it was before it was pinned.
 KEPT = f"{PBXPROJ}.before-pin"
 _REPOSITORY = re.compile(r"[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?$")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -44,7 +44,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a project asks of one package.
+    """The versions of one package that a project asks for.
 
     Attributes:
         repository: `owner/name`, in lower case.
@@ -100,8 +100,9 @@ class Project:
     """A project's file as it is now.
 
     Attributes:
-        text: all of it; bytes that are no UTF-8 survive in it.
-        resolved: by repository, the versions in `Package.resolved`.
+        text: its whole text; bytes that are no UTF-8 are kept in it.
+        requirements: what is asked of each package, by its repository.
+        resolved: the versions in `Package.resolved`, by repository.
     """
 
     file: Path
@@ -120,7 +121,7 @@ class Project:
         return all(r in asked and asked[r].allows(v) for r, v in BUILDS_WITH.items())
 
     def verdict(self) -> str:
-        """A sentence: whether it builds with what it asks for, and what to do."""
+        """Say in a sentence whether the project builds with what it asks for, and what to do."""
         versions = ", ".join(f"{r.partition('/')[2]} {v}" for r, v in BUILDS_WITH.items())
         if self.pinned:
             text = f"it builds: the project asks for exactly {versions}"
@@ -152,7 +153,7 @@ class Project:
         )
 
     def block(self, repository: str) -> str:
-        """What is required of a package, as it is written."""
+        """The requirement of a package, as it is written in the file."""
         return self.text[slice(*self.requirements[repository].span)]
 
     def exactly(self, repository: str, version: str) -> bool:
@@ -164,7 +165,7 @@ class Project:
 
 
 def read_project(model: Path) -> Project:
-    """The project that belongs to the app's model directory, `app/FastVLM/model`.
+    """Read the project that belongs to the app's model directory, `app/FastVLM/model`.
 
     Raises:
         DestinationError: there is none, or it is not as Xcode writes one.
@@ -180,7 +181,8 @@ def read_project(model: Path) -> Project:
 
 
 def pinned(project: Project) -> str:
-    """Its text with the exact versions; as it is where they are asked for, or can't be."""
+    """Make the project's text with the exact versions. It stays as it is where it asks for them
+    already, or where the project asks for something else."""
     if not project.pinnable:
         return project.text
     asked = project.requirements
@@ -189,8 +191,8 @@ def pinned(project: Project) -> str:
 
 
 def unpinned(project: Project) -> str:
-    """Its text with the requirements that it had before; what else has changed since stays, such
-    as the team that Xcode has written into it.
+    """Make the project's text with the requirements that it had before it was pinned. What else has
+    changed since stays, such as the team that Xcode has written into it.
 
     Raises:
         DestinationError: there is nothing to undo.
@@ -207,7 +209,8 @@ def unpinned(project: Project) -> str:
 
 
 def pin(project: Project) -> None:
-    """Write the exact versions, and keep the old file beside it; nothing where nothing changes.
+    """Write the exact versions and keep the old file beside the new one. Where nothing changes,
+    nothing is written.
 
     Raises:
         DestinationError: it can't be written.
@@ -230,7 +233,7 @@ def pin(project: Project) -> None:
 
 
 def unpin(project: Project) -> None:
-    """Undo `pin`, and remove what it kept.
+    """Undo `pin`, and remove the old file that it kept.
 
     Raises:
         DestinationError: there is nothing to undo, or it can't be written.
@@ -242,7 +245,7 @@ def unpin(project: Project) -> None:
 
 
 def diff(project: Project, text: str) -> str:
-    """What would change, as `diff -u` shows it, safe to print."""
+    """Show what would change as `diff -u` does, in characters that are safe to print."""
     old, new = (part.splitlines(keepends=True) for part in (project.text, text))
     lines = unified_diff(old, new, f"{PROJECT}/{PBXPROJ}", f"{PROJECT}/{PBXPROJ}")
     shown = (c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in "".join(lines))
@@ -255,7 +258,7 @@ def _project(file: Path) -> Project:
 
 
 def _replaced(project: Project, blocks: dict[str, str]) -> str:
-    """The project's text with the requirements of some packages in other words."""
+    """Replace the requirements of some packages in the project's text."""
     text = project.text
     spans = {repository: project.requirements[repository].span for repository in blocks}
     for repository, (start, end) in sorted(spans.items(), key=lambda item: -item[1][0]):
@@ -264,7 +267,7 @@ def _replaced(project: Project, blocks: dict[str, str]) -> str:
 
 
 def _exactly(old: str, version: str) -> str:
-    """A requirement of one version, set in lines as the old one is."""
+    """Write the requirement of one version, broken into lines as the old one is."""
     between = re.match(r"\{(\s*)", old)
     lead = between.group(1) if between else ""
     last = re.search(r"(\s*)\}$", old)
@@ -273,30 +276,34 @@ def _exactly(old: str, version: str) -> str:
 
 
 def _requirements(file: Path, text: str) -> dict[str, Requirement]:
-    """By repository. Raises DestinationError: it is no project of Xcode's."""
+    """Read what is asked of each package, by its repository.
+
+    Raises:
+        DestinationError: the text is no project of Xcode's.
+    """
     try:
         objects = plist.parse(text).entries["objects"].entries
-        found = {}
+        requirements = {}
         for entry in objects.values():
             if entry.text_of("isa") == "XCRemoteSwiftPackageReference":
                 required = entry.entries["requirement"]
                 fields = {key: required.text_of(key) for key in required.entries}
                 match = _REPOSITORY.search(entry.text_of("repositoryURL"))
                 name = match.group(1).lower() if match else entry.text_of("repositoryURL")
-                found[name] = Requirement(name, fields.pop("kind"), fields, required.span)
+                requirements[name] = Requirement(name, fields.pop("kind"), fields, required.span)
     except (KeyError, ValueError) as error:
         raise DestinationError(
             f"{file} can't be read as Xcode's ({error}): open it in Xcode, or check it out again"
         ) from error
-    return found
+    return requirements
 
 
 def _resolved(file: Path) -> dict[str, str]:
-    """By repository, of all of Xcode's forms of the file; nothing where it is none of them, as
-    Xcode then resolves anew."""
+    """Read the version of each package from any of Xcode's forms of `Package.resolved`, by
+    repository. A file of another form has no versions, because Xcode then chooses anew."""
     if not file.is_file():
         return {}
-    found = {}
+    versions = {}
     with suppress(DestinationError, AttributeError, TypeError):
         data: Any = read_json(None, file, DestinationError, remedy="")
         pins = data["object"]["pins"] if "object" in data else data.get("pins", [])
@@ -304,14 +311,14 @@ def _resolved(file: Path) -> dict[str, str]:
             url = entry.get("location") or entry.get("repositoryURL")
             match, version = _REPOSITORY.search(url), entry["state"].get("version")
             if match and isinstance(version, str):
-                found[match.group(1).lower()] = version
-    return found
+                versions[match.group(1).lower()] = version
+    return versions
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:
     # No part of a version has ten digits.
-    found = _VERSION.fullmatch((version or "")[:30])
-    return tuple(map(int, found.groups())) if found else ()
+    match = _VERSION.fullmatch((version or "")[:30])
+    return tuple(map(int, match.groups())) if match else ()
 
 
 @contextmanager
@@ -326,7 +333,7 @@ def _written(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, text: str, *, like: Path) -> None:
-    """Whole or not at all, with the permissions of `like`. Raises OSError."""
+    """Write a file whole or not at all, with the permissions of `like`. Raises OSError."""
     handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with open(handle, "wb") as stream:

@@ -18,6 +18,7 @@ from model_export.options.llm import (
     FLOAT16_MAX,
     GROUP_SIZES,
     METHODS,
+    RECIPES,
     LLMOptions,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "METHODS",
     "PALETTE_BITS",
     "PRECISIONS",
+    "RECIPES",
     "TARGETS",
     "DestinationOptions",
     "EncoderOptions",

@@ -114,7 +114,7 @@ class EncoderOptions:
             return
         if self.precision != "mixed":
             raise OptionError(
-                f"--encoder-bpw is what mixed is given, and the encoder is {self.precision}: add "
+                f"--encoder-bpw is given and the encoder is {self.precision}: add "
                 "--encoder-precision mixed, or leave it out"
             )
         if not 4 <= self.bpw < 16:
@@ -137,8 +137,8 @@ class EncoderOptions:
         for size in self._sizes:
             if type(size) is not int or size <= 0 or size % IMAGE_SIZE_MULTIPLE:
                 raise OptionError(
-                    f"{option} is {size}: expected a multiple of {IMAGE_SIZE_MULTIPLE} pixels, the "
-                    "encoder's stride"
+                    f"{option} is {size}: expected {IMAGE_SIZE_MULTIPLE} pixels or a larger "
+                    f"multiple of {IMAGE_SIZE_MULTIPLE}, the encoder's stride"
                 )
         if len({*self._sizes}) < len(self._sizes):
             raise OptionError(

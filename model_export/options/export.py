@@ -95,8 +95,8 @@ class ExportOptions:
     def from_record(cls, record: Mapping[str, Any]) -> ExportOptions:
         """The options that a manifest records, which may be an older release's."""
         known = {name: record[name] for name in FLAT_NAMES if name in record}
-        if known.get("llm_bpw") is not None:
-            # What the others came to; the search decided the bits.
+        if known.get("llm_bpw") is not None or known.get("recipe") in llm.RECIPES:
+            # It is recorded all the same; the search or the recipe decided the bits.
             known.pop("llm_bits", None)
         if known.get("layout") == "mlx":
             # What it says of the encoder follows from the language model's type.
@@ -155,13 +155,13 @@ class ExportOptions:
         return self.limits.snr_floor_db(self.encoder_format)
 
     def flat(self) -> dict[str, Any]:
-        """The options by their names on the command line, the language model's bits and group size
-        as they come to: `of` makes the same export of them."""
+        """The options by their names on the command line: `of` makes the same export of them. The
+        language model's bits and group size are those that hold where none were given."""
         values: dict[str, Any] = {"calibration": self.calibration, "preset": self.preset}
         for name, (_, names) in GROUPS.items():
             group = getattr(self, name)
             values |= {names.get(f.name, f.name): getattr(group, f.name) for f in fields(group)}
-        values["llm_bits"] = self.llm.resolved_bits
+        values["llm_bits"] = None if self.llm.bits_decided else self.llm.resolved_bits
         values["group_size"] = self.llm.resolved_group_size
         return {name: values[name] for name in FLAT_NAMES}
 
@@ -171,6 +171,7 @@ class ExportOptions:
         app = self.destination.layout == "app"
         mixed = self.encoder.precision == "mixed"
         record = self.flat() | {
+            "llm_bits": self.llm.resolved_bits,
             "encoder_precision": self.encoder_format,
             "encoder_bpw": self.encoder.bits_per_weight if mixed else None,
             "deployment_target": self.encoder.target if app else None,
@@ -212,9 +213,10 @@ class ExportOptions:
                 "--image-input is for Core ML's encoder, and an mlx bundle has none: leave it out"
             )
         if self.encoder.precision != "fp16":
+            advice = "use --dtype float32" if self.encoder.precision == "fp32" else "leave it out"
             raise OptionError(
-                f"--encoder-precision {self.encoder.precision} is for Core ML's encoder, and an "
-                "mlx bundle's has the type of everything else: use --dtype float32"
+                f"--encoder-precision {self.encoder.precision} is for Core ML's encoder, and the "
+                f"encoder of an mlx bundle has the type of --dtype: {advice}"
             )
         if self.encoder.deployment_target is not None:
             raise OptionError(

@@ -18,6 +18,8 @@ DEFAULT_FORMAT = Format(bits=8, group_size=64)
 DTYPES = ("float16", "bfloat16", "float32")
 FLOAT16_MAX = 65_504
 METHODS = ("rtn", "awq", "gptq", "dwq")
+# mlx_lm.convert's, by the names of its --quant-predicate.
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 # The command line's names of the fields that are called otherwise there.
 FLAT_NAMES = {"bits": "llm_bits", "mode": "llm_mode", "bpw": "llm_bpw"}
 
@@ -34,8 +36,8 @@ class LLMOptions:
         embed_bits, head_bits: of the embedding and of an untied head, where `bits` is not meant
             for them.
         projector_bits: of the projector's two matrices.
-        recipe: a JSON file, or the name of one of mlx-lm's recipes, that says which layer gets
-            which bits.
+        recipe: a JSON file that says which layer gets which bits, the others having `bits`; or
+            the name of one of mlx-lm's recipes, which decides the bits of every layer.
         bpw: bits per weight, with scales and all that is not quantized counted in; the best
             assignment of bits to matrices is searched for.
         method: how the weights are rounded. rtn rounds each to the nearest value; awq, gptq and
@@ -65,6 +67,7 @@ class LLMOptions:
         check_choice("projector_bits", self.projector_bits, BITS)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("method", self.method, METHODS)
+        self._check_recipe()
         self._check_search()
 
     @property
@@ -84,6 +87,11 @@ class LLMOptions:
     def part_format(self, bits: int) -> Format | None:
         """The form of a part that has bits of its own."""
         return None if bits == 16 else Format(bits, self.affine_group_size)
+
+    @property
+    def bits_decided(self) -> bool:
+        """Whether a search or a recipe by name decides the bits of every matrix."""
+        return self.bpw is not None or self.recipe in RECIPES
 
     @property
     def resolved_bits(self) -> int:
@@ -109,6 +117,18 @@ class LLMOptions:
             check_choice("llm_bits", self.bits, (*bits, 16) if affine else bits, context)
         if self.group_size is not None:
             check_choice("group_size", self.group_size, groups, context)
+
+    def _check_recipe(self) -> None:
+        """A recipe by name decides every matrix's bits, as it does in mlx-lm, and is affine."""
+        if self.recipe not in RECIPES:
+            return
+        given = {"--llm-bits": self.bits is not None, "--llm-mode": self.mode != "affine"}
+        for option, is_given in given.items():
+            if is_given:
+                raise OptionError(
+                    f"--recipe {self.recipe} is given with {option}, and this recipe decides every "
+                    "matrix's bits itself: leave one of them out"
+                )
 
     def _check_search(self) -> None:
         """A search decides every matrix's bits."""

@@ -1,8 +1,8 @@
-"""Apple's chips and phones as data: bandwidth, GPU and Neural Engine rates, memory limits, each
-with where it was published.
+"""List Apple's chips and phones with their bandwidth, their GPU and Neural Engine rates, and their
+memory limits, and say where each figure was published.
 
-Apple publishes Neural Engine operations and the bandwidth of some chips; the rest is what others
-report. A figure without a source is None, and what follows from it is not predicted.
+Apple publishes the operations of Neural Engines and the bandwidth of some chips; the rest is what
+others report. A figure that nobody reports is None, and what depends on it is not predicted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastvlm_mlx.errors import OptionError
 
 GB = 10**9
 
-# key: (whose figure, what it says, where)
+# Each source has the name of who publishes the figure, what it says, and where.
 SOURCES: dict[str, tuple[str, str, str]] = {
     "hollance": (
         "Apple, by hollance/neural-engine",
@@ -164,14 +164,14 @@ SOURCES: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates of a chip at their peak.
+    """The peak rates of a chip.
 
     Attributes:
-        bandwidth: memory, GB/s.
-        gpu_tflops: of all `gpu_cores`, in fp32 (fp16 is no faster on these GPUs).
+        bandwidth: the memory's bandwidth in GB/s.
+        gpu_tflops: the rate of all `gpu_cores` in fp32 (fp16 is no faster on these GPUs).
         accelerators: whether the GPU's cores have Neural Accelerators, which multiply matrices.
-        ne_tflops: the Neural Engine's, in fp16.
-        sources: of the bandwidth, the GPU and the Neural Engine, in this order.
+        ne_tflops: the rate of the Neural Engine in fp16.
+        sources: keys of `SOURCES` for the bandwidth, the GPU and the Neural Engine, in this order.
     """
 
     bandwidth: float | None
@@ -213,8 +213,13 @@ CHIPS: dict[str, Chip] = {
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes that iOS lets an app in the foreground use, without and with the entitlement
-    `increased-memory-limit`. Apple publishes none: each is what an app was given on one phone."""
+    """The bytes that iOS lets an app in the foreground use, without and with the entitlement
+    `increased-memory-limit`. Apple publishes no limit, so each is what one app was given on one
+    phone.
+
+    Attributes:
+        at_least: whether the limits are only lower bounds.
+    """
 
     plain: int
     entitled: int
@@ -222,7 +227,7 @@ class Limit:
     at_least: bool = False
 
 
-# By the phone's memory in GB. Nobody reports what 12 GB give.
+# The limits by the phone's memory in GB. Nobody reports those of phones with 12 GB.
 LIMITS: dict[int, Limit] = {
     4: Limit(int(2.1 * GB), int(2.4 * GB), "olmoe"),
     6: Limit(int(3.12 * GB), int(4.20 * GB), "pocketpal"),
@@ -236,8 +241,8 @@ class Device:
     """A phone, or a Mac by its chip.
 
     Attributes:
-        memory_gb: a phone's. None for a Mac, which has no limit for one app.
-        source: of the memory and the chip.
+        memory_gb: the memory of a phone; None for a Mac, which has no limit for one app.
+        source: where a phone's memory and chip are published, a key of `SOURCES`.
     """
 
     chip: str
@@ -270,18 +275,19 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(name: str) -> str:
-    """The name in `DEVICES` of what is meant: `iPhone 16 Pro Max`, `iphone-16-pro`, `M4`.
+    """Find the name in `DEVICES` of a device that a user may write as `iPhone 16 Pro Max` or `M4`.
 
     Raises:
-        OptionError: unknown; offers the nearest names.
+        OptionError: no such device is known; the error names the nearest.
     """
     slug = _slug(name.strip())
     if slug.startswith("iphone"):
-        # As the smaller one in chip and memory.
+        # The larger phones have the chip and the memory of the smaller ones.
         slug = slug.removesuffix("-max").removesuffix("-plus")
     if slug in DEVICES:
         return slug
-    near = ", ".join(get_close_matches(slug, DEVICES, n=3, cutoff=0.3)) or "none"
+    near = ", ".join(get_close_matches(slug, DEVICES, n=3, cutoff=0.3))
     raise OptionError(
-        f"--device {name} is not known (nearest: {near}): leave it out to see all that are"
+        f"--device {name} is not known{f' (nearest: {near})' if near else ''}: leave it out to see "
+        "all that are"
     )

@@ -135,7 +135,7 @@ def run(
     if found_here.is_dir() and is_bundle(found_here):
         if options or base or revision:
             raise OptionError(
-                f"{path} is a bundle, whose bits and sizes are made: leave out the options of "
+                f"{path} is a bundle, whose bits and sizes are fixed: leave out the options of "
                 "export, or name the checkpoint"
             )
         footprint = of_bundle(found_here)
@@ -217,7 +217,7 @@ def check_context(footprint: Footprint, context: int, kv_bits: int | None) -> No
             f"{footprint.prompt_tokens:,} tokens, and at most the model's {longest:,}"
         )
     if kv_bits is not None and kv_bits not in KV_BITS:
-        raise OptionError(f"--kv-bits is {kv_bits}: expected 4 or 8, or none for the whole cache")
+        raise OptionError(f"--kv-bits is {kv_bits}: expected 4 or 8, or leave it out")
     if kv_bits is not None and footprint.decoder.head_dim % roofline.KV_GROUP:
         raise OptionError(
             f"--kv-bits quantizes groups of {roofline.KV_GROUP} and the model's heads are "

@@ -1,9 +1,10 @@
-"""Operations and bytes of FastVLM from its shapes, and the seconds that they take on a chip.
+"""Count FastVLM's operations and bytes from its shapes, and predict the seconds that they take.
 
-A roofline with one factor for each stage: compute-bound stages take their operations over a share
-of the peak rate, decoding the bytes it reads over a share of the bandwidth, and every layer of a
-step the time to launch it. The shares are `benchmarks/plan.py`'s fit to published measurements,
-which prints how far off each of them is predicted without its own chip's.
+The prediction is a roofline with one factor for each stage. The time of encoder and prefill is
+their operations divided by a share of the chip's peak rate. The time of decoding is the bytes that
+it reads divided by a share of the bandwidth. Each layer adds the time to launch it.
+`benchmarks/plan.py` fits the shares to published measurements, and prints how far off each
+measurement is predicted if those of its own chip are left out.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ TERA = 10**12
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What a stage reaches.
+    """Which share of a chip's rates each stage reaches, and what it takes besides.
 
     Attributes:
-        bandwidth: share of the memory's, decoding.
-        layer_s: seconds that launching a layer takes, whatever its size.
-        gpu: share of the GPU's peak, prefill.
-        accelerated: the same where its cores have Neural Accelerators; of the fp32 peak still, so
-            it may pass 1.
-        neural_engine: share of the fp16 peak, the encoder.
-        call_s: seconds that calling the Neural Engine takes.
+        bandwidth: the share of the memory's bandwidth that decoding reaches.
+        layer_s: the seconds that launching a layer takes, whatever its size.
+        gpu: the share of the GPU's fp32 peak that prefill reaches.
+        accelerated: the same on a GPU whose cores have Neural Accelerators. They are faster than
+            the fp32 peak, so it may be above 1.
+        neural_engine: the share of the Neural Engine's fp16 peak that the encoder reaches.
+        call_s: the seconds that calling the Neural Engine takes.
     """
 
     bandwidth: float
@@ -40,13 +41,13 @@ class Efficiency:
     call_s: float
 
 
-# The fit of `python -m benchmarks.plan`; a test repeats it.
+# These are the results of `python -m benchmarks.plan`; a test repeats the fit.
 FITTED = Efficiency(0.794, 31.3e-6, 0.397, 1.122, 0.378, 0.408e-3)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shapes of a language model of Llama's and Qwen2's kind."""
+    """The shapes of a language model with the architecture of Llama and Qwen2."""
 
     hidden: int
     layers: int
@@ -72,29 +73,31 @@ class Decoder:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the products of all layers: q, k, v, o, gate, up, down."""
+        """The number of weights in the matrices of all layers: q, k, v, o, gate, up and down."""
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def read_weights(self) -> int:
-        """Weights that one token reads: the layers' and the head's."""
+        """The number of weights that one token reads: those of the layers and of the head."""
         return self.layer_weights + self.vocab * self.hidden
 
     def prefill_flops(self, tokens: int) -> float:
-        """Operations of a prompt: two for each weight and token, attention over what is before
-        each token (2·2·heads·head_dim·tokens²/2), the head for the last."""
+        """Count the operations of a prompt: two for each weight and token, those of attention, in
+        which a token looks at all before it (2·2·heads·head_dim·tokens²/2), and the head's for the
+        last token."""
         products = 2 * self.layer_weights * tokens
         attention = 2 * self.layers * self.heads * self.head_dim * tokens**2
         return products + attention + 2 * self.vocab * self.hidden
 
     def kv_elements(self, tokens: int) -> int:
+        """Count the numbers that the KV cache holds for `tokens` tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of FastViTHD for one image, by kind."""
+    """How many multiply-accumulates FastViTHD takes for one image, by kind."""
 
     dense: int
     depthwise: int
@@ -114,8 +117,14 @@ class Macs:
 
 @dataclass(frozen=True)
 class _Part:
-    """A block of FastViTHD: its work, how often it occurs, and the elements of the tensors that
-    are alive at its widest point, out of place and unfused."""
+    """A block of FastViTHD.
+
+    Attributes:
+        macs: its multiply-accumulates.
+        times: how often it occurs.
+        live: the elements of the tensors that are alive at its widest point, if no operation works
+            in place or is fused with another.
+    """
 
     macs: Macs
     times: int
@@ -123,7 +132,7 @@ class _Part:
 
 
 def encoder_macs(vision: VisionConfig) -> Macs:
-    """All of FastViTHD at `vision.image_size`, the classification head left out."""
+    """Count all of FastViTHD at `vision.image_size` but the classification head."""
     total = Macs(0, 0, 0)
     for part in _parts(vision):
         for _ in range(part.times):
@@ -132,8 +141,9 @@ def encoder_macs(vision: VisionConfig) -> Macs:
 
 
 def encoder_live_elements(vision: VisionConfig) -> int:
-    """The largest sum of tensors alive at once, in elements, of the folded network run an
-    operation at a time (`encoder/fastvithd.py`). Core ML may fuse and tile, and use less."""
+    """Count the elements of the tensors that are alive at once, at the widest point of the folded
+    network (`encoder/fastvithd.py`), if it runs one operation at a time. Core ML may fuse and tile
+    operations, and use less."""
     return max(part.live for part in _parts(vision))
 
 
@@ -178,8 +188,9 @@ def _parts(vision: VisionConfig) -> Iterator[_Part]:
 def encoder_seconds(
     chip: Chip, macs: int, *, neural_engine: bool, fit: Efficiency = FITTED
 ) -> float | None:
-    """2·MACs over the Neural Engine's share of its fp16 peak, and a call; on the GPU, which runs
-    fp32 and everything in MLX, over its share. No published figure checks the latter."""
+    """Predict the encoder's time. On the Neural Engine it is two operations for each
+    multiply-accumulate, over the share of the fp16 peak, and a call. The GPU runs an encoder in
+    fp32 or in MLX; no published figure checks that prediction."""
     if neural_engine:
         return fit.call_s + 2 * macs / (fit.neural_engine * chip.ne_tflops * TERA)
     return gpu_seconds(chip, 2 * macs, fit=fit)
@@ -188,7 +199,11 @@ def encoder_seconds(
 def gpu_seconds(
     chip: Chip, flops: float, *, cores: int | None = None, fit: Efficiency = FITTED
 ) -> float | None:
-    """Operations over the GPU's share of its peak; `cores` where some are switched off."""
+    """Divide operations by what the GPU reaches of its peak; None where that is not published.
+
+    Args:
+        cores: how many cores the GPU has, if that is not as many as `chip` says.
+    """
     if chip.gpu_tflops is None:
         return None
     share = fit.accelerated if chip.accelerators else fit.gpu
@@ -203,7 +218,7 @@ def prefill_seconds(
     cores: int | None = None,
     fit: Efficiency = FITTED,
 ) -> float | None:
-    """A prompt's operations on the GPU, and the launch of every layer."""
+    """Predict the time of a prompt: its operations on the GPU, and the launch of every layer."""
     seconds = gpu_seconds(chip, decoder.prefill_flops(tokens), cores=cores, fit=fit)
     return None if seconds is None else seconds + fit.layer_s * decoder.layers
 
@@ -211,19 +226,20 @@ def prefill_seconds(
 def decode_seconds(
     chip: Chip, decoder: Decoder, read_bytes: float, *, fit: Efficiency = FITTED
 ) -> float | None:
-    """One token: `read_bytes` of weights and KV cache over a share of the bandwidth, and the
-    launch of every layer."""
+    """Predict the time of one token: `read_bytes` of weights and KV cache over the share of the
+    bandwidth, and the launch of every layer."""
     if chip.bandwidth is None:
         return None
     return read_bytes / (fit.bandwidth * chip.bandwidth * GB) + fit.layer_s * decoder.layers
 
 
 def kv_cache_bytes(decoder: Decoder, tokens: int, size: int, bits: int | None = None) -> int:
-    """Bytes of mlx-lm's cache with `tokens` in it: it grows by steps of 256.
+    """Count the bytes of mlx-lm's cache that holds `tokens` tokens; it grows in steps of 256.
 
     Args:
-        size: bytes of an element that is not quantized.
-        bits: of a quantized cache, with a scale and a bias for each 64.
+        size: the bytes of an element that is not quantized.
+        bits: the bits of an element of a quantized cache, which has a scale and a bias for each 64
+            elements; None for a cache that is not quantized.
     """
     steps = ceil(tokens / KV_STEP) * KV_STEP
     elements = decoder.kv_elements(steps)

@@ -16,11 +16,11 @@ from fastvlm_mlx.errors import BundleError
 
 APPLE_LICENSE = "apple-amlr"
 APPLE_LICENSE_LINK = "https://github.com/apple/ml-fastvlm/blob/main/LICENSE_MODEL"
-# Where a name is certainly a hub id: it was downloaded, or says that it is Apple's.
+# A name is certainly a hub id if the checkpoint was downloaded, or if it is one of Apple's.
 DOWNLOADED = re.compile(r"([\w.-]+/[\w.-]+)@[0-9a-f]{40}")
 APPLES = re.compile(r"(apple/FastVLM-[\w.-]+)(?:@.*)?")
-# The hub's own identifiers (its documentation's page on licences); any other is `other`, with a
-# name.
+# The identifiers of licences that the hub knows, from the page on licences of its documentation. It
+# calls any other licence `other` and wants its name.
 HUB_LICENSES = frozenset(
     """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
     bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause
@@ -35,7 +35,7 @@ HUB_LICENSES = frozenset(
 
 
 def model_card(manifest: Mapping[str, Any], repository: str, revision: str | None = None) -> str:
-    """README.md of `repository`: the hub's metadata in YAML, then the text.
+    """Write README.md of `repository`: the hub's metadata in YAML, then the text.
 
     Args:
         manifest: as `Bundle.open` has read it.
@@ -55,7 +55,7 @@ def model_card(manifest: Mapping[str, Any], repository: str, revision: str | Non
             _license_section(manifest),
             _versions(manifest),
         ]
-    # A manifest is JSON that anybody may have edited: what its reader misses shows here.
+    # Anybody may have edited the manifest, and what its reader did not check fails here.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{MANIFEST} is not whole, its card can't be written ({type(error).__name__}: {error}):"
@@ -82,10 +82,10 @@ def _metadata(manifest: Mapping[str, Any]) -> ModelCardData:
 
 
 def _license(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The hub's `license`, `license_name` and `license_link`.
+    """Choose the hub's `license`, `license_name` and `license_link`.
 
-    What is made of Apple's weights is under Apple's licence, whatever a fine-tune says of itself;
-    a source that states none is taken to be made of them.
+    What is made of Apple's weights is under Apple's licence, whatever a fine-tune says of itself. A
+    source that states no licence is taken to be made of them.
     """
     stated = str(manifest["source"]["license"]).strip("\"' ")
     made_of = [str(link["name"]) for link in _chain(manifest["source"])]
@@ -100,7 +100,7 @@ def _license(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chain(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The source, then what it is a difference to."""
+    """Yield the source, then the base that it is a fine-tune of, and so on."""
     yield source
     if "base" in source:
         yield from _chain(source["base"])
@@ -171,7 +171,8 @@ def _facts(manifest: Mapping[str, Any]) -> str:
 
 
 def _left(reasons: Mapping[str, str]) -> str:
-    """Names of the matrices that stayed, behind their reason; counted where they are many."""
+    """List the matrices that were not quantized after the reason for it; where they are many, count
+    them."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(f"`{name}`")
@@ -198,8 +199,10 @@ def _usage(manifest: Mapping[str, Any], repository: str, revision: str | None) -
     branch = f" --revision {revision}" if revision else ""
     text = f"""## How to run it
 
+In a clone of fastvlm-mlx (on a Mac `pip install .` is enough):
+
 ```console
-$ pip install fastvlm-mlx
+$ pip install ".[export]"
 $ hf download {repository}{branch} --local-dir {name}
 $ fastvlm generate {name} --image photo.jpg --prompt "Describe the image."
 ```
@@ -252,5 +255,5 @@ def _table(head: list[str], rows: Any) -> str:
 
 
 def _line(text: object) -> str:
-    """Text that can't leave its line, its cell or its `code`."""
+    """Make text safe for a table of Markdown: it stays in its line, its cell and its `code`."""
     return " ".join(str(text).split()).replace("|", "\\|")

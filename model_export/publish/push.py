@@ -1,8 +1,9 @@
 """Upload a bundle to the Hugging Face hub, with a model card made from its manifest.
 
-All of it is one commit: a repository holds a bundle whole or not at all. (`upload_folder` may make
-several, and reads a card from the directory only, where it would be one file more than the manifest
-lists.) What was uploaded before an interruption is kept by the hub and not sent again.
+The upload is one commit, so that a repository holds the whole bundle or none of it.
+(`upload_folder` of huggingface_hub may make several commits, and takes a card only from the
+directory, where it would be a file that the manifest does not list.) If an upload is interrupted,
+the hub keeps what has arrived, and it is not sent again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes where: `files` are relative to the bundle; `card` becomes README.md."""
+    """An upload that was checked and can be made.
+
+    Attributes:
+        files: the names of the bundle's files, relative to it.
+        bytes: the size of all of them.
+        card: the text that becomes README.md.
+    """
 
     bundle: Path
     repository: str
@@ -50,11 +57,12 @@ def plan(
 ) -> Upload:
     """Check a bundle and write its card; the network is not used.
 
-    A README.md that lies in the bundle is the card in place of the one made from the manifest.
+    A README.md that lies in the bundle is used in place of the card made from the manifest.
 
     Args:
         repository: `owner/name`.
-        revision: a branch, created if it is not there; else the main one.
+        revision: the branch to upload to, which is created if it is not there; the main one unless
+            given.
 
     Raises:
         BundleError: the bundle has no manifest, or is not what its manifest says.
@@ -93,11 +101,11 @@ def push(
 ) -> str:
     """Create the repository and the branch where they are missing, and commit the bundle.
 
-    Weights of the bundle that was there before go; all else in the repository stays.
+    The weights of the bundle that was there before are removed; all else in the repository stays.
 
     Args:
-        private: of a repository that is created.
-        message: the commit's.
+        private: whether a repository that has to be created is private.
+        message: the message of the commit.
 
     Returns:
         The commit's URL.
@@ -109,7 +117,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
-    # Some of the hub's bars are drawn into a log, too.
+    # Some of the hub's progress bars would be drawn into a log file, too.
     bars = nullcontext() if sys.stderr.isatty() else disable_progress_bars()
     with bars, _in_one_sentence(upload.repository):
         if get_token() is None:
@@ -148,13 +156,13 @@ def _check_name(repository: str) -> None:
 
 
 def _prepare(api: HfApi, upload: Upload, private: bool) -> list[str]:
-    """The repository and the branch exist after this.
+    """Create the repository and the branch where they are missing.
 
     Returns:
-        Files of the bundle that is there which a loader would take for a part of the new one: it
-        reads every `.safetensors`, and one `.mlpackage`.
+        The files of the bundle there that a loader would take for parts of the new one, because it
+        reads every `.safetensors` file and one `.mlpackage`.
     """
-    # None leaves it to the owner's own default.
+    # With None the hub takes the owner's default.
     api.create_repo(upload.repository, private=private or None, exist_ok=True)
     if upload.revision is not None:
         api.create_branch(upload.repository, branch=upload.revision, exist_ok=True)
@@ -177,7 +185,7 @@ def _prepare(api: HfApi, upload: Upload, private: bool) -> list[str]:
 
 @contextmanager
 def _in_one_sentence(repository: str) -> Iterator[None]:
-    """What huggingface_hub raises on the way, as a DestinationError."""
+    """Turn whatever huggingface_hub raises into a DestinationError of one sentence."""
     import httpx2
     from huggingface_hub import errors
 
@@ -198,7 +206,7 @@ def _sentence(repository: str, error: Exception) -> str:
     import httpx2
     from huggingface_hub import errors
 
-    # Of a large file's upload, what went wrong is in the cause.
+    # If the upload of a large file fails, the reason is in the cause of the error.
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     reason = " ".join(lines[:2]) or type(cause).__name__

@@ -60,6 +60,8 @@ HELD_OUT_EVERY = 4
 # Longer than any message needs; the rest is counted.
 LISTED = 5
 
+EXPECTED = "expected a directory of images, or a JSONL file of image, prompt and answer"
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -129,36 +131,54 @@ def split(
     return some(calibration_set, IMAGES), some(held_out_set, HELD_OUT_IMAGES, least)
 
 
-def load_calibration(path: str | Path | None, vision: VisionConfig) -> Calibration:
+def check_path(option: str, path: str | Path) -> Path:
+    """Look at what an option names, without reading it.
+
+    Raises:
+        OptionError: there is nothing at `path`, or a single image.
+    """
+    try:
+        file = Path(path).expanduser()
+        exists = file.exists()
+    # A NUL in it, a home that nobody has, or a name that is too long.
+    except (OSError, ValueError, RuntimeError):
+        exists = False
+    if not exists:
+        raise OptionError(f"{option} {path} does not exist: {EXPECTED}")
+    Image.init()
+    if file.suffix.lower() in Image.EXTENSION and file.is_file():
+        raise OptionError(f"{option} {path} is an image: {EXPECTED}")
+    return file
+
+
+def load_calibration(
+    path: str | Path | None, vision: VisionConfig, option: str = "--calibration"
+) -> Calibration:
     """Read the user's calibration data, or make what there is without any.
 
     Args:
         path: a directory of images, below it too, or a JSONL file whose lines have `image`
             (relative to the file), `prompt` and `answer`.
+        option: what errors call the path.
 
     Raises:
         OptionError: there is nothing at `path`, or nothing in it that can be used.
     """
     if path is None:
         return Calibration(tuple(_own(vision)), ())
-    path = Path(path).expanduser()
+    path = check_path(option, path)
     if path.is_dir():
         samples, skipped = _directory(path, 2 * vision.image_size)
-    elif path.is_file():
-        samples, skipped = _lines(path, 2 * vision.image_size)
     else:
-        raise OptionError(
-            f"--calibration {path} does not exist: expected a directory of images, or a JSONL "
-            "file of image, prompt and answer"
-        )
-    found = Calibration(tuple(samples), tuple(skipped))
+        samples, skipped = _lines(path, 2 * vision.image_size, option)
+    calibration = Calibration(tuple(samples), tuple(skipped))
     if not samples:
         raise OptionError(
-            f"--calibration {path} holds no image that can be used"
-            + "".join(f" ({note})" for note in found.notes())
+            f"{option} {path} holds no image that can be used"
+            + "".join(f" ({note})" for note in calibration.notes())
             + ": expected images, or JSON lines of image, prompt and answer"
         )
-    return found
+    return calibration
 
 
 def _own(vision: VisionConfig) -> list[Sample]:
@@ -194,11 +214,11 @@ def _directory(directory: Path, size: int) -> tuple[list[Sample], list[str]]:
     return _read(directory, asked, size)
 
 
-def _lines(file: Path, size: int) -> tuple[list[Sample], list[str]]:
+def _lines(file: Path, size: int, option: str) -> tuple[list[Sample], list[str]]:
     """Lines about the same image make one image with several questions."""
     questions: dict[str, list[tuple[str, str]]] = {}
     skipped = []
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(_text(file, option).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -239,11 +259,8 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // taken] for i in range(taken)]
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, option: str) -> str:
     try:
         return read_bytes(None, file, OptionError, MAX_LINES_BYTES).decode()
     except (OptionError, UnicodeDecodeError) as error:
-        raise OptionError(
-            f"--calibration {file} can't be read as text ({error}): expected a directory of "
-            "images, or a JSONL file of image, prompt and answer"
-        ) from error
+        raise OptionError(f"{option} {file} can't be read as text ({error}): {EXPECTED}") from error

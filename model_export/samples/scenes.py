@@ -1,9 +1,9 @@
-"""Scenes that the demo checkpoint understands: coloured shapes, perhaps a number, and questions.
+"""Draw the scenes that the demo checkpoint understands, and ask and judge questions about them.
 
-A scene is a grid of 4×4 cells. At 256×256 a cell is 64 pixels, just what one token of FastViTHD
-covers. Each quadrant holds one thing at most: a shape, which fills a cell, or a two-digit number,
-which fills the two cells of a row. In a scene no shape and no colour occurs twice, and there is
-one number at most, so that each question has one answer.
+A scene has coloured shapes and perhaps a number on a grid of 4×4 cells. At 256×256 a cell is 64
+pixels, just what one token of FastViTHD covers. Each quadrant holds one thing at most: a shape,
+which fills a cell, or a two-digit number, which fills the two cells of a row. In a scene no shape
+and no colour occurs twice, and there is one number at most, so that each question has one answer.
 
     >>> scene = generate(7)
     >>> image = scene.draw(256)
@@ -37,7 +37,7 @@ COLOURS = {
 BACKGROUNDS = ((255, 255, 255), (228, 228, 228), (250, 240, 216), (214, 230, 246))
 INK = (24, 24, 28)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-# Half the width of a shape, in cells.
+# The widths that a shape may have, halved, in cells.
 RADII = (0.38, 0.42, 0.46)
 KINDS = ("describe", "count", "colour", "where", "read")
 
@@ -74,9 +74,9 @@ PHRASINGS = {
 }
 
 _COUNTS = ("Zero", "One", "Two", "Three", "Four")
-# One scene in this many is held out, chosen by what is in it.
+# One scene in this many is held out; its content decides which.
 _HELD_OUT_EVERY = 16
-# Pixels drawn along one side for each pixel kept.
+# Scenes are drawn larger by this factor and reduced, so that edges are smooth.
 _OVERSAMPLING = 8
 # Segments of a digit: x0, y0, x1, y1 in a box of 1×2.
 _SEGMENTS = {
@@ -121,7 +121,7 @@ class Question:
 
 
 def quadrant(thing: Shape | Number) -> int:
-    """Index into PLACES of the quadrant that a thing lies in."""
+    """Return the index into PLACES of the quadrant that a thing lies in."""
     return 2 * (2 * thing.row // GRID) + 2 * thing.column // GRID
 
 
@@ -138,7 +138,7 @@ class Scene:
     background: tuple[int, int, int] = BACKGROUNDS[0]
 
     def draw(self, size: int = 256) -> Image.Image:
-        """RGB image of `size`×`size` pixels, anti-aliased, the same bytes at every call.
+        """Draw an RGB image of `size`×`size` pixels, anti-aliased, the same bytes at every call.
 
         Raises:
             ValueError: `size` is not a positive multiple of GRID.
@@ -167,7 +167,7 @@ class Scene:
         return text
 
     def questions(self, seed: int = 0) -> list[Question]:
-        """Every question that this scene has an answer to, the wording chosen by `seed`."""
+        """Ask every question that this scene has an answer to; `seed` chooses the wording."""
         rng = random.Random(seed)
 
         def ask(kind: str, answer: str, about: str = "") -> Question:
@@ -187,7 +187,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this scene is kept from training: decided by its content, not by its seed."""
+        """Whether this scene is kept from training, which its content decides and not its seed."""
         layout = [(s.shape, s.colour, s.row, s.column) for s in self.shapes]
         number = self.number and (self.number.value, self.number.row, self.number.column)
         digest = hashlib.sha256(repr((layout, number)).encode()).digest()
@@ -195,10 +195,11 @@ class Scene:
 
 
 def generate(seed: int, *, held_out: bool | None = None) -> Scene:
-    """The scene of this seed: one to four things, a shape always among them.
+    """Make the scene of a seed, the same on every machine: one to four things, a shape among them.
 
-    `held_out` True or False takes it from the scenes kept from training, or from the others;
-    None from all. The same scene for the same arguments on every machine.
+    Args:
+        held_out: True takes the scene from those that are kept from training, False from the
+            others, and None from all.
     """
     rng = random.Random(seed)
     while True:
@@ -208,7 +209,8 @@ def generate(seed: int, *, held_out: bool | None = None) -> Scene:
 
 
 def held_out(count: int, kinds: Iterable[str] = KINDS) -> list[tuple[Scene, Question]]:
-    """`count` pairs from scenes that training never shows, the kinds in turn; always the same."""
+    """Choose `count` questions about scenes that training never shows, with the kinds in turn. They
+    are always the same."""
     kinds = tuple(kinds)
     pairs: list[tuple[Scene, Question]] = []
     seed = 0
@@ -223,12 +225,15 @@ def held_out(count: int, kinds: Iterable[str] = KINDS) -> list[tuple[Scene, Ques
 
 
 def is_right(question: Question, text: str) -> bool:
-    """Whether `text` answers the question: its words in order, whatever the case and stops."""
+    """Whether `text` has the words of the right answer in their order; case and punctuation do not
+    count."""
     return _words(text) == _words(question.answer)
 
 
 @dataclass(frozen=True)
 class Score:
+    """How many of the questions that were asked were answered right."""
+
     right: int
     asked: int
 
@@ -238,7 +243,10 @@ class Score:
 
 
 def score(pairs: Iterable[tuple[Scene, Question]], answers: Iterable[str]) -> dict[str, Score]:
-    """Right answers by kind, and under "all", for answers in the order of their questions.
+    """Count the right answers of each kind of question, and of all under "all".
+
+    Args:
+        answers: in the order of the questions.
 
     Raises:
         ValueError: more pairs than answers, or fewer.
@@ -259,7 +267,8 @@ def evaluate(
     *,
     size: int = 256,
 ) -> dict[str, Score]:
-    """Ask `answer(image, prompt)` each question about its scene, drawn at `size` pixels."""
+    """Draw each scene at `size` pixels, let `answer(image, prompt)` answer, and count what is
+    right."""
     pairs = list(pairs)
     return score(pairs, [answer(scene.draw(size), question.prompt) for scene, question in pairs])
 
@@ -296,7 +305,7 @@ def _random_scene(rng: random.Random) -> Scene:
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """Corners of a shape around (0, 0), in cells; y points down."""
+    """List the corners of a shape around (0, 0), in cells; y points down."""
     if shape == "square":
         r = 0.88 * radius
         return [(-r, -r), (r, -r), (r, r), (-r, r)]

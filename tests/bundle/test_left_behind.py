@@ -120,5 +120,5 @@ def test_a_directory_with_nothing_else_is_empty(tmp_path):
     # What a tool keeps its books in is somebody's work.
     (out / ".git").mkdir()
     assert not is_empty(out)
-    with pytest.raises(DestinationError, match="is no sweep's"):
+    with pytest.raises(DestinationError, match="was not made by a sweep"):
         _State.open(out, "digest")

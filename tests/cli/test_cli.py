@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from edits import edit_json
 from fastvlm_mlx.cli import main, show
 from fastvlm_mlx.errors import DestinationError
 from model_export.cli.export import note_padding
+from model_export.demo import run as demo
 from model_export.samples import scenes
 
 
@@ -90,6 +92,15 @@ class TestGenerate:
         assert len(err.strip().splitlines()) == 1
         assert "TTFT" in err
         assert "text tokens, 0 cached |" in err
+
+    def test_a_bundle_without_a_manifest_is_warned_of_once(self, fastvlm, bundle_copy, photo):
+        (bundle_copy / "manifest.json").unlink()
+        asked = ["--prompt", "Hm?", "--prompt", "So?"]
+        status, _, err = fastvlm("generate", bundle_copy, "--image", photo, *asked)
+        assert status == 0
+        warned, *timings = err.splitlines()
+        assert warned.startswith(f"warning: {bundle_copy} has no manifest.json, so its files can't")
+        assert len(timings) == 2
 
     def test_json(self, fastvlm, demo_bundle, photo):
         prompts = ["How many shapes are there?", "Describe the image."]
@@ -297,6 +308,23 @@ def test_demo_refuses_a_directory_that_is_not_its_own(fastvlm, tmp_path):
     assert status == 2
     assert "name another directory" in sentence(err)
     assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_a_demo_says_that_it_replaces_an_earlier_one(fastvlm, demo_bundle, tmp_path, monkeypatch):
+    """The demo itself, which takes long, is left out."""
+
+    def run_demo(directory, progress, *, seed, llm_bits):
+        if not (directory / "bundle").exists():
+            shutil.copytree(demo_bundle, directory / "bundle")
+        scene = scenes.generate(seed)
+        scene.draw(256).save(directory / "scene.png")
+        return demo.Demo(directory, (), tuple(scene.questions(seed)[:1]))
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    said = f"{tmp_path} holds an earlier demo, which this one replaces"
+    for expected in (False, True):
+        status, _, err = fastvlm("demo", tmp_path)
+        assert (status, said in err) == (0, expected)
 
 
 def test_a_reader_that_leaves_is_no_error(demo_bundle):

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import Image
 
 from fastvlm_mlx.cli import main
 
@@ -198,6 +199,82 @@ def test_a_wrong_command_line(refused, line, sentence):
     assert refused(*line.split()).startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            "export {checkpoint} {new} --layout mlx --recipe mixed_2_6 --llm-bits 4",
+            "--recipe mixed_2_6 is given with --llm-bits, and this recipe decides every matrix's "
+            "bits itself: leave one of them out",
+        ),
+        (
+            "plan {checkpoint} --layout mlx --recipe mixed_2_6 --llm-mode mxfp4",
+            "--recipe mixed_2_6 is given with --llm-mode, and this recipe decides every ",
+        ),
+        (
+            "export {checkpoint} {new} --layout mlx --encoder-precision int8",
+            "--encoder-precision int8 is for Core ML's encoder, and the encoder of an mlx bundle "
+            "has the type of --dtype: leave it out",
+        ),
+        (
+            "export {checkpoint} {new} --layout mlx --encoder-precision fp32",
+            "--encoder-precision fp32 is for Core ML's encoder, and the encoder of an mlx bundle "
+            "has the type of --dtype: use --dtype float32",
+        ),
+        ("demo {new} --llm-bits 5", "--llm-bits is 5: expected one of 2, 3, 4, 6, 8, 16"),
+        ("demo {new} --seed -1", "--seed is -1: expected 0 or more"),
+        (
+            "compare {bundle} {bundle}",
+            "{bundle} is given twice and no other model with it: name two or more bundles or ",
+        ),
+        ("compare {bundle}", "only one model is given: name two or more bundles or checkpoints"),
+        (
+            "inspect {empty}",
+            "{empty} holds no config.json: expected the directory of a bundle or a checkpoint",
+        ),
+        (
+            "inspect {image}",
+            "{image} is a file: expected the directory of a bundle or a checkpoint",
+        ),
+        (
+            "install {mlx} {empty}",
+            "{mlx} is of layout mlx and the demo app loads layout app: make such a bundle with ",
+        ),
+        (
+            "export {image} {new}",
+            "{image} is a file: expected the directory of a checkpoint, which holds config.json ",
+        ),
+        (
+            "export {checkpoint} {new} --image-size 0",
+            "--image-size is 0: expected 64 pixels or a larger multiple of 64, the encoder's ",
+        ),
+        (
+            "export {checkpoint} {new} --method gptq --calibration {image}",
+            "--calibration {image} is an image: expected a directory of images, or a JSONL file ",
+        ),
+        (
+            "compare {bundle} {checkpoint} --questions {image}",
+            "--questions {image} is an image: expected a directory of images, or a JSONL file ",
+        ),
+        ("compare {bundle} {checkpoint} --count 0", "--count is 0: expected 1 or more"),
+        ("sweep {checkpoint} --out {new} --count -5", "--count is -5: expected 1 or more"),
+        (
+            "compare {bundle} {checkpoint} --questions {empty}",
+            "--questions {empty} holds no image that can be used: expected images, or JSON lines ",
+        ),
+    ],
+)
+def test_what_does_not_go_together(
+    refused, demo_bundle, mlx_bundle, demo_checkpoint, tmp_path, line, sentence
+):
+    names = {name: tmp_path / name for name in ("empty", "new")} | {"image": tmp_path / "a.png"}
+    names["empty"].mkdir()
+    Image.new("RGB", (64, 64)).save(names["image"])
+    paths = {"bundle": demo_bundle, "mlx": mlx_bundle, "checkpoint": demo_checkpoint, **names}
+    assert refused(*line.format(**paths).split()).startswith(sentence.format(**paths))
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_shown_of_a_wrong_command_line_is_safe(refused):
     assert refused("inspect", "--\x1b[31mred").startswith(r"--\x1b[31mred is no option of ")
     assert refused("\x1b[31mred\n").startswith(r"\x1b[31mred is no verb of ")
@@ -214,8 +291,8 @@ class TestVerifyWithoutACheckpoint:
 
         listed = len(json.loads((demo_bundle / "manifest.json").read_text())["files"])
         out = run(demo_bundle)
-        assert f"{listed} as manifest.json lists them, by size and SHA-256" in out
-        assert "app, by the rules of the programs that load it" in out
+        assert f"all {listed} have the size and the SHA-256 that manifest.json lists" in out
+        assert "app: it keeps the rules of the programs that load it" in out
         assert "encoder largest magnitude" in out
         (bundle_copy / "manifest.json").unlink()
-        assert "not compared, there is no manifest.json" in run(bundle_copy)
+        assert "not compared, because there is no manifest.json" in run(bundle_copy)

@@ -133,8 +133,10 @@ def test_median_and_deviation_are_of_the_answers(demo_checkpoint, coarse, tmp_pa
 
 
 def test_what_is_refused(demo_checkpoint, demo_bundle, tmp_path):
-    with pytest.raises(OptionError, match="only one model"):
+    with pytest.raises(OptionError, match="is given twice"):
         compare.compare([demo_bundle, demo_bundle], None, None, COUNT, silent)
+    with pytest.raises(OptionError, match="--count is 0"):
+        compare.compare([demo_bundle, demo_checkpoint], None, None, 0, silent)
     with pytest.raises((BundleError, CheckpointError), match="nowhere"):
         compare.compare([demo_bundle, tmp_path / "nowhere"], None, None, COUNT, silent)
     small = tmp_path / "small"
@@ -259,7 +261,7 @@ def test_our_own_choices_are_options():
 
 def test_a_directory_that_is_something_else(demo_checkpoint, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DestinationError, match="no sweep's"):
+    with pytest.raises(DestinationError, match="was not made by a sweep"):
         sweep.sweep(demo_checkpoint, tmp_path, CHOICES, "app", None, COUNT, silent)
     (tmp_path / sweep.RESULTS).write_text("{")
     with pytest.raises(DestinationError, match="can't be read"):

@@ -311,7 +311,7 @@ class TestKilled:
         self._killed(tmp_path)
         sweep._State.open(tmp_path, "digest")
         (tmp_path / "thesis.txt").write_text("precious")
-        with pytest.raises(DestinationError, match="no sweep's"):
+        with pytest.raises(DestinationError, match="was not made by a sweep"):
             sweep._State.open(tmp_path, "digest")
 
     def test_links_are_removed_and_not_followed(self, tmp_path, out):

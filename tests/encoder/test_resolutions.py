@@ -374,9 +374,9 @@ class TestOptions:
         ("options", "words"),
         [
             ({"image_size": 512, "image_sizes": (512,)}, "are both given: expected one of them"),
-            ({"image_sizes": (512, 100)}, "--image-sizes is 100: expected a multiple of 64"),
+            ({"image_sizes": (512, 100)}, "--image-sizes is 100: expected 64 pixels or a "),
             ({"image_sizes": (512, 0)}, "--image-sizes is 0"),
-            ({"image_sizes": [512, "1024"]}, "--image-sizes is 1024: expected a multiple"),
+            ({"image_sizes": [512, "1024"]}, "--image-sizes is 1024: expected 64 pixels"),
             ({"image_sizes": 512}, r"--image-sizes is 512: expected a list of pixels"),
             ({"image_sizes": (512, 512)}, "512,512: expected each size once"),
             ({"image_sizes": (64, 128), "deployment_target": "iOS17"}, "expected iOS18, or"),

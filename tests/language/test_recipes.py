@@ -12,7 +12,7 @@ from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.gates import verify
 from model_export.language import recipes
-from model_export.options import ExportOptions, LLMOptions
+from model_export.options import RECIPES, ExportOptions, LLMOptions
 from model_export.pipeline import export
 from model_export.presets import PRESETS
 
@@ -64,8 +64,8 @@ def test_the_layers_bits_are_their_mean(checkpoint, tmp_path, options, bits):
     assert recipes.layer_bits(chosen, checkpoint.llm_specs) == bits
 
 
-@pytest.mark.parametrize("name", recipes.STOCK)
-def test_stock_recipes_are_mlx_lm_s(checkpoint, name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_by_name_are_mlx_lm_s(checkpoint, name):
     """Held to what mlx-lm's convert does to the same language model."""
     import mlx.nn as nn
     from mlx_lm.convert import mixed_quant_predicate_builder

@@ -23,7 +23,7 @@ CHANGED = {
     "embed_bits": 8,
     "head_bits": 4,
     "projector_bits": 8,
-    "recipe": "mixed_4_6",
+    "recipe": "bits.json",
     "method": "awq",
     "calibration": "images",
     "dtype": "bfloat16",
@@ -47,7 +47,7 @@ def test_every_field_has_one_flat_name():
 def test_flat_options_are_the_groups_and_back():
     options = ExportOptions.of(**CHANGED)
     assert options.llm == LLMOptions(
-        6, 32, "affine", 8, 4, 8, "mixed_4_6", None, "awq", dtype="bfloat16"
+        6, 32, "affine", 8, 4, 8, "bits.json", None, "awq", dtype="bfloat16"
     )
     assert options.encoder == EncoderOptions(image_sizes=(64, 128))
     assert options.limits == GateLimits(1.0, 2.0, 0.5)
@@ -64,6 +64,7 @@ def test_flat_options_are_the_groups_and_back():
         {"llm_bits": 16},
         {"llm_mode": "mxfp8", "layout": "mlx", "embed_bits": 4},
         {"llm_bpw": 4.5, "group_size": 128},
+        {"recipe": "mixed_4_6", "layout": "mlx"},
         {"preset": "phone", "encoder_bpw": 5.0},
         {"encoder_precision": "fp32", "image_size": 128},
     ],
@@ -75,6 +76,7 @@ def test_a_manifest_s_record_is_the_same_export(given):
     again = ExportOptions.from_record(record)
     assert json.loads(json.dumps(again.to_record())) == record
     assert (again.llm.format, again.calibrates) == (options.llm.format, options.calibrates)
+    assert ExportOptions.of(**options.flat()).to_record() == options.to_record()
     # Releases to come record more than this one knows, and earlier ones less.
     assert ExportOptions.from_record(record | {"rounding": "up"}) == again
     ExportOptions.from_record({"llm_bits": 4, "layout": "app"})

@@ -94,7 +94,7 @@ def test_each_function_says_how_far_it_is(demo_checkpoint, demo_bundle, mlx_bund
 
 class TestMistakes:
     def test_a_bundle_takes_no_options_in_a_plan(self, demo_bundle):
-        with pytest.raises(OptionError, match="is a bundle, whose bits and sizes are made"):
+        with pytest.raises(OptionError, match="is a bundle, whose bits and sizes are fixed"):
             model_export.plan(demo_bundle, options=ExportOptions())
 
     def test_limits_without_a_checkpoint(self, demo_bundle):

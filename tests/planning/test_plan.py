@@ -504,7 +504,7 @@ def test_a_mistake_gets_one_sentence(demo_checkpoint, capsys, monkeypatch, argum
 
 
 def test_a_bundle_has_its_bits_already(demo_bundle, tmp_path):
-    with pytest.raises(OptionError, match="is a bundle, whose bits and sizes are made"):
+    with pytest.raises(OptionError, match="is a bundle, whose bits and sizes are fixed"):
         plan.run(demo_bundle, None, ExportOptions.of(llm_bits=4))
     with pytest.raises(CheckpointError, match="does not exist"):
         plan.run(tmp_path / "apple" / "FastVLM-0.5B", None, None)

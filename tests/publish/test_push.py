@@ -82,7 +82,8 @@ class TestUpload:
         scenes.generate(11, held_out=True).draw(256).save(folder / "photo.jpg", quality=95)
         console = re.findall(r"^\$ (.*)", written, re.MULTILINE)
         install, download, generate = (line.split(" ", 1) for line in console)
-        assert install[1] == "install fastvlm-mlx"
+        # In a clone: the package is on no index.
+        assert install[1] == 'install ".[export]"'
         hf = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
         got = with_hub("-c", hf, *download[1].split(), HF_TOKEN=WRITES)
         assert got.returncode == 0, got.stderr

@@ -18,7 +18,7 @@ from model_export.encoder.references import reference_features
 from model_export.language import llm, qwen2, recipes
 from model_export.language.dialogue import Dialogue
 from model_export.language.weights import SourceWeights, rounded
-from model_export.options import ExportOptions
+from model_export.options import RECIPES, ExportOptions
 from model_export.pipeline import export
 from model_export.quantization.bits import search, sensitivity, trial
 from model_export.quantization.bits.candidates import Space, alternatives, at_or_below
@@ -274,7 +274,7 @@ def test_the_widest_plain_choices_leave_out_none_that_nothing_else_is_wider_than
         return {
             tuple(form.bits if (form := each.scheme[path]) else 16 for path in PATHS)
             for each in found
-            if each.name not in recipes.STOCK
+            if each.name not in RECIPES
         }
 
     def as_wide(one, other):

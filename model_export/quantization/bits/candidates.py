@@ -1,7 +1,7 @@
-"""Assignments of bits that a search may take: those that losses say are best, and the plain ones.
+"""The assignments that a search chooses from: those of least predicted loss, and plain ones.
 
-Plain is what a user could have asked for instead: one form for the layers, one each for projector,
-embedding and head, or a recipe of mlx-lm's.
+An assignment is plain where a user could have asked for it with other options: one form for the
+layers and one each for projector, embedding and head, or one of mlx-lm's recipes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.names import TensorSpec
 from model_export.language import llm, recipes
 from model_export.language.recipes import EMBEDDING, HEAD, PROJECTOR, Scheme, is_matrix, path_of
-from model_export.options import ExportOptions, LLMOptions
+from model_export.options import RECIPES, ExportOptions, LLMOptions
 from model_export.quantization.bits.allocation import Choice, allocate
 from model_export.quantization.bits.sensitivity import Losses
 
-# Beside the widest form that all could have: so many narrower ones, and so many wider.
+# A layer's matrix may get the widest form that all matrices could have, and this many forms that
+# are narrower and wider than that.
 NARROWER, WIDER = 1, 3
-# Of plain choices, those that nothing at or below the size is wider than everywhere, and as many
-# more of the others.
+# How many plain choices are measured for their small predicted loss, beside those that no other
+# choice of the size is wider than everywhere.
 LIKELY = 8
-# Of those, as many are the start of a search of their own.
+# How many of those are the start of a search of their own.
 GROWN = 2
-# A size is looked at that is larger by this share, for what a little more would buy.
+# What a little more would buy is looked for in sizes up to this share above the one asked for.
 A_LITTLE_MORE = 0.05
 ABOVE = 3
 _LEAST_LOSS = 1e-12
@@ -36,7 +37,13 @@ _LEAST_LOSS = 1e-12
 
 @dataclass(frozen=True)
 class Candidate:
-    """An assignment and what it is called; `bytes` of matrices, norms and biases apart."""
+    """An assignment of a form to every matrix.
+
+    Attributes:
+        name: what reports call it.
+        bytes: what the matrices take; norms and biases are not counted.
+        predicted: KL divergence in nats, as if the losses of single matrices added up.
+    """
 
     name: str
     scheme: Scheme
@@ -44,18 +51,18 @@ class Candidate:
     predicted: float
 
 
-# The form of each part that plain options can give one of its own; layers, projector and others.
+# The form of each part that the plain options can set alone: layers, projector, embedding, head.
 Parts = Mapping[str, Format | None]
 
 
-# Whether a search may give a matrix a form.
+# Says of a matrix's path and a form whether a search may give it that form.
 Allowed = Callable[[str, Format | None], bool]
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen from: a language model's matrices, and forms that the layout's loaders
-    read."""
+    """What a search chooses from: the matrices of a language model, and the forms that the loaders
+    of the layout read."""
 
     specs: Sequence[TensorSpec]
     config: FastVLMConfig
@@ -78,12 +85,13 @@ class Space:
         return sum(prod(spec.shape) for spec in self.specs)
 
     def part(self, path: str) -> str:
-        """Of a matrix: what plain options can give a form of its own."""
+        """The part that a matrix belongs to, among those that plain options can set alone."""
         if path.startswith(PROJECTOR):
             return "projector"
         return {EMBEDDING: "embedding", HEAD: "head"}.get(path, "layers")
 
     def bytes_of(self, spec: TensorSpec, form: Format | None) -> int:
+        """Bytes that a tensor takes in a form, with its scales and biases."""
         stored = llm.stored(spec, {path_of(spec): form}, self.options.llm.dtype)
         return sum(entry.bytes for entry in stored)
 
@@ -98,12 +106,12 @@ class Space:
 
     @property
     def largest(self) -> int:
-        """Bytes of everything, nothing quantized."""
+        """Bytes of the whole model where nothing is quantized."""
         return self.rest + sum(self.bytes_of(spec, None) for spec in self.matrices)
 
     def budget(self, target: float) -> int:
         """Bytes that `target` bits per weight leave for matrices."""
-        # No more is ever needed than all of it in the widest type.
+        # 32 bits, the widest type, are enough for any model.
         return int(min(target, 32.0) * self.parameters / 8) - self.rest
 
     def bits_per_weight(self, size: int) -> float:
@@ -128,13 +136,13 @@ class Space:
             )
 
     def near(self, target: float) -> list[Format]:
-        """Forms that a layer's matrix may get: the widest that all could have, and its
-        neighbours. Beyond them too much is lost in one place for what it gains in another."""
+        """The forms that a layer's matrix may get: the widest that all matrices could have, and its
+        neighbours. Forms beyond them lose more in one matrix than they gain in the others."""
         budget = self.budget(target)
         fitting = [f for f in self.forms if self._everywhere(f) <= budget]
         widest = self.forms.index(fitting[-1])
         if self.options.destination.layout == "app":
-            # All that is quantized has one of them: wider ones fit no matrix.
+            # The app reads one form for all that is quantized, so a wider one never fits the size.
             return self.forms[max(0, widest - NARROWER) : widest + 1]
         return self.forms[max(0, widest - NARROWER) : widest + 1 + WIDER]
 
@@ -142,7 +150,8 @@ class Space:
         return sum(self.bytes_of(spec, form) for spec in self.matrices)
 
     def plain(self) -> Iterator[tuple[Parts, Scheme, int]]:
-        """Every form for the layers with every form for each other part: these, scheme, bytes."""
+        """Yield every form for the layers with every form for each other part: the forms by part,
+        the scheme that they make, and its bytes."""
         paths = [path_of(spec) for spec in self.matrices]
         parts = list(dict.fromkeys(self.part(path) for path in paths))
         choices: list[Format | None] = [*self.forms, None]
@@ -150,14 +159,14 @@ class Space:
         for spec, form in product(self.matrices, choices):
             sizes[self.part(path_of(spec)), form] += self.bytes_of(spec, form)
         for forms in product(choices, repeat=len(parts)):
-            chosen = dict(zip(parts, forms, strict=True))
-            if recipes.unreadable(chosen, self.options.destination.layout) is None:
-                scheme = {path: chosen[self.part(path)] for path in paths}
-                yield chosen, scheme, sum(sizes[item] for item in chosen.items())
+            form_of_part = dict(zip(parts, forms, strict=True))
+            if recipes.unreadable(form_of_part, self.options.destination.layout) is None:
+                scheme = {path: form_of_part[self.part(path)] for path in paths}
+                yield form_of_part, scheme, sum(sizes[item] for item in form_of_part.items())
 
-    def stock(self) -> Iterator[tuple[str, Scheme, int]]:
-        """mlx-lm's recipes, as far as the layout holds them: name, scheme, bytes."""
-        for name in recipes.STOCK:
+    def named_recipes(self) -> Iterator[tuple[str, Scheme, int]]:
+        """Yield name, scheme and bytes of those recipes of mlx-lm that the layout can hold."""
+        for name in RECIPES:
             asked = LLMOptions(recipe=name, group_size=self.options.llm.group_size)
             layout = self.options.destination.layout
             try:
@@ -168,27 +177,28 @@ class Space:
 
 
 def at_or_below(space: Space, losses: Losses, target: float) -> list[Candidate]:
-    """What is worth measuring at `target` bits per weight, each assignment once."""
+    """List the assignments of `target` bits per weight or fewer that are worth measuring, each of
+    them once."""
     budget = space.budget(target)
-    found = [(parts, c) for parts, c in _plain(space, losses) if c.bytes <= budget]
-    widest = [c for parts, c in found if not any(_dominates(other, parts) for other, _ in found)]
-    likely = sorted((c for _, c in found), key=lambda c: c.predicted)[:LIKELY]
-    stock = [
+    plain = [(parts, c) for parts, c in _plain(space, losses) if c.bytes <= budget]
+    widest = [c for parts, c in plain if not any(_dominates(other, parts) for other, _ in plain)]
+    likely = sorted((c for _, c in plain), key=lambda c: c.predicted)[:LIKELY]
+    by_recipe = [
         Candidate(name, scheme, size, _predicted(scheme, losses))
-        for name, scheme, size in space.stock()
+        for name, scheme, size in space.named_recipes()
         if size <= budget
     ]
-    unique = {tuple(c.scheme.items()): c for c in [*widest, *likely, *stock]}
+    unique = {tuple(c.scheme.items()): c for c in [*widest, *likely, *by_recipe]}
     for candidate in _assigned(space, losses, target, likely[:GROWN]):
         unique.setdefault(tuple(candidate.scheme.items()), candidate)
     return list(unique.values())
 
 
 def alternatives(space: Space, target: float, *, widest: bool) -> list[Candidate]:
-    """Everything plain at or below `target` bits per weight, and mlx-lm's recipes.
+    """List the plain choices of `target` bits per weight or fewer, mlx-lm's recipes among them.
 
     Args:
-        widest: only what nothing else that fits is wider than everywhere.
+        widest: leave out a choice where another that fits is as wide or wider everywhere.
     """
     budget = space.budget(target)
     fitting = [each for each in space.plain() if each[2] <= budget]
@@ -197,15 +207,15 @@ def alternatives(space: Space, target: float, *, widest: bool) -> list[Candidate
         for parts, scheme, size in fitting
         if not widest or not any(_dominates(other, parts) for other, _, _ in fitting)
     ]
-    stock = [Candidate(name, scheme, size, 0.0) for name, scheme, size in space.stock()]
-    return plain + [candidate for candidate in stock if candidate.bytes <= budget]
+    by_recipe = [Candidate(*recipe, 0.0) for recipe in space.named_recipes()]
+    return plain + [candidate for candidate in by_recipe if candidate.bytes <= budget]
 
 
 def a_little_above(space: Space, losses: Losses, target: float) -> list[Candidate]:
-    """Plain choices just beyond `target`, those that promise most."""
+    """List the plain choices just above `target` bits per weight that promise least loss."""
     low, high = space.budget(target), space.budget(target * (1 + A_LITTLE_MORE))
-    found = [c for _, c in _plain(space, losses) if low < c.bytes <= high]
-    return sorted(found, key=lambda c: c.predicted)[:ABOVE]
+    larger = [c for _, c in _plain(space, losses) if low < c.bytes <= high]
+    return sorted(larger, key=lambda c: c.predicted)[:ABOVE]
 
 
 def _plain(space: Space, losses: Losses) -> Iterator[tuple[Parts, Candidate]]:
@@ -214,12 +224,12 @@ def _plain(space: Space, losses: Losses) -> Iterator[tuple[Parts, Candidate]]:
 
 
 def _predicted(scheme: Scheme, losses: Losses) -> float:
-    """As if losses added up."""
+    """Predict a scheme's loss as if the losses of its matrices added up."""
     return sum(_loss(losses[path], form) for path, form in scheme.items() if form is not None)
 
 
 def _loss(by_form: Mapping[Format, float], form: Format) -> float:
-    """Of a form that was not measured what follows from the nearest one that was."""
+    """The loss of a form; one that was not measured follows from the nearest that was."""
     if form in by_form:
         return by_form[form]
     nearest = min(by_form, key=lambda f: abs(f.bits - form.bits))
@@ -227,7 +237,7 @@ def _loss(by_form: Mapping[Format, float], form: Format) -> float:
 
 
 def _dominates(one: Parts, other: Parts) -> bool:
-    """Whether it is as wide everywhere, and not the same."""
+    """Whether `one` has as many bits as `other` in every part, and more in some."""
     wider = [_bits(one[part]) - _bits(form) for part, form in other.items()]
     return min(wider) >= 0 and max(wider) > 0
 
@@ -239,51 +249,56 @@ def _bits(form: Format | None) -> int:
 def _assigned(
     space: Space, losses: Losses, target: float, below: Sequence[Candidate]
 ) -> Iterator[Candidate]:
-    """The assignments of least loss by what was measured, and by the trend of it over the widths:
-    a single measurement may be luck. Losses of few bits are more together than their sum, so each
-    is also solved with narrow forms left out; with what fits widened and nothing narrowed; and with
-    what is a little too large narrowed and nothing widened."""
+    """Yield the assignments of least predicted loss, solved in several ways.
+
+    The losses are those that were measured, and once more their trend over the widths, because a
+    single measurement may be luck. Where bits are few, matrices lose more together than the sum of
+    what each loses, so every problem is also solved with the narrowest forms left out; with a plain
+    choice that fits, whose forms may only get wider; and with one that is a little too large, whose
+    forms may only get narrower.
+    """
     app = space.options.destination.layout == "app"
     layers = next(forms for path, forms in losses.items() if space.part(path) == "layers")
     near = sorted(layers, key=lambda form: form.bits)
     above = [] if app else a_little_above(space, losses, target)
 
     def among(some: Sequence[Format]) -> Allowed:
-        # A part that is small or read once may well have more bits than any layer's matrix.
+        # A part that is small, or read once for a token, may well have more bits than the layers.
         return lambda path, form: (
             form is None or form in some or (not app and space.part(path) != "layers")
         )
 
     def beyond(base: Candidate, sign: int) -> Allowed:
-        held = [base.scheme[path] for path in losses if base.scheme[path] is not None]
+        in_base = [base.scheme[path] for path in losses if base.scheme[path] is not None]
         return lambda path, form: (
             sign * _bits(form) >= sign * _bits(base.scheme[path])
-            and (not app or form is None or form in held)
+            and (not app or form is None or form in in_base)
         )
 
     sets = [among([form]) for form in near] if app else [among(near[i:]) for i in range(len(near))]
     sets += [beyond(base, 1) for base in below] + [beyond(base, -1) for base in above]
     for name, believed in (("search", losses), ("search by trend", _trend(losses))):
         for allowed in sets:
-            chosen = _allocated(space, believed, allowed, space.budget(target))
-            if chosen is not None:
-                predicted = _predicted(chosen, losses)
-                yield Candidate(name, chosen, space.size(chosen), predicted)
+            scheme = _allocated(space, believed, allowed, space.budget(target))
+            if scheme is not None:
+                predicted = _predicted(scheme, losses)
+                yield Candidate(name, scheme, space.size(scheme), predicted)
 
 
 def _trend(losses: Losses) -> Losses:
-    """Losses that fall to a quarter with each bit, through what was measured in the mean of logs:
-    an error's energy does."""
-    found = {}
+    """Smooth the losses of each matrix: they fall to a quarter with each bit, as the energy of a
+    rounding error does, and have the geometric mean of what was measured."""
+    smoothed = {}
     for path, by_form in losses.items():
         level = [log(max(loss, _LEAST_LOSS)) + f.bits * log(4) for f, loss in by_form.items()]
         mean = sum(level) / len(level)
-        found[path] = {form: exp(mean - form.bits * log(4)) for form in by_form}
-    return found
+        smoothed[path] = {form: exp(mean - form.bits * log(4)) for form in by_form}
+    return smoothed
 
 
 def _allocated(space: Space, losses: Losses, allowed: Allowed, budget: int) -> Scheme | None:
-    """None where what is allowed is too large, or was not measured."""
+    """Solve for the scheme of least loss within `budget` bytes; None where no allowed form of some
+    matrix was measured, or even the smallest forms are too large."""
     choices: list[list[Format | None]] = []
     for spec in space.matrices:
         path = path_of(spec)
@@ -303,9 +318,9 @@ def _allocated(space: Space, losses: Losses, allowed: Allowed, budget: int) -> S
     return {path_of(spec): forms[i] for spec, forms, i in picked}
 
 
-def name_of(chosen: Mapping[str, Format | None]) -> str:
-    """`every matrix at 4 bits`, or each part's bits."""
-    bits = {part: _bits(form) for part, form in chosen.items()}
+def name_of(forms: Parts) -> str:
+    """Say the bits of each part in words, as `every matrix at 4 bits`."""
+    bits = {part: _bits(form) for part, form in forms.items()}
     if len({*bits.values()}) == 1:
         return f"every matrix at {next(iter(bits.values()))} bits"
     ordered = sorted(bits.items(), key=lambda item: item[0] != "layers")

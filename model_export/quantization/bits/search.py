@@ -1,9 +1,9 @@
-"""`--llm-bpw`: which matrix gets how many bits, to lose least at a size, by measured losses.
+"""`--llm-bpw` searches for the bits of every matrix that lose least at a given size.
 
-Every matrix is measured alone in every form that it may get, and the assignments that lose least
-by that are solved exactly. Losses do not add up where bits are few, so these assignments, and the
-plain choices that fit the size, are measured whole before one is taken, on images that were kept
-back.
+Each matrix is rounded alone to every form that it may get, and the loss of that is measured. The
+assignments that lose least by these figures are found exactly. Where bits are few, the losses of
+single matrices do not add up, so these assignments are measured as whole models, together with the
+plain choices that fit the size, on images that were kept back. The best of them is taken.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from model_export.quantization.bits.sensitivity import Losses
 from model_export.samples.calibration import Calibration
 from model_export.samples.images import Sample
 
-# Part of the name under which losses are kept: of another way to measure them nothing is reused.
+# The version of the way to measure losses. It is part of the name under which they are kept, so
+# that losses that were measured in another way are not reused.
 METHOD = 2
-# Matrices are compared with each other on smaller images and few questions: the tokens of large
-# ones would take most of the time, and all matrices see the same.
+# Single matrices are compared with each other on smaller images and fewer questions, because the
+# tokens of large images would take most of the time, and all matrices are treated alike.
 MEASURED_SIZE = 512
 QUESTIONS = 2
-# Operations, two for each weight and token, that measuring matrices and choosing among whole models
-# may each take, as far as there are images: some minutes on two cores.
+# How many operations, two for each weight and token, may be spent on measuring single matrices and
+# on choosing among whole models. Each takes some minutes on two cores.
 MEASURING = 4e13
 CHOOSING = 2e13
 MEASURED_IMAGES = 8
 DECIDING_IMAGES = 24
-# Of an image's questions with their answers; for an estimate of the time.
+# How many tokens the questions about an image have with their answers, to estimate the time.
 TEXT_TOKENS = 80
-# Whole models that are at least measured on what was kept back.
+# How many whole models are measured at least on the images that were kept back.
 FINALISTS = 8
-# What was predicted and what is measured are far apart by this factor; of less than so many nats
-# nothing is made.
+# The user is told where prediction and measurement differ by more than this factor, unless the loss
+# is below NOISE_NATS.
 FAR = 3.0
 NOISE_NATS = 1e-5
-# A little more buys much where it leaves at most this share of the loss.
+# The user is told of a slightly larger choice that leaves at most this share of the loss.
 MUCH = 0.2
 
 # The forms that each matrix is to be measured in.
@@ -58,7 +59,7 @@ FormatsByPath = Mapping[str, Sequence[Format]]
 
 @dataclass(frozen=True)
 class MeasuredCandidate:
-    """A candidate and what it loses, measured whole."""
+    """A candidate with the loss that was predicted, and that of the whole model as measured."""
 
     name: str
     bits_per_weight: float
@@ -68,12 +69,14 @@ class MeasuredCandidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """An assignment of bits, what it was found from, and what it loses.
+    """The assignment of bits that a search took, with what it was chosen from.
 
     Attributes:
-        tried: what was measured whole on the images that decide, the one taken first.
+        tried: the candidates that were measured as whole models on the held-out images, the one
+            that was taken first.
         larger: plain choices a little above the size, measured with them.
-        measured_on, chosen_on: names of images.
+        measured_on, chosen_on: names of the images that single matrices were measured on, and of
+            the held-out images.
     """
 
     scheme: Scheme
@@ -89,7 +92,7 @@ class SearchResult:
         return self.tried[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Describe the search for the manifest."""
         return {
             "target_bits_per_weight": self.target_bits_per_weight,
             "taken": self.taken.name,
@@ -104,12 +107,13 @@ class SearchResult:
         }
 
     def notes(self) -> list[str]:
-        """What the user should be told."""
-        taken, said = self.taken, []
+        """Say what the user should know, in one sentence each."""
+        taken = self.taken
+        notes: list[str] = []
         lost = taken.measured_kl_nats
         low, high = sorted((taken.predicted_kl_nats, lost))
         if high > FAR * low and lost > NOISE_NATS:
-            said.append(
+            notes.append(
                 f"--llm-bpw {self.target_bits_per_weight:g}: losses of single matrices add up to "
                 f"{taken.predicted_kl_nats:.2g} nats and all of them together lose "
                 f"{lost:.2g}, which is the least of {len(self.tried)} "
@@ -120,16 +124,16 @@ class SearchResult:
             more = min(better, key=lambda each: each.bits_per_weight)
             # Rounded up, so that it fits.
             bits = ceil(more.bits_per_weight * 100) / 100
-            said.append(
+            notes.append(
                 f"a little more buys much: --llm-bpw {bits:g} ({more.name}) loses "
                 f"{more.measured_kl_nats:.2g} nats in place of {lost:.2g}"
             )
         if set(self.measured_on) & set(self.chosen_on):
-            said.append(
-                "--llm-bpw was decided on what its bits were measured on: give --calibration two "
-                "images or more"
+            notes.append(
+                "--llm-bpw was decided on the images that its bits were measured on: give "
+                "--calibration two images or more"
             )
-        return said
+        return notes
 
 
 def search(
@@ -140,7 +144,7 @@ def search(
     target: float,
     progress: Callable[[str, float | None], None],
 ) -> SearchResult:
-    """The scheme of `target` bits per weight, or fewer, that loses least of all that were measured.
+    """Find the scheme of `target` bits per weight or fewer that loses least of those measured.
 
     Raises:
         OptionError: the size can't be reached, or the group size does not fit.
@@ -152,20 +156,21 @@ def search(
     size = checkpoint.config.vision.image_size
     small, whole = (_cost(checkpoint, side) for side in (min(size, MEASURED_SIZE), size))
     samples = calibration.samples
-    # A matrix that is measured alone is the source's up to its layer, half of the way in the mean.
+    # Up to the layer of the matrix that is measured, the source's results serve again. That is half
+    # of all layers in the mean.
     rows = sum(map(len, formats.values())) / 2
     some = _few(samples[::2], min(MEASURED_IMAGES, int(MEASURING / small / rows)))
-    seen = [replace(sample, questions=sample.questions[:QUESTIONS]) for sample in some]
+    measuring_set = [replace(sample, questions=sample.questions[:QUESTIONS]) for sample in some]
     room = int(CHOOSING / whole)
     held_out_set = _few(samples[1::2] or samples, min(DECIDING_IMAGES, room // FINALISTS))
     progress("calibration images", None)
     state = checkpoint.encoder_state()
-    references = reference_features(state, checkpoint, seen, min(size, MEASURED_SIZE))
+    references = reference_features(state, checkpoint, measuring_set, min(size, MEASURED_SIZE))
     deciding = reference_features(state, checkpoint, held_out_set)
     del state
 
     def measured(on: Sequence[Reference], of: Sequence[Candidate], stage: str) -> list[float]:
-        found = trial.divergences(
+        divergences = trial.divergences(
             checkpoint,
             tokenizer,
             on,
@@ -173,7 +178,7 @@ def search(
             options.llm.dtype,
             partial(progress, stage),
         )
-        return trial.means(found)
+        return trial.means(divergences)
 
     def measure(missing: FormatsByPath) -> Losses:
         report = partial(progress, "sensitivities")
@@ -181,7 +186,8 @@ def search(
             checkpoint, tokenizer, references, missing, options.llm.dtype, report
         )
 
-    losses = _losses(_measurements(checkpoint, seen, options.llm.dtype), formats, measure)
+    kept = _measurements(checkpoint, measuring_set, options.llm.dtype)
+    losses = _losses(kept, formats, measure)
     fitting = at_or_below(space, losses, target)
     finalists = max(FINALISTS, room // len(held_out_set))
     if len(fitting) > finalists:
@@ -198,7 +204,7 @@ def search(
         tried=tuple(_tried(space, *pair) for pair in tried),
         larger=tuple(map(partial(_tried, space), larger, lost[len(fitting) :])),
         calibration=calibration,
-        measured_on=tuple(sample.name for sample in seen),
+        measured_on=tuple(sample.name for sample in measuring_set),
         chosen_on=tuple(sample.name for sample in held_out_set),
     )
 
@@ -209,8 +215,8 @@ def _tried(space: Space, candidate: Candidate, loss: float) -> MeasuredCandidate
 
 
 def _formats_to_measure(space: Space, target: float) -> FormatsByPath:
-    """The forms that each matrix may get: of the layers' those near the size, of the few others
-    every one."""
+    """List the forms that each matrix may get: those near the size for the matrices of the layers,
+    and every form for the few others."""
     near = space.near(target)
     paths = map(path_of, space.matrices)
     whole = near if space.options.destination.layout == "app" else space.forms
@@ -218,7 +224,8 @@ def _formats_to_measure(space: Space, target: float) -> FormatsByPath:
 
 
 def _cost(checkpoint: Checkpoint, image_size: int) -> float:
-    """Operations that a whole model takes for an image of so many pixels and its questions."""
+    """Estimate the operations of a whole model for an image of this many pixels a side and its
+    questions."""
     tokens = (image_size // checkpoint.config.vision.patch_size) ** 2
     return 2.0 * checkpoint.llm_parameters * (tokens + TEXT_TOKENS)
 
@@ -227,9 +234,10 @@ def _few(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
     return Calibration(tuple(samples), ()).spread(max(1, count))
 
 
-def _measurements(checkpoint: Checkpoint, seen: Sequence[Sample], dtype: str) -> Measurements:
-    """What is kept of losses that depend on the same: weights, images, type and method."""
-    config, digest = checkpoint.config, Calibration(tuple(seen), ()).digest
+def _measurements(checkpoint: Checkpoint, samples: Sequence[Sample], dtype: str) -> Measurements:
+    """Open what is kept of losses that were measured from the same weights, images and type, by the
+    same method."""
+    config, digest = checkpoint.config, Calibration(tuple(samples), ()).digest
     facts = [config.text.vocab_size, config.vision.image_size, MEASURED_SIZE, dtype, METHOD]
     text = json.dumps([checkpoint.source(), digest, *facts], sort_keys=True)
     return Measurements(hashlib.sha256(text.encode()).hexdigest()[:32])
@@ -240,18 +248,18 @@ def _losses(
     formats: FormatsByPath,
     measure: Callable[[FormatsByPath], Losses],
 ) -> Losses:
-    """What was kept, and the rest measured and kept."""
+    """Read the losses that were kept; measure and keep those that were not."""
     forms = {form for forms in formats.values() for form in forms}
-    known = {form: measurements.read(form) for form in forms}
+    kept = {form: measurements.read(form) for form in forms}
     missing = {
-        path: [form for form in forms if path not in known[form]] for path, forms in formats.items()
+        path: [form for form in forms if path not in kept[form]] for path, forms in formats.items()
     }
     missing = {path: forms for path, forms in missing.items() if forms}
     if missing:
-        made = measure(missing)
+        measured = measure(missing)
         for form in forms:
-            new = {path: by_form[form] for path, by_form in made.items() if form in by_form}
+            new = {path: by_form[form] for path, by_form in measured.items() if form in by_form}
             if new:
-                known[form] |= new
+                kept[form] |= new
                 measurements.write(form, new)
-    return {path: {form: known[form][path] for form in forms} for path, forms in formats.items()}
+    return {path: {form: kept[form][path] for form in forms} for path, forms in formats.items()}
