@@ -62,7 +62,7 @@ def _parts(page: Path, name: str) -> tuple[str, str, str]:
     Raises:
         ValueError: the page has no such place.
     """
-    start = f"<!-- benchmarks/results/{name}.json -->\n\n"
+    start = f"<!-- benchmarks.{name} -->\n\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(start)
     inside, ended, after = rest.partition(f"\n{_END}")
     if not found or not ended:

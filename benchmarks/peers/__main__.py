@@ -38,6 +38,7 @@ from fastvlm_mlx.bench.measure import MEASURED
 from fastvlm_mlx.bench.process import WORKER, Process
 from fastvlm_mlx.bench.spread import Spread, ratios
 from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.image.decode import load_image
 from fastvlm_mlx.language.prompt import encode_prompt
 from fastvlm_mlx.loading import encoder_sizes, placeholder_id
@@ -137,6 +138,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
                 *((s, runs) for s in fast),
                 *((s, beside) for s in slow if s.name not in runs),
             )
+            if system.name in found
         ],
         "ratios": [*compared(runs), *compared(beside)],
     }
@@ -210,11 +212,17 @@ def take_turns(
         for system in systems:
             print(f"{system.name}: load", file=sys.stderr, flush=True)
             process = stack.enter_context(Process(system.name, system.job, system.command))
-            ready = process.wait()
+            try:
+                ready = process.wait()
+            except OptionError as error:
+                # The type that not every processor multiplies.
+                print(f"{system.name}: left out, {error}", file=sys.stderr)
+                del found[system.name]
+                continue
             system.versions.update(ready.get("versions", {}))
-            processes.append(process)
+            processes.append((system, process))
         for number in range(warmup + runs):
-            for system, process in zip(systems, processes, strict=True):
+            for system, process in processes:
                 if number < warmup and not system.warm:
                     continue
                 run = process.run(number)

@@ -20,6 +20,7 @@ GENERATED = (1600, 1200)
 GENERATED_NAME = f"generated, {GENERATED[0]}×{GENERATED[1]}"
 # The side of the square that tells the images of two runs apart, in pixels.
 _MARK = 32
+_ENDS = ("", ".", "?", "!", " .")
 FIRST = (
     "Describe the image. Name every object that you see, say where it is and which colour it has, "
     "and read out whatever is written. Then say what is in the background, and what the light and "
@@ -58,17 +59,19 @@ def question(model: FastVLM, text: str, tokens: int) -> str:
         OptionError: the tokenizer makes no text of just so many.
     """
 
-    def count(characters: int) -> int:
-        return len(encode_text(model.tokenizer, f"\n{long[:characters]}")) - newline
+    def count(asked: str) -> int:
+        return len(encode_text(model.tokenizer, f"\n{asked}")) - newline
 
     newline = len(encode_text(model.tokenizer, "\n"))
     # A token has one character at least, and a few dozen at most.
     long = text * (tokens * 32 // len(text) + 1)
-    near = bisect_left(range(len(long)), tokens, key=count)
-    # The last letters of a word may be more tokens than the whole word.
-    for characters in range(max(1, near - 16), min(near + 64, len(long))):
-        if count(characters) == tokens and not long[:characters].endswith(" "):
-            return long[:characters]
+    near = bisect_left(range(len(long)), tokens, key=lambda length: count(long[:length]))
+    # The last letters of a word may be more tokens than the whole word, and the next word two.
+    for length in range(max(1, near - 16), min(near + 64, len(long))):
+        for end in _ENDS:
+            asked = long[:length] + end
+            if not asked.endswith(" ") and count(asked) == tokens:
+                return asked
     raise OptionError(
         f"--prompt-tokens {tokens}: the bundle's tokenizer makes no question of just so many "
         "tokens, choose another number"

@@ -148,8 +148,8 @@ def test_a_worker_tells_a_mistake_and_leaves_nothing_behind(demo_bundle):
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("text", [FIRST, SECOND])
-@pytest.mark.parametrize("tokens", [1, 7, 32, 256, 1000])
+@pytest.mark.parametrize("text", [FIRST, SECOND, f"1 times {FIRST}"])
+@pytest.mark.parametrize("tokens", [1, 7, 32, 256, 263, 1000])
 def test_a_question_has_as_many_tokens_as_asked_for(demo_bundle, text, tokens):
     tokenizer = Bundle.open(demo_bundle).tokenizer()
     asked = question(SimpleNamespace(tokenizer=tokenizer), text, tokens)
