@@ -1,7 +1,7 @@
 """Tables of the documentation that are made from the JSON in `benchmarks/results`.
 
 A table stands on its page between two comments, which a reader does not see. The first one names
-what it is made from.
+the benchmark that it is from.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def keep(name: str, result: dict[str, Any]) -> Path:
 
 def shown(page: Path, name: str) -> str:
     """What the page shows of a result."""
-    return _parts(page, name)[1]
+    return _parts(page, name)[1].removesuffix("\n")
 
 
 def put(page: Path, name: str, text: str) -> None:
     """Put what is made from a result onto its page, in the place of what is there."""
     before, _, after = _parts(page, name)
-    page.write_text(before + text + after, encoding="utf-8")
+    page.write_text(f"{before}{text}\n{after}", encoding="utf-8")
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -64,7 +64,7 @@ def _parts(page: Path, name: str) -> tuple[str, str, str]:
     """
     start = f"<!-- benchmarks.{name} -->\n\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(start)
-    inside, ended, after = rest.partition(f"\n{_END}")
+    inside, ended, after = rest.partition(_END)
     if not found or not ended:
         raise ValueError(f"{page} has no place for {name}: expected {start.strip()} … {_END}")
-    return before + found, inside, f"\n{_END}{after}"
+    return before + found, inside, _END + after

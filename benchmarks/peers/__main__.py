@@ -86,6 +86,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint in Apple's layout")
     parser.add_argument("--synthetic", choices=SIZES, default="0.5b", help="or random weights")
+    parser.add_argument("--name", help="what the table calls the checkpoint")
     parser.add_argument("--image", type=Path, help="a file; else a photograph of scikit-learn's")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
@@ -296,9 +297,9 @@ def _image(given: Path | None, work: Path) -> tuple[Path, str]:
 def _name(options: argparse.Namespace) -> str:
     if options.checkpoint and not (options.checkpoint / "config.json").exists():
         raise SystemExit(f"{options.checkpoint} holds no checkpoint")
-    named = options.checkpoint and "synthetic" not in options.checkpoint.name
-    what = options.checkpoint.name if named else f"random weights of {options.synthetic}'s shapes"
-    return f"{what}, 4-bit language model"
+    if options.name:
+        return str(options.name)
+    return options.checkpoint.name if options.checkpoint else f"Random weights, {options.synthetic}"
 
 
 if __name__ == "__main__":

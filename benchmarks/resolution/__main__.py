@@ -55,7 +55,7 @@ def main() -> None:
     options = _options()
     if options.table:
         result = tables.read("resolution")
-        tables.put(PAGE, "resolution", report.tables(result))
+        tables.put(PAGE, "resolution", report.page(result))
         report.draw(result, CHART)
         return
     with tempfile.TemporaryDirectory() as temporary:
