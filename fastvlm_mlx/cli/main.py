@@ -39,6 +39,13 @@ RUNTIME = (
         'fastvlm generate my-bundle --image photo.jpg --prompt "Describe the image."',
         "fastvlm_mlx.cli.generate",
     ),
+    Verb(
+        "bench",
+        "Run",
+        "Measure how fast a bundle answers, stage by stage.",
+        "fastvlm bench my-bundle --image photo.jpg",
+        "fastvlm_mlx.cli.bench",
+    ),
 )
 INTERRUPTED = 130
 

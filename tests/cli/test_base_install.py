@@ -97,6 +97,14 @@ def test_a_bundle_needs_no_torch_to_be_looked_at(base, demo_bundle, tmp_path):
     assert base("push", demo_bundle, "me/model", "--dry-run").returncode == 0
 
 
+def test_only_the_plot_of_a_measurement_needs_the_extra(base, demo_bundle, tmp_path):
+    said = sentence(base("bench", demo_bundle, "--plot", tmp_path / "bench.png"))
+    assert "matplotlib" in said
+    assert 'pip install "fastvlm-mlx[export]"' in said
+    # What comes next is checked without it.
+    assert "takes 256" in sentence(base("bench", demo_bundle, "--image-sizes", "300"))
+
+
 @pytest.mark.parametrize("verb", ["inspect", "plan"])
 def test_pickled_weights_need_torch_and_say_so(base, pickled, verb):
     said = sentence(base(verb, pickled))

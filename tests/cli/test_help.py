@@ -182,6 +182,8 @@ def test_a_mistake_is_told_before_torch_is_imported(
         ["push", new, "me/model"],
         ["plan", new],
         ["inspect", new],
+        ["bench", new],
+        ["bench", bundle, "--image-sizes", "300"],
         ["doctor", checkpoint],
     ]
     done = subprocess.run(

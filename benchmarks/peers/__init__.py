@@ -1,0 +1,1 @@
+"""FastVLM run by us, by transformers and by mlx-vlm: one checkpoint, one image, one question."""
