@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,20 +11,25 @@ from pathlib import Path
 from fastvlm_mlx.bundle.bundle import PACKAGE, Bundle
 from fastvlm_mlx.bundle.manifest import MANIFEST
 from fastvlm_mlx.errors import GateError
+from fastvlm_mlx.vision.package import PackageInfo
 from model_export.bundle_spec import BundleSpec, WrittenLLM
 from model_export.checkpoint.licenses import copy_licenses
 from model_export.destination.destination import Destination, appearing
 from model_export.destination.failed import keep_failed
-from model_export.encoder_package import ExportedEncoder, export_encoder, folded
+from model_export.encoder.references import Reference
+from model_export.encoder_package import export_package, folded, source_features
 from model_export.gates import equality
 from model_export.gates.answers import answer_gates
 from model_export.gates.encoder import gates_of_sizes
 from model_export.gates.gate import Gate
-from model_export.interruption import Progress
+from model_export.interruption import Progress, beside
 from model_export.layouts.dispatch import check_layout, write_configs
 from model_export.manifest import make_manifest
 from model_export.results import ExportResult
 from model_export.space import check_space
+
+# By input size, what the source's encoder makes of the gates' images.
+References = dict[int, list[Reference]]
 
 
 def build(spec: BundleSpec, destination: Destination, progress: Progress) -> ExportResult:
@@ -37,15 +43,14 @@ def build(spec: BundleSpec, destination: Destination, progress: Progress) -> Exp
     with appearing(destination) as directory:
         check_space(destination.path.parent, spec)
         _write_small_files(spec, directory)
-        encoder = export_encoder(spec, directory / PACKAGE, progress)
-        written = spec.write_llm(directory, progress)
+        references, package, written = _write_weights(spec, directory, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
-        check_layout(bundle, encoder.package)
-        gates = _run_gates(spec, bundle, encoder, written, progress)
+        check_layout(bundle, package)
+        gates = _run_gates(spec, bundle, references, written, progress)
         progress("manifest", None)
         written = _with_merged_hashes(spec, bundle, written)
-        manifest = make_manifest(spec, encoder.package, written, gates, directory)
+        manifest = make_manifest(spec, package, written, gates, directory)
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         failed = [gate for gate in gates if not gate.passed]
         if failed and not spec.gate_options.destination.allow_failed_gates:
@@ -63,31 +68,57 @@ def _write_small_files(spec: BundleSpec, directory: Path) -> None:
     copy_licenses(checkpoint.directories, directory)
 
 
+def _write_weights(
+    spec: BundleSpec, directory: Path, progress: Progress
+) -> tuple[References, PackageInfo | None, WrittenLLM]:
+    """Write the encoder, if the layout has one by itself, and the language model.
+
+    Core ML's converter computes on one thread. What does not need it is computed beside it, but
+    for methods, which take several times as long and gigabytes.
+    """
+    if spec.layout == "mlx":
+        return source_features(spec, progress), None, spec.write_llm(directory, progress)
+    plain = spec.options.llm.method == "rtn"
+
+    def others(progress: Progress) -> tuple[References, WrittenLLM | None]:
+        references = source_features(spec, progress)
+        return references, spec.write_llm(directory, progress) if plain else None
+
+    begun: list[Future[tuple[References, WrittenLLM | None]]] = []
+    with beside(progress) as start:
+        package = export_package(
+            spec, directory / PACKAGE, progress, lambda: begun.append(start(others))
+        )
+    references, written = begun[0].result()
+    return references, package, written or spec.write_llm(directory, progress)
+
+
 def _run_gates(
     spec: BundleSpec,
     bundle: Bundle,
-    encoder: ExportedEncoder,
+    references: References,
     written: WrittenLLM,
     progress: Progress,
 ) -> list[Gate]:
     """Compare what was written with the source."""
     checkpoint, options = spec.checkpoint, spec.gate_options
+    progress("check tensors", None)
+    exact = [equality.settings_gate(checkpoint, bundle), *spec.tensor_gates(bundle, written)]
     progress("check encoder", None)
     fold = partial(folded, checkpoint)
-    gates, features = gates_of_sizes(bundle, fold, encoder.references, options)
+    gates, features = gates_of_sizes(bundle, fold, references, options)
     progress("check answers", None)
     gates += answer_gates(
         checkpoint,
         bundle,
         spec.tokenizer.tokenizer,
-        encoder.references[checkpoint.config.vision.image_size],
+        references[checkpoint.config.vision.image_size],
         features,
         options,
         spec.source_bundle,
+        is_plain=options.llm.method == "rtn" and all(gate.passed for gate in exact),
     )
-    progress("check tensors", None)
-    gates.append(equality.settings_gate(checkpoint, bundle))
-    return gates + spec.tensor_gates(bundle, written)
+    return gates + exact
 
 
 def _with_merged_hashes(spec: BundleSpec, bundle: Bundle, written: WrittenLLM) -> WrittenLLM:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,28 +20,23 @@ from model_export.quantization.bits.encoder_sensitivity import calibration_pixel
 from model_export.quantization.bits.mixed import mixed
 
 
-@dataclass(frozen=True)
-class ExportedEncoder:
-    """The encoder of a bundle.
-
-    Attributes:
-        references: by input size, what the source's encoder makes of the gates' images; the
-            default size is the first.
-        package: what the package says of itself; an `mlx` bundle has none.
-    """
-
-    references: dict[int, list[Reference]]
-    package: PackageInfo | None
-
-
-def export_encoder(spec: BundleSpec, package: Path, progress: Progress) -> ExportedEncoder:
-    """Write the package, if the layout has one; an `mlx` bundle's encoder is written with the
-    language model."""
-    checkpoint, options = spec.checkpoint, spec.options.encoder
+def source_features(spec: BundleSpec, progress: Progress) -> dict[int, list[Reference]]:
+    """By input size, what the source's encoder makes of the gates' images; the default size is the
+    first."""
     progress("reference encoder", None)
-    references = references_of_sizes(checkpoint.encoder_state(), checkpoint, options.other_sizes)
-    if spec.layout == "mlx":
-        return ExportedEncoder(references, None)
+    checkpoint, sizes = spec.checkpoint, spec.options.encoder.other_sizes
+    return references_of_sizes(checkpoint.encoder_state(), checkpoint, sizes)
+
+
+def export_package(
+    spec: BundleSpec, package: Path, progress: Progress, traced: Callable[[], None]
+) -> PackageInfo:
+    """Write the Core ML package.
+
+    Args:
+        traced: as for `coreml.export_encoder`, of the last size.
+    """
+    checkpoint, options = spec.checkpoint, spec.options.encoder
     vision = checkpoint.config.vision
     module = folded(checkpoint, vision)
     form = coreml.Form(
@@ -53,14 +49,14 @@ def export_encoder(spec: BundleSpec, package: Path, progress: Progress) -> Expor
         image_input=options.image_input,
     )
     progress("Core ML encoder", 0.0 if options.other_sizes else None)
-    info = multifunction.export_sizes(
+    return multifunction.export_sizes(
         module,
-        [replace(vision, image_size=size) for size in references],
+        [replace(vision, image_size=size) for size in (vision.image_size, *options.other_sizes)],
         package,
         form,
         partial(progress, "Core ML encoder"),
+        traced,
     )
-    return ExportedEncoder(references, info)
 
 
 def folded(checkpoint: Checkpoint, vision: VisionConfig) -> fastvithd.FastViTHD:

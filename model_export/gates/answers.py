@@ -66,6 +66,8 @@ def answer_gates(
     features: Sequence[np.ndarray],
     options: ExportOptions,
     source_bundle: Bundle | None = None,
+    *,
+    is_plain: bool = False,
 ) -> list[Gate]:
     """Measure KL divergence, agreement and largest magnitude over every image with questions.
 
@@ -73,6 +75,8 @@ def answer_gates(
         tokenizer: the source's; the bundle's own must give the same ids.
         features: the bundle's own, for the same images as `references`.
         source_bundle: read in place of the checkpoint's language model, as it may be quantized.
+        is_plain: the exact gates have found that the bundle's tensors and settings are what plain
+            rounding makes of the source, so its divergence is the third side's too.
 
     Raises:
         BundleError: the bundle's tokenizer gives other ids.
@@ -100,13 +104,14 @@ def answer_gates(
     models = [
         ComparedModel(source, expected_features),
         ComparedModel(BundleWeights(bundle), own_features, bundle.config.text),
-        ComparedModel(plain, own_features),
     ]
+    if not is_plain:
+        models.append(ComparedModel(plain, own_features))
     dialogues = _dialogues(bundle, tokenizer, [reference for reference, _ in pairs])
     divergence, expected, agreed, decided, largest = [], [], [], [], 0.0
-    for p, q, rounded in outcomes(text, dialogues, models):
+    for p, q, *rounded in outcomes(text, dialogues, models):
         divergence.append(q.divergence(p))
-        expected.append(rounded.divergence(p))
+        expected.append((rounded or [q])[0].divergence(p))
         top = p.log_probabilities.topk(2, 1)
         decided.append(top.values[:, 0] - top.values[:, 1] >= DECIDED_NATS)
         agreed.append(top.indices[:, 0] == q.log_probabilities.argmax(1))

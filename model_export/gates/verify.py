@@ -91,7 +91,10 @@ def verify(
     progress("check answers", None)
     seen = references[checkpoint.config.vision.image_size]
     own = export_tokenizer(checkpoint).tokenizer
-    gates += answer_gates(checkpoint, bundle, own, seen, features, options)
+    is_plain = options.llm.method == "rtn" and all(
+        gate.passed and not gate.left_out for gate in exact_gates
+    )
+    gates += answer_gates(checkpoint, bundle, own, seen, features, options, is_plain=is_plain)
     return bundle, gates + exact_gates
 
 

@@ -160,15 +160,17 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
 ):
     states = []
 
-    def encoder(spec, package, progress):
+    def export_package(spec, package, progress, traced):
         # Made from these alone; converting the same ones again would tell nothing new.
         states.append(spec.checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
-        return build.ExportedEncoder({256: []}, describe(package))
+        traced()
+        return describe(package)
 
-    monkeypatch.setattr(build, "export_encoder", encoder)
+    monkeypatch.setattr(build, "export_package", export_package)
+    monkeypatch.setattr(build, "source_features", lambda spec, progress: {256: []})
     monkeypatch.setattr(build, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments, **options: [])
     reference, options = source(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     result = pipeline.export(reference, tmp_path / "out", EXACT, **options)

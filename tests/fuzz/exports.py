@@ -107,13 +107,17 @@ def _quick(bundle: Path) -> Iterator[None]:
     from fastvlm_mlx.vision.package import describe
     from model_export import build
 
-    def encoder(spec: Any, package: Path, progress: Any) -> Any:
+    def export_package(spec: Any, package: Path, progress: Any, traced: Any) -> Any:
         shutil.copytree(bundle / package.name, package)
-        references = {spec.checkpoint.config.vision.image_size: []}
-        return build.ExportedEncoder(references, describe(package))  # type: ignore[arg-type]
+        traced()
+        return describe(package)
+
+    def source_features(spec: Any, progress: Any) -> Any:
+        return {spec.checkpoint.config.vision.image_size: []}
 
     with (
-        mock.patch.object(build, "export_encoder", encoder),
+        mock.patch.object(build, "export_package", export_package),
+        mock.patch.object(build, "source_features", source_features),
         mock.patch("model_export.gates.encoder.encoder_gates", return_value=([], [])),
         mock.patch.object(build, "answer_gates", return_value=[]),
     ):

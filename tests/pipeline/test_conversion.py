@@ -68,20 +68,20 @@ def few_samples(monkeypatch):
 @pytest.fixture
 def no_gates(monkeypatch):
     monkeypatch.setattr(build, "gates_of_sizes", lambda *arguments: ([], []))
-    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments, **options: [])
 
 
 @pytest.fixture
 def quick(monkeypatch, converted, no_gates):
     """Conversions whose encoder is copied and whose gates are skipped: for what surrounds them."""
 
-    def encoder(spec, package, progress):
-        if spec.layout == "mlx":
-            return build.ExportedEncoder({256: []}, None)
+    def export_package(spec, package, progress, traced):
         shutil.copytree(converted / package.name, package)
-        return build.ExportedEncoder({256: []}, describe(package))
+        traced()
+        return describe(package)
 
-    monkeypatch.setattr(build, "export_encoder", encoder)
+    monkeypatch.setattr(build, "export_package", export_package)
+    monkeypatch.setattr(build, "source_features", lambda spec, progress: {256: []})
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +234,11 @@ def test_a_float32_bundle_stays_exact(copy, tmp_path, quick, monkeypatch):
         arrays |= {n: a.astype(mx.float32) for n, a in arrays.items() if a.dtype == mx.float16}
 
     asked = []
-    encoder = build.export_encoder
+    export_package = build.export_package
     monkeypatch.setattr(
         build,
-        "export_encoder",
-        lambda *given: (asked.append(given[0].options), encoder(*given))[1],
+        "export_package",
+        lambda *given: (asked.append(given[0].options), export_package(*given))[1],
     )
     edit_weights(copy, widen)
     result = convert(copy, tmp_path / "out", "app")

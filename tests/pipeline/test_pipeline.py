@@ -42,14 +42,18 @@ def quick(monkeypatch, demo_bundle):
     """Exports whose encoder is copied and whose gates are skipped: for what surrounds them."""
     from fastvlm_mlx.vision.package import describe
 
-    def encoder(spec, package, progress):
+    def export_package(spec, package, progress, traced):
         shutil.copytree(demo_bundle / package.name, package)
-        references = {spec.checkpoint.config.vision.image_size: []}
-        return build.ExportedEncoder(references, describe(package))
+        traced()
+        return describe(package)
 
-    monkeypatch.setattr(build, "export_encoder", encoder)
+    def source_features(spec, progress):
+        return {spec.checkpoint.config.vision.image_size: []}
+
+    monkeypatch.setattr(build, "export_package", export_package)
+    monkeypatch.setattr(build, "source_features", source_features)
     monkeypatch.setattr("model_export.gates.encoder.encoder_gates", lambda *arguments: ([], []))
-    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [])
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments, **options: [])
 
 
 def test_the_manifest_says_what_the_bundle_is(demo_bundle, demo_checkpoint):
@@ -186,18 +190,18 @@ class TestDestination:
         export(demo_checkpoint, out, ExportOptions())
         before = fingerprint(out)
         shards = sorted(path.name for path in out.glob("model-*.safetensors"))
-        encoder, found = build.export_encoder, []
+        export_package, found = build.export_package, []
 
-        def fill(spec, package, progress):
+        def fill(spec, package, progress, traced):
             # Every write to /dev/full fails as on a full disk.
             (package.parent / shards[2]).symlink_to("/dev/full")
-            return encoder(spec, package, progress)
+            return export_package(spec, package, progress, traced)
 
         def look(stage, done):
             for directory in tmp_path.glob(".fastvlm-*/bundle"):
                 found.append(sorted(path.name for path in directory.glob("model-*")))
 
-        monkeypatch.setattr(build, "export_encoder", fill)
+        monkeypatch.setattr(build, "export_package", fill)
         sentence = rf"the disk of {tmp_path} is full, nothing was left at .*: make room, or choose"
         for destination in (out, tmp_path / "another"):
             with pytest.raises(DestinationError, match=sentence):
@@ -407,7 +411,7 @@ class TestAFailedGate:
 
 def test_a_gate_with_too_little_to_judge_is_told(demo_checkpoint, tmp_path, quick, monkeypatch):
     gate = Gate("greedy agreement", 0.0, "", 0.8, True, left_out="2 places")
-    monkeypatch.setattr(build, "answer_gates", lambda *arguments: [gate])
+    monkeypatch.setattr(build, "answer_gates", lambda *arguments, **options: [gate])
     manifest = export(demo_checkpoint, tmp_path / "out", ExportOptions()).manifest
     assert manifest["gates_passed"]
     assert manifest["gates_left_out"] == {"greedy agreement": "2 places"}
