@@ -12,12 +12,14 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fastvlm_mlx.bundle.files import is_litter
 from fastvlm_mlx.bundle.manifest import MANIFEST
 from fastvlm_mlx.bundle.schema import read_json
-from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.errors import DestinationError, printable
+from fastvlm_mlx.machine import tell
 from model_export.destination import leftovers
 from model_export.destination.content import Content, content_of
 from model_export.destination.removal import check_not_mounted
@@ -156,7 +158,7 @@ def look_at(destination: Path) -> Destination:
     """
     try:
         with _directory(destination.parent) as parent:
-            leftovers.clear(parent)
+            _clear(destination.parent, parent)
             found = content_of(destination.name, parent)
     except FileNotFoundError:
         return Destination(destination)
@@ -216,7 +218,20 @@ def appearing(destination: Destination) -> Iterator[Path]:
 def clear_leftovers(directory: Path) -> None:
     """Remove what killed runs left in a directory, if it is one."""
     with suppress(OSError), _directory(directory) as opened:
-        leftovers.clear(opened)
+        _clear(directory, opened)
+
+
+def _clear(directory: Path, opened: int) -> None:
+    for name in leftovers.clear(opened):
+        _tell_once(
+            f"{printable(directory / name)} says that an interrupted run left it, but it was copied, "
+            "unpacked or checked out here, so it is left alone: remove it if you don't need it"
+        )
+
+
+@cache
+def _tell_once(text: str) -> None:
+    tell(text)
 
 
 def _publish(place: StagingDirectory, destination: Destination) -> None:

@@ -55,6 +55,21 @@ def publish(out, text, *, overwrite=False, meanwhile=lambda: None):
         meanwhile()
 
 
+def sign(left, owner):
+    """Write the lock of a staging directory as if it were made where it is."""
+    lock = left / "lock"
+    numbers = f"{left.stat().st_ino} {lock.stat().st_ino}"
+    lock.write_text(f"{MAGIC}\n{owner}\n{numbers}\n")
+
+
+def content_of_path(path):
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        return content_of(path.name, directory)
+    finally:
+        os.close(directory)
+
+
 class StoppedError(Exception):
     pass
 
@@ -361,7 +376,65 @@ class TestKilled:
     def _killed(parent, owner="1 somewhere"):
         left = parent / f".fastvlm-{len(owner):016x}"
         write(left / "bundle", "half")
+        (left / "lock").touch()
+        sign(left, owner)
+        return left
+
+
+class TestForged:
+    """A repository, an archive or a copy may hold what looks like a killed run's."""
+
+    RECORD = {"destination": "models", "found": [[".", 16384, 0, 0, 0]]}
+    RECORD["made"] = RECORD["found"]
+
+    @pytest.mark.parametrize("owner", ["1 x", "1 x\n5 6", "1 x\n", ""])
+    @pytest.mark.parametrize("record", [RECORD, RECORD | {"destination": ".git"}, None])
+    def test_it_is_left_alone_and_told_of(self, tmp_path, out, capsys, owner, record):
+        left = self._forged(tmp_path, owner, record)
+        before = sorted(left.rglob("*"))
+        publish(out, "new")
+        publish(out, "newer", overwrite=True)
+        assert sorted(left.rglob("*")) == before
+        assert sorted(os.listdir(tmp_path)) == [left.name, "out"]
+        (told,) = capsys.readouterr().err.splitlines()
+        assert str(left) in told
+        assert "left alone" in told
+
+    def test_a_copy_of_a_real_one_is(self, tmp_path, out):
+        left = TestKilled._killed(tmp_path)
+        copy = tmp_path / ".fastvlm-0123456789abcdef"
+        shutil.copytree(left, copy)
+        publish(out, "new")
+        assert sorted(os.listdir(tmp_path)) == [copy.name, "out"]
+        assert (copy / "bundle").is_dir()
+
+    def test_nothing_hidden_is_made_of_a_real_one(self, tmp_path):
+        left = TestKilled._killed(tmp_path)
+        write(left / "replaced", "old")
+        found, made = (content_of_path(left / name).to_json() for name in ("replaced", "bundle"))
+        record = {"destination": ".git", "found": found, "made": made}
+        (left / "record").write_text(json.dumps(record))
+        with pytest.raises(DestinationError, match=r"\.git is a hidden name"):
+            look_at(tmp_path / "out")
+        (kept,) = os.listdir(tmp_path)
+        assert kept.startswith("fastvlm-kept-")
+        assert version(tmp_path / kept) == "old"
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "null", "[]", "1" * 5000])
+    def test_a_broken_record_keeps_nobody_from_exporting(self, tmp_path, out, text):
+        left = TestKilled._killed(tmp_path)
+        (left / "record").write_text(text)
+        publish(out, "new")
+        assert version(out) == "new"
+        assert (left / "bundle").is_dir()
+
+    @staticmethod
+    def _forged(parent, owner, record):
+        left = parent / f".fastvlm-{len(str(record) + owner):016x}"
+        write(left / "bundle", "theirs")
         (left / "lock").write_text(f"{MAGIC}\n{owner}\n")
+        if record is not None:
+            (left / "record").write_text(json.dumps(record))
         return left
 
 
