@@ -384,12 +384,12 @@ class TestKilled:
 class TestForged:
     """A repository, an archive or a copy may hold what looks like a killed run's."""
 
-    RECORD = {"destination": "models", "found": [[".", 16384, 0, 0, 0]]}
-    RECORD["made"] = RECORD["found"]
-
     @pytest.mark.parametrize("owner", ["1 x", "1 x\n5 6", "1 x\n", ""])
-    @pytest.mark.parametrize("record", [RECORD, RECORD | {"destination": ".git"}, None])
-    def test_it_is_left_alone_and_told_of(self, tmp_path, out, capsys, owner, record):
+    @pytest.mark.parametrize("destination", ["models", ".git", None])
+    def test_it_is_left_alone_and_told_of(self, tmp_path, out, capsys, owner, destination):
+        any_one = [[".", stat.S_IFDIR, 0, 0, 0]]
+        record = {"destination": destination, "found": any_one, "made": any_one}
+        record = record if destination else None
         left = self._forged(tmp_path, owner, record)
         before = sorted(left.rglob("*"))
         publish(out, "new")
