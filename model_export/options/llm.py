@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -114,7 +113,7 @@ class LLMOptions:
         """A search decides every matrix's bits."""
         if self.bpw is None:
             return
-        if not 0 < self.bpw < inf:
+        if self.bpw <= 0:
             raise OptionError(f"--llm-bpw is {self.bpw}: expected bits per weight above zero")
         given = {
             "--llm-bits": self.bits is not None,
