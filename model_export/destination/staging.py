@@ -29,7 +29,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 
 from fastvlm_mlx.errors import DestinationError
@@ -78,7 +78,7 @@ class StagingDirectory:
     lock: FileIO | None
     file_mode: int = 0o666
     directory_mode: int = 0o777
-    abandoned: bool = False
+    abandoned: bool = field(default=False, kw_only=True)
 
     def put(self, destination: str) -> None:
         """Put what was made at the destination, where there is nothing.
