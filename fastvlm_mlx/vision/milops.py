@@ -277,10 +277,9 @@ def slice_by_index(op: Operation) -> Compute:
     single = op.value("squeeze_mask", no)
     if min(stride) < 1:
         raise op.error(f"stride {stride}", "positive ones")
+    first = [0 if from_start[i] else begin[i] for i in range(rank)]
     index = tuple(
-        begin[i]
-        if single[i]
-        else slice(None if from_start[i] else begin[i], None if to_end[i] else end[i], stride[i])
+        first[i] if single[i] else slice(first[i], None if to_end[i] else end[i], stride[i])
         for i in range(rank)
     )
     return lambda x: x[index]

@@ -225,7 +225,7 @@ def _clear(directory: Path, opened: int) -> None:
     for name in leftovers.clear(opened):
         _tell_once(
             f"{printable(directory / name)} says that an interrupted run left it, but it was "
-            "copied here, unpacked or checked out, and is left alone: remove it if you don't need it"
+            "copied here, unpacked or checked out, and is left alone: remove it unless you need it"
         )
 
 
