@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from fastvlm_mlx.bundle.bundle import PACKAGE, Bundle
 from fastvlm_mlx.bundle.manifest import MANIFEST
+from fastvlm_mlx.bundle.schema import to_json
 from fastvlm_mlx.errors import GateError
 from fastvlm_mlx.vision.package import PackageInfo
 from model_export.bundle_spec import BundleSpec, WrittenLLM
@@ -51,7 +51,7 @@ def build(spec: BundleSpec, destination: Destination, progress: Progress) -> Exp
         progress("manifest", None)
         written = _with_merged_hashes(spec, bundle, written)
         manifest = make_manifest(spec, package, written, gates, directory)
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (directory / MANIFEST).write_text(to_json(manifest) + "\n", encoding="utf-8")
         failed = [gate for gate in gates if not gate.passed]
         if failed and not spec.gate_options.destination.allow_failed_gates:
             kept = keep_failed(directory, destination.path)

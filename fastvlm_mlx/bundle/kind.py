@@ -30,7 +30,7 @@ def is_bundle(path: Path) -> bool:
     """
     if (path / MANIFEST).is_file():
         return True
-    names = list(_tensor_names(path))
+    names = list(tensor_names(path))
     if names:
         return any(name.startswith(LANGUAGE) for name in names)
     return any(not left_behind(package.name) for package in path.glob("*.mlpackage"))
@@ -81,7 +81,7 @@ def is_like_a_hub_id(path: Path) -> bool:
     return _HUB_ID.fullmatch(str(path)) is not None and not path.parent.exists()
 
 
-def _tensor_names(path: Path) -> Iterator[str]:
+def tensor_names(path: Path) -> Iterator[str]:
     """Of every safetensors file right in a directory; a damaged one is told by who reads it."""
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,5 @@
-"""JSON of somebody else's: parsed in one place, within limits, and held to a type.
+"""JSON: somebody else's is parsed in one place, within limits, and held to a type; ours is written
+so that everybody can read it.
 
 `msgspec` parses and compares; a type is a frozen dataclass or a `msgspec.Struct` whose fields say
 their ranges. Keys that a type does not have are left out.
@@ -6,8 +7,10 @@ their ranges. Keys that a type does not have are left out.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
@@ -58,6 +61,11 @@ def parse(data: bytes, source: str, error: type[FastVLMError], *, remedy: str) -
     return found
 
 
+def to_json(data: Any, *, ascii_only: bool = True) -> str:
+    """JSON as text. It has neither NaN nor infinity, for which null stands."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
+
+
 def check(value: Any, kind: type[T], source: str, error: type[FastVLMError], *, remedy: str) -> T:
     """`value`, parsed JSON, as a `kind`.
 
@@ -96,6 +104,17 @@ def check_fields(
             wanted = re.sub(r"Expected|`", "", str(cause).partition(", got")[0]).strip()
             option = names.get(name, name).replace("_", "-")
             raise error(f"--{option} is {value!r}: expected {wanted}") from cause
+        if isinstance(value, float) and not isfinite(value):
+            option = names.get(name, name).replace("_", "-")
+            raise error(f"--{option} is {value}: expected a finite number")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def _sentence(cause: msgspec.ValidationError, value: Any) -> str:

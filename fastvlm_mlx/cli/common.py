@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fastvlm_mlx.bundle.schema import to_json
 
 # The verbs take them from here.
 from fastvlm_mlx.extras import EXTRA as EXTRA
@@ -70,4 +71,4 @@ def missing_extra() -> list[str]:
 
 
 def print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    print(to_json(data, ascii_only=False))

@@ -15,8 +15,8 @@ import numpy as np
 
 from fastvlm_mlx.vision.blobs import unpack_bits
 
-# Of a decompressed weight: more than the largest of FastViTHD's by a factor of 50.
-_MAX_ELEMENTS = 2**29
+# Of a weight: more than the largest of FastViTHD's by a factor of 12.
+MAX_WEIGHT = 2**27
 
 
 def affine_dequantize(
@@ -59,7 +59,7 @@ def lut_to_dense(
         sizes = tuple(int(n) for n in shape)
         return lut[unpack_bits(indices, (lut.size - 1).bit_length(), prod(sizes))].reshape(sizes)
     palettes, length = lut.shape[-2:]
-    if indices.size * length > _MAX_ELEMENTS:
+    if indices.size * length > MAX_WEIGHT:
         raise ValueError(f"{indices.size:,} vectors of {length:,} elements are too many")
     blocks = np.arange(prod(lut.shape[:-2]), dtype=np.int32).reshape(lut.shape[:-2])
     values = lut.reshape(-1, palettes, length)[_spread(blocks, indices.shape), indices]

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx.vision.blobs import NUMPY_TYPES, blob_path, read_blob, unpack
-from fastvlm_mlx.vision.constexpr import DECOMPRESS
+from fastvlm_mlx.vision.constexpr import DECOMPRESS, MAX_WEIGHT
 from fastvlm_mlx.vision.package import model_path, type_name
 
 CONST, CONSTEXPR = "const", "constexpr_"
+# A table of values that are quantized, for weights that are sparse, takes three. Whatever is read
+# by two parameters is made twice.
+_MAX_DEPTH = 4
 
 Constant = np.ndarray | str
 
@@ -82,6 +85,8 @@ class _Reader:
         self._package = package
         self._directory = model_path(package).parent
         self._variables: dict[str, MILVariable] = {}
+        # How many decompressions lead to a variable.
+        self._depths: dict[str, int] = {}
 
     def function(self, message: Any) -> MILFunction:
         inputs = tuple(self._add(v.name, *_tensor_type(v.type)) for v in message.inputs)
@@ -129,13 +134,18 @@ class _Reader:
             for name, value in message.attributes.items()
             if name != "name"
         }
+        depth = 1
         for name in message.inputs:
             (variable,) = self._argument(message, name)
             parameters[name] = variable.read
+            depth = max(depth, self._depths.get(variable.name, 0) + 1)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"a weight is compressed {depth} times over")
         for index, output in enumerate(message.outputs):
             dtype, shape = _tensor_type(output.type)
             read = partial(_decompressed, decompress, parameters, index, dtype, shape)
             self._add(output.name, dtype, shape, read)
+            self._depths[output.name] = depth
 
     def _argument(self, message: Any, parameter: str) -> Iterator[MILVariable]:
         """What is bound to a parameter: names of variables, or constants in their place."""
@@ -167,6 +177,8 @@ class _Reader:
     def _value(self, value: Any) -> Constant:
         """A constant from the specification itself, or from the weights that it points to."""
         dtype, shape = _tensor_type(value.type)
+        if prod(shape) > MAX_WEIGHT:
+            raise ValueError(f"a constant has {prod(shape):,} numbers, more than {MAX_WEIGHT:,}")
         if value.WhichOneof("value") == "blobFileValue":
             blob = value.blobFileValue
             path = blob_path(self._package, self._directory, blob.fileName)

@@ -61,6 +61,9 @@ def conv(op: Operation) -> Compute:
     even = all(before == after for before, after in sides)
     padding = [before if even else 0 for before, _ in sides]
     uneven = [] if even else [n for side in reversed(sides) for n in side]
+    if uneven:
+        padded = [n + sum(side) for n, side in zip(sizes, sides, strict=True)]
+        op.works_with(*op.shape_of("x")[:2], *padded)
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = F.pad(x, uneven) if uneven else x
@@ -125,6 +128,9 @@ def matmul(op: Operation) -> Compute:
     x_shape, y_shape = op.shape_of("x"), op.shape_of("y")
     batch = np.broadcast_shapes(x_shape[:-2], y_shape[:-2])
     op.makes(*batch, x_shape[-1 if flip_x else -2], y_shape[-2 if flip_y else -1])
+    # torch repeats the one whose batch is broadcast.
+    op.works_with(*batch, *x_shape[-2:])
+    op.works_with(*batch, *y_shape[-2:])
 
     def compute(x: Tensor, y: Tensor) -> Tensor:
         x = x.transpose(-1, -2) if flip_x else x
@@ -277,10 +283,9 @@ def slice_by_index(op: Operation) -> Compute:
     single = op.value("squeeze_mask", no)
     if min(stride) < 1:
         raise op.error(f"stride {stride}", "positive ones")
+    first = [0 if from_start[i] else begin[i] for i in range(rank)]
     index = tuple(
-        begin[i]
-        if single[i]
-        else slice(None if from_start[i] else begin[i], None if to_end[i] else end[i], stride[i])
+        first[i] if single[i] else slice(first[i], None if to_end[i] else end[i], stride[i])
         for i in range(rank)
     )
     return lambda x: x[index]

@@ -20,6 +20,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
+from fastvlm_mlx.vision.memory import MAX_ELEMENTS, check_memory
 from fastvlm_mlx.vision.mil import (
     Constant,
     MILFunction,
@@ -61,8 +62,6 @@ _PROGRAM_ERRORS = (
 )
 
 _PIECE = 2**19  # elements
-# Of any operation's result: attention at the largest input size has 0.4 G elements.
-_MAX_ELEMENTS = 2**29
 
 Observe = Callable[[str, str, "torch.Tensor"], None]
 
@@ -114,6 +113,7 @@ class MLProgram:
             _check_elements(package, op)
         try:
             function = read_function(spec, package, self.info.function)
+            check_memory(function)
             self._steps, self.constants = _compile(function)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
@@ -291,10 +291,10 @@ def _check_elements(package: Path, op: Any) -> None:
     """Raises EncoderError: an operation declares a result that fills the memory."""
     for output in op.outputs:
         elements = prod(d.constant.size for d in output.type.tensorType.dimensions)
-        if elements > _MAX_ELEMENTS:
+        if elements > MAX_ELEMENTS:
             raise EncoderError(
                 f"{package}: operation {op.type} {output.name!r} makes {elements:,} numbers: "
-                f"expected at most {_MAX_ELEMENTS:,}, export the encoder again"
+                f"expected at most {MAX_ELEMENTS:,}, export the encoder again"
             )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.vision.memory import MAX_ELEMENTS
 from fastvlm_mlx.vision.mil import MILOperation, MILVariable
+
+# Of axes, sizes, paddings: one for each axis, or each part of a split.
+_PARAMETER_ELEMENTS = 10_000
 
 
 class Operation:
@@ -38,6 +43,8 @@ class Operation:
         (variable,) = self._op.inputs[name]
         if variable.read is None:
             raise self.error(f"a {name} that is computed", "a constant")
+        if prod(variable.shape) > _PARAMETER_ELEMENTS:
+            raise self.error(f"a {name} of {prod(variable.shape):,} numbers", "some")
         value = variable.read()
         return value if isinstance(value, str) else value.tolist()
 
@@ -59,6 +66,11 @@ class Operation:
         """Refuse an operation that would make more, or less, than the program declares."""
         if self.shape != shape:
             raise self.error(f"a result of {list(shape)}", f"{list(self.shape)} as declared")
+
+    def works_with(self, *shape: int) -> None:
+        """Refuse an operation that would make something larger on its way than any result is."""
+        if prod(shape) > MAX_ELEMENTS:
+            raise self.error(f"{prod(shape):,} numbers to work with", f"at most {MAX_ELEMENTS:,}")
 
     @property
     def dtype(self) -> str:

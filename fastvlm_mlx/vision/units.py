@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvlm_mlx.bundle.schema import to_json
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.package import quiet_coremltools
 
@@ -188,7 +189,7 @@ def write_record(file: Path, units: str, reference: str, measured: Sequence[Meas
         "measured": [each.to_dict() for each in measured],
     }
     with suppress(OSError):
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        file.write_text(to_json(content) + "\n", encoding="utf-8")
 
 
 def read_record(file: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ REFUSED = {
 INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Of PEFT's patterns, those that Python's engine compares in a time that is no surprise.
 SIMPLE_PATTERN = re.compile(r"[^(){}]{1,200}")
+# A scale, and its product with a weight, stay far from infinity.
+LARGEST = 1e15
 REPEATS = re.compile(r"[*+?]")
 
 
@@ -128,9 +130,9 @@ def _numbers(file: Path, data: dict[str, Any], key: str, *kinds: type) -> dict[s
 
 
 def _number(file: Path, key: str, value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds or not 0 < value < inf:
+    if type(value) not in kinds or not 0 < value <= LARGEST:
         raise CheckpointError(
-            f"{file}: {key} is {value!r}, expected a number above zero: the adapter is damaged, "
-            "save it again"
+            f"{file}: {key} is {value!r}, expected a number above zero and at most {LARGEST:g}: "
+            "the adapter is damaged, save it again"
         )
     return value

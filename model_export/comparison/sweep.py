@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from fastvlm_mlx.bundle.files import is_empty
 from fastvlm_mlx.bundle.manifest import MANIFEST
-from fastvlm_mlx.bundle.schema import check, read_json
+from fastvlm_mlx.bundle.schema import check, read_json, to_json
 from fastvlm_mlx.errors import DestinationError, FastVLMError, OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.comparison import RESULTS, check_count, compare
@@ -254,7 +254,7 @@ class _State:
     def _save(self) -> None:
         # Under a name that nobody can have put a link at.
         with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as partial:
-            partial.write(json.dumps(self._data, indent=2) + "\n")
+            partial.write(to_json(self._data) + "\n")
         os.replace(partial.name, self._file)
 
 

@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from fastvlm_mlx.bundle.files import is_litter
-from fastvlm_mlx.bundle.manifest import MANIFEST
-from fastvlm_mlx.bundle.schema import read_json
-from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.errors import DestinationError, printable
+from fastvlm_mlx.machine import tell
 from model_export.destination import leftovers
 from model_export.destination.content import Content, content_of
 from model_export.destination.removal import check_not_mounted
+from model_export.destination.replaceable import foreign
 from model_export.destination.staging import (
     BUNDLE,
     DIRECTORY,
     NAME,
     StagingDirectory,
     staging_directory,
-)
-
-# Of a bundle without a manifest, as Apple publishes them: whatever else lies there is somebody's.
-_PART_OF_A_BUNDLE = re.compile(
-    r"[^/]+\.mlpackage/.+|[^/]+\.(safetensors|json|jinja)|merges\.txt|LICENSE[^/]*"
 )
 
 
@@ -96,10 +90,10 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> Destination:
         return seen
     if not seen.found.is_directory:
         raise DestinationError(f"{destination} is a file: expected a bundle to overwrite")
-    foreign = _foreign(destination, seen.found)
-    if foreign is not None:
+    other = foreign(destination, seen.found)
+    if other is not None:
         raise DestinationError(
-            f"{destination} holds what is no bundle ({foreign}), which --overwrite would "
+            f"{destination} holds what is no bundle ({other}), which --overwrite would "
             "delete: choose another destination, or remove it yourself"
         )
     return seen
@@ -115,24 +109,6 @@ def check_overlap(destination: Path, sources: Iterable[Path]) -> None:
                 f"{destination} overlaps its source {directory}, which is never written to: "
                 "choose a directory of its own"
             )
-
-
-def _foreign(destination: Path, found: Content) -> str | None:
-    """The first file there that is no part of a bundle; None if there is none."""
-    files = [name for name in found.files if not any(map(is_litter, name.split("/")))]
-    if MANIFEST not in files:
-        known = [name for name in files if _PART_OF_A_BUNDLE.fullmatch(name)]
-        if len(known) == len(files) and (not files or "config.json" in files):
-            return None
-        return next((name for name in files if name not in known), files[0])
-    try:
-        manifest = read_json(destination, destination / MANIFEST, DestinationError, remedy="")
-    except DestinationError:
-        return MANIFEST
-    listed = manifest.get("files")
-    if not isinstance(listed, dict) or "schema_version" not in manifest:
-        return MANIFEST
-    return next((name for name in files if name not in listed and name != MANIFEST), None)
 
 
 def _check_not_mounted(destination: Path) -> None:
@@ -156,7 +132,7 @@ def look_at(destination: Path) -> Destination:
     """
     try:
         with _directory(destination.parent) as parent:
-            leftovers.clear(parent)
+            _clear(destination.parent, parent)
             found = content_of(destination.name, parent)
     except FileNotFoundError:
         return Destination(destination)
@@ -216,7 +192,20 @@ def appearing(destination: Destination) -> Iterator[Path]:
 def clear_leftovers(directory: Path) -> None:
     """Remove what killed runs left in a directory, if it is one."""
     with suppress(OSError), _directory(directory) as opened:
-        leftovers.clear(opened)
+        _clear(directory, opened)
+
+
+def _clear(directory: Path, opened: int) -> None:
+    for name in leftovers.clear(opened):
+        _tell_once(
+            f"{printable(directory / name)} says that an interrupted run left it, but it was "
+            "copied here, unpacked or checked out, and is left alone: remove it unless you need it"
+        )
+
+
+@cache
+def _tell_once(text: str) -> None:
+    tell(text)
 
 
 def _publish(place: StagingDirectory, destination: Destination) -> None:

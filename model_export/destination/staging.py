@@ -3,7 +3,7 @@
 It lies hidden beside the destination. If its owner is killed, the next run clears it. Its name is
 `.fastvlm-<16 hexadecimal digits>`, and in it are:
 
-    lock        locked (flock) as long as its owner lives; says whose it is
+    lock        locked (flock) as long as its owner lives; says whose it is, and where it was made
     bundle      what is being made; after an exchange, what was at the destination before
     replaced    what was at the destination, where the filesystem can't exchange
     record      from just before something is replaced: what was to be, and what was made
@@ -11,6 +11,11 @@ It lies hidden beside the destination. If its owner is killed, the next run clea
 
 Where there is a record, nothing is removed but what it names: what was made, and what was to be
 replaced. Without a record nothing but what was made can be in there.
+
+Such a directory may also come out of a repository or an archive, or be a copy. Only one that is
+where it was made is acted on, which the numbers of its files (inodes) tell: whoever writes a
+repository can't know what a file system will give. The number of the disk is left out, since many
+disks have another after a restart.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 
 from fastvlm_mlx.errors import DestinationError
@@ -41,6 +46,8 @@ DISCARDED = {BUNDLE: "bundle.discarded", REPLACED: "replaced.discarded"}
 OURS = {LOCK, BUNDLE, REPLACED, RECORD, NEW_RECORD, *DISCARDED.values()}
 # What the lock of every version says, so that each clears what another left behind.
 MAGIC = "a workplace of fastvlm-mlx"
+# Of ten thousand files.
+RECORD_BYTES = 16_000_000
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -61,6 +68,7 @@ class StagingDirectory:
         parent: descriptor of the directory that holds it and the destination.
         fd: its own descriptor.
         lock: its lock file; None if there is none left.
+        abandoned: whether another process made it, which was killed.
         file_mode, directory_mode: what the umask, and what the directory inherits, make of them.
     """
 
@@ -70,6 +78,7 @@ class StagingDirectory:
     lock: FileIO | None
     file_mode: int = 0o666
     directory_mode: int = 0o777
+    abandoned: bool = field(default=False, kw_only=True)
 
     def put(self, destination: str) -> None:
         """Put what was made at the destination, where there is nothing.
@@ -172,12 +181,26 @@ class StagingDirectory:
             os.rmdir(self.name, dir_fd=self.parent)
 
     def record(self) -> Record | None:
+        """What is recorded; None if nothing is.
+
+        Raises:
+            OSError: it can't be read.
+            ValueError, LookupError, TypeError: it is no record.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            file = os.open(RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+            file = os.open(RECORD, flags, dir_fd=self.fd)
         except FileNotFoundError:
             return None
-        with open(file, encoding="ascii") as stream:
-            data = json.load(stream)
+        with open(file, "rb") as stream:
+            text = stream.read(RECORD_BYTES + 1)
+        if len(text) > RECORD_BYTES:
+            raise ValueError("the record is too large")
+        try:
+            # Not `schema.parse`: a name that is no UTF-8 is half a surrogate pair in here.
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("the record is nested too deeply") from error
         if not NAME_OF_ENTRY.fullmatch(data["destination"]):
             raise ValueError(data["destination"])
         found, made = Content.from_json(data["found"]), Content.from_json(data["made"])
@@ -186,6 +209,12 @@ class StagingDirectory:
     def _rescued(self, name: str, record: Record) -> DestinationError:
         place = f"fastvlm-kept-{secrets.token_hex(4)}"
         renames.put((self.fd, name), (self.parent, place))
+        if self._keeps_hidden(record):
+            return DestinationError(
+                f"{record.destination} is a hidden name, under which nothing is put back; what a "
+                f"killed run took from there is in {place} beside it: rename it yourself, and "
+                "start again"
+            )
         return DestinationError(
             f"something else came to be at {record.destination} while it was being replaced, and "
             f"stays; what was there before is in {place} beside it: keep which you want, and start "
@@ -205,6 +234,8 @@ class StagingDirectory:
 
     def _put_back(self, name: str, record: Record) -> bool:
         """Whether it was done: only where there is nothing, or what was made and nothing more."""
+        if self._keeps_hidden(record):
+            return False
         taken, place = (self.fd, name), (self.parent, record.destination)
         now = content_of(record.destination, self.parent)
         try:
@@ -218,6 +249,10 @@ class StagingDirectory:
         except (FileExistsError, renames.ExchangeError):
             return False
         return True
+
+    def _keeps_hidden(self, record: Record) -> bool:
+        """Nothing that somebody left behind becomes hidden: programs act on what is in `.git`."""
+        return self.abandoned and record.destination.startswith(".")
 
     def _write(self, record: Record) -> None:
         data = {
@@ -253,7 +288,7 @@ def staging_directory(parent: int) -> Iterator[StagingDirectory]:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             lock = FileIO(os.open(LOCK, flags, 0o666, dir_fd=fd), "r+")
             locked(lock.fileno())
-            os.write(lock.fileno(), f"{MAGIC}\n{os.getpid()} {platform.node()}\n".encode())
+            os.write(lock.fileno(), lock_text(fd, lock.fileno(), os.getpid()).encode())
         os.fsync(lock.fileno())
         os.mkdir(BUNDLE, dir_fd=fd)
         modes = os.fstat(lock.fileno()).st_mode, os.stat(BUNDLE, dir_fd=fd).st_mode
@@ -267,6 +302,21 @@ def staging_directory(parent: int) -> Iterator[StagingDirectory]:
         # next run.
         with nullcontext() if whole else suppress(OSError):
             _end_at_last(parent, name, lock)
+
+
+def lock_text(directory: int, lock: int, owner: int) -> str:
+    """What a lock says.
+
+    Args:
+        directory, lock: descriptors of the staging directory and of its lock.
+        owner: the number of a process.
+    """
+    return f"{MAGIC}\n{owner} {platform.node()}\n{made_here(directory, lock)}\n"
+
+
+def made_here(directory: int, lock: int) -> str:
+    """The numbers of a staging directory and of its lock, which no copy of them has."""
+    return f"{os.fstat(directory).st_ino} {os.fstat(lock).st_ino}"
 
 
 def _end_at_last(parent: int, name: str, lock: FileIO | None) -> None:

@@ -177,7 +177,7 @@ class ExportOptions:
             "deployment_target": self.encoder.target if app else None,
             "min_snr_db": self.snr_floor_db,
         }
-        if self.llm.format is None:
+        if not self.llm.has_groups:
             record["group_size"] = None
         del record["overwrite"]
         return record

@@ -33,8 +33,7 @@ class GateLimits:
     def __post_init__(self) -> None:
         check_types(self, FLAT_NAMES)
         for name, value in vars(self).items():
-            # A NaN is neither below zero nor above it.
-            if value is not None and not value >= 0:
+            if value is not None and value < 0:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}: expected zero or more")
         if self.min_agreement is not None and self.min_agreement > 1:
             raise OptionError(f"--min-agreement is {self.min_agreement}: expected a share up to 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +83,13 @@ class LLMOptions:
         affine = self.mode == "affine"
         return (affine and self.group_size) or DEFAULT_FORMAT.group_size
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether anything can be quantized, and so has a group size."""
+        parts = (self.embed_bits, self.head_bits, self.projector_bits)
+        quantized = self.format is not None or self.recipe is not None
+        return quantized or any(self.part_format(bits or 16) for bits in parts)
+
     def part_format(self, bits: int) -> Format | None:
         """The form of a part that has bits of its own."""
         return None if bits == 16 else Format(bits, self.affine_group_size)
@@ -134,7 +140,7 @@ class LLMOptions:
         """A search decides every matrix's bits."""
         if self.bpw is None:
             return
-        if not 0 < self.bpw < inf:
+        if self.bpw <= 0:
             raise OptionError(f"--llm-bpw is {self.bpw}: expected bits per weight above zero")
         given = {
             "--llm-bits": self.bits is not None,

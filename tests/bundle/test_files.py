@@ -1,5 +1,6 @@
 """Files of somebody else's: what is opened, what is refused, and how both are told."""
 
+import json
 import os
 import socket
 from contextlib import suppress
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvlm_mlx.bundle.files import inside, listing, read_bytes
-from fastvlm_mlx.bundle.schema import parse
+from fastvlm_mlx.bundle.schema import parse, to_json
 from fastvlm_mlx.errors import BundleError, CheckpointError, FastVLMError, printable
 
 
@@ -145,3 +146,12 @@ def test_escapes_and_directions_are_shown_and_not_obeyed():
     error = FastVLMError("a\x1b[31m\nb \u202e\u2028 c \ud800")
     assert str(error) == r"a\x1b[31m b \u202e c \ud800"
     assert Path(str(error)).name
+
+
+def test_what_is_written_is_read_by_everybody():
+    data = {"figures": [float("nan"), {"snr_db": float("-inf")}, 1.5], "name": "caf\udce9"}
+    text = to_json(data).encode()
+    with pytest.raises(BundleError):
+        parse(b'{"a": NaN}', "it", BundleError, remedy="")
+    assert json.loads(text) == {**data, "figures": [None, {"snr_db": None}, 1.5]}
+    assert parse(to_json({"a": float("inf")}).encode(), "it", BundleError, remedy="") == {"a": None}

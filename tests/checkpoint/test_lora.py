@@ -315,6 +315,8 @@ class TestRefused:
             ({"init_lora_weights": "pissa_niter_4"}, "begun by 'pissa_niter_4', which changes"),
             ({"lora_bias": True}, "LoRA with biases"),
             ({"r": 0}, "r is 0, expected a number above zero"),
+            ({"lora_alpha": 10**400}, "expected a number above zero and at most"),
+            ({"alpha_pattern": {"x": 1e300}}, "expected a number above zero and at most"),
             ({"r": "8"}, "r is '8'"),
             ({"lora_alpha": None}, "lora_alpha is None"),
             ({"rank_pattern": {"[": 3}}, "which is no regular expression"),

@@ -353,7 +353,10 @@ class TestOptions:
             ({"deployment_target": "iOS14"}, "--deployment-target is iOS14: expected one of iOS15"),
             ({"encoder_bpw": 5.0}, "add --encoder-precision mixed"),
             ({"encoder_precision": "mixed", "encoder_bpw": 3.0}, "expected 4 bits or more"),
-            ({"encoder_precision": "mixed", "encoder_bpw": float("nan")}, "expected 4 bits"),
+            (
+                {"encoder_precision": "mixed", "encoder_bpw": float("nan")},
+                "expected a finite number",
+            ),
             ({"layout": "mlx", "encoder_precision": "mixed"}, "use --dtype"),
             ({"calibration": "images"}, "a --method, or --encoder-precision mixed"),
             ({"layout": "mlx", "deployment_target": "iOS18"}, "leave it out"),

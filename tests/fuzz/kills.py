@@ -45,6 +45,7 @@ HOOKED = (
 DONE, TOLD, INTERRUPTED, BROKEN = 0, 3, 4, 5
 INTRUDERS = ("file", "removal", "bundle", "document")
 PRECIOUS = "precious"
+FILES = ("config.json", "processor_config.json", "fastvithd.mlpackage/Data/weight.bin")
 # What only looks like a workplace, with what is in it, and stays whatever happens.
 NEIGHBOURS = {
     ".fastvlm-notes/mine": PRECIOUS,
@@ -264,10 +265,13 @@ def _unsynced(fd: int) -> None:
 
 def write(directory: Path, text: str) -> None:
     """A bundle of a few files, every one of which says which it is."""
-    for name in ("config.json", "processor_config.json", "fastvithd.mlpackage/Data/weight.bin"):
+    for name in FILES:
         file = directory / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    keys = ("schema_version", "layout", "source", "encoder", "llm", "gates")
+    listed = {name: {} for name in FILES}
+    (directory / "manifest.json").write_text(json.dumps(dict.fromkeys(keys) | {"files": listed}))
 
 
 def version(bundle: Path) -> str | None:
@@ -275,7 +279,8 @@ def version(bundle: Path) -> str | None:
     if not bundle.is_dir():
         return None
     files = {p.relative_to(bundle).as_posix(): p for p in bundle.rglob("*") if p.is_file()}
-    files.pop("thesis.txt", None)
+    for name in ("thesis.txt", "manifest.json"):
+        files.pop(name, None)
     if not files:
         return None
     texts = {path.read_text() for path in files.values()}

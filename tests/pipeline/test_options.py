@@ -4,6 +4,8 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
@@ -82,6 +84,73 @@ def test_a_manifest_s_record_is_the_same_export(given):
     ExportOptions.from_record({"llm_bits": 4, "layout": "app"})
 
 
+# By option, what an export may be asked for.
+ASKED = {
+    "llm_bits": (None, 2, 4, 5, 16),
+    "group_size": (None, 32, 128),
+    "llm_mode": ("affine", "mxfp4", "mxfp8", "nvfp4"),
+    "embed_bits": (None, 4, 16),
+    "head_bits": (None, 8, 16),
+    "projector_bits": (16, 8),
+    "recipe": (None, "mixed_4_6", "recipe.json"),
+    "llm_bpw": (None, 4.5),
+    "method": ("rtn", "awq", "dwq"),
+    "calibration": (None, "images"),
+    "dtype": ("float16", "bfloat16", "float32"),
+    "encoder_precision": ("fp16", "fp32", "int8", "palette4", "mixed"),
+    "encoder_bpw": (None, 5.5),
+    "deployment_target": (None, "iOS16", "iOS18"),
+    "layout": ("app", "mlx"),
+    "allow_failed_gates": (False, True),
+    "image_size": (None, 512),
+    "image_sizes": ((), (512, 1024)),
+    "image_input": (False, True),
+    "min_snr_db": (None, 0.0, 50.0),
+    "max_kl_nats": (None, 0.25),
+    "min_agreement": (None, 1.0),
+    "preset": (None, "phone", "exact"),
+}
+
+
+def effect(options):
+    """All that an export does by its options."""
+    llm, encoder = options.llm, options.encoder
+    parts = (llm.embed_bits, llm.head_bits, llm.projector_bits)
+    return (
+        llm.format if llm.bpw is None else None,
+        [bits and llm.part_format(bits) for bits in parts],
+        (llm.recipe, llm.recipe and llm.resolved_group_size, llm.bpw, llm.method, llm.dtype),
+        (options.encoder_format, encoder.bits_per_weight, encoder.image_input),
+        encoder.target if options.destination.layout == "app" else None,
+        (encoder.default_size, encoder.other_sizes),
+        (options.snr_floor_db, options.limits.max_kl_nats, options.limits.min_agreement),
+        (options.destination, options.calibration, options.calibrates, options.preset),
+    )
+
+
+# A few at a time: of many most contradict each other.
+few = st.lists(st.sampled_from([(k, v) for k, vs in ASKED.items() for v in vs]), max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(few.map(dict))
+def test_every_record_is_read_back_as_the_same_export(asked):
+    try:
+        options = ExportOptions.of(**asked)
+    except OptionError:
+        assume(False)
+    record = json.loads(json.dumps(options.to_record(), allow_nan=False))
+    again = ExportOptions.from_record(record)
+    assert effect(again) == effect(options)
+    assert json.loads(json.dumps(again.to_record())) == record
+
+
+def test_parts_keep_their_group_size_where_the_rest_is_not_quantized():
+    options = ExportOptions.of(llm_bits=16, embed_bits=4, group_size=32)
+    again = ExportOptions.from_record(options.to_record())
+    assert again.llm.part_format(4) == options.llm.part_format(4) == Format(4, 32)
+
+
 def test_a_recorded_preset_is_not_asked_for_again():
     assert ExportOptions.from_record({"preset": "phone"}).llm.method == "rtn"
     # One that a later release has is no option of this one's.
@@ -105,7 +174,11 @@ def test_a_mode_brings_its_own_form_when_options_are_replaced():
         (lambda: LLMOptions(recipe=3), "--recipe is 3: expected str | null"),
         (lambda: EncoderOptions(precision="int4"), "--encoder-precision is int4: expected one of"),
         (lambda: EncoderOptions(precision="mixed", bpw=2), "--encoder-bpw is 2: expected 4 bits"),
-        (lambda: GateLimits(min_snr_db=float("nan")), "--min-snr-db is nan: expected zero or more"),
+        (lambda: GateLimits(min_snr_db=float("nan")), "--min-snr-db is nan: expected a finite num"),
+        (lambda: GateLimits(min_snr_db=float("inf")), "--min-snr-db is inf: expected a finite num"),
+        (lambda: GateLimits(max_kl_nats=float("inf")), "--max-kl-nats is inf: expected a finite"),
+        (lambda: LLMOptions(bpw=float("inf")), "--llm-bpw is inf: expected a finite number"),
+        (lambda: GateLimits(max_kl_nats=-0.1), "--max-kl-nats is -0.1: expected zero or more"),
         (lambda: DestinationOptions(layout="gguf"), "--layout is gguf: expected one of app, mlx"),
         (lambda: ExportOptions(llm=4), r"llm is 4: expected LLMOptions, or use ExportOptions\.of"),
         (lambda: ExportOptions(calibration=3), "--calibration is 3: expected str | null"),

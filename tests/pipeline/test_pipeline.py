@@ -230,7 +230,10 @@ class TestDestination:
         stale = tmp_path / ".fastvlm-0123456789abcdef"
         (stale / "bundle").mkdir(parents=True)
         (stale / "bundle" / "model.safetensors").write_bytes(b"half")
-        (stale / "lock").write_text(f"{MAGIC}\n1 elsewhere\n")
+        lock = stale / "lock"
+        lock.touch()
+        numbers = f"{stale.stat().st_ino} {lock.stat().st_ino}"
+        lock.write_text(f"{MAGIC}\n1 elsewhere\n{numbers}\n")
         with appearing(Destination(tmp_path / "another")) as running:
             (running / "config.json").write_text("{}")
             export(demo_checkpoint, tmp_path / "out", ExportOptions())

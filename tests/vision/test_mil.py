@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from programs import build, mb, normal, run
+from programs import build, ct, mb, normal, run
 
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.blobs import PACKED_BITS, read_blob
@@ -244,4 +244,98 @@ def test_a_padding_that_would_fill_the_memory(pad: int, tmp_path: Path) -> None:
     value.attributes["val"].immediateValue.tensor.ints.values[0] = pad
     model_path(package).write_bytes(spec.SerializeToString())
     with pytest.raises(EncoderError, match=r"conv .* a result of .* \[1, 4, 8, 8\] as declared"):
+        MLProgram(package)
+
+
+# What a small package declares may fill any memory.
+
+
+def test_results_that_are_needed_at_once(tmp_path: Path) -> None:
+    """Each of them is small enough."""
+    side = 20_000
+
+    def body(a: Any) -> Any:
+        column = mb.matmul(x=np.ones((side, 1), np.float32), y=a)
+        row = np.ones((1, side), np.float32)
+        tables = [mb.matmul(x=mb.mul(x=column, y=float(i)), y=row) for i in range(6)]
+        total = tables[0]
+        for table in tables[1:]:
+            total = mb.add(x=total, y=table)
+        return mb.reduce_sum(x=total, axes=[0, 1])
+
+    with pytest.raises(EncoderError, match=r"its operations hold 3,\d+,\d+,\d+ numbers at a time"):
+        MLProgram(build(tmp_path, [(1, 1)], body))
+
+
+def declare(package: Path, rows: int, names: str) -> None:
+    """Let constants have that many rows, whatever is stored of them."""
+    spec = read_spec(package)
+    for op in operations(spec):
+        if op.type == "const" and op.outputs[0].name.startswith(names):
+            for kind in (op.outputs[0].type, op.attributes["val"].type):
+                kind.tensorType.dimensions[0].constant.size = rows
+    model_path(package).write_bytes(spec.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "message"),
+    [
+        (2**25, "mul", r"its constants have 671,\d+,\d+ numbers: expected at most 536,870,912"),
+        (2**28, "layer_norm_0_gamma", r"a constant has 268,435,456 numbers, more than 134,217,728"),
+        (2**27, "transpose", r"transpose 'transpose_0' has a perm of 134,217,728 numbers"),
+    ],
+)
+def test_constants_that_say_they_are_large(
+    rows: int, names: str, message: str, tmp_path: Path
+) -> None:
+    def body(a: Any) -> Any:
+        for _ in range(5):
+            a = mb.mul(x=a, y=normal(1, 4))
+        a = mb.layer_norm(x=a, axes=[1], gamma=np.ones(4, np.float32))
+        return mb.transpose(x=a, perm=[1, 0])
+
+    package = build(tmp_path, [(1, 4)], body)
+    declare(package, rows, names)
+    with pytest.raises(EncoderError, match=message):
+        MLProgram(package)
+
+
+def test_what_an_operation_works_with(tmp_path: Path) -> None:
+    """torch repeats an operand whose batch is broadcast, and pads a copy of an image."""
+
+    def broadcast(a: Any) -> Any:
+        x = mb.reshape(x=mb.matmul(x=np.ones((20_000, 1), np.float32), y=a), shape=[1, 20_000, 1])
+        y = mb.reshape(x=mb.matmul(x=np.ones((20_000, 1), np.float32), y=a), shape=[20_000, 1, 1])
+        return mb.matmul(
+            x=mb.matmul(x=x, y=np.ones((1, 9), np.float32)), y=mb.concat(values=[y] * 9, axis=1)
+        )
+
+    with pytest.raises(EncoderError, match=r"matmul .* 3,600,000,000 numbers to work with"):
+        MLProgram(build(tmp_path, [(1, 1)], broadcast))
+
+
+def test_a_weight_that_is_compressed_over_and_over(tmp_path: Path) -> None:
+    """Each reads the one before twice, so that forty of them would never end."""
+
+    def body(a: Any) -> Any:
+        weight = mb.constexpr_blockwise_shift_scale(
+            data=np.ones((1, 4), np.int8), scale=np.ones((1, 1), np.float32)
+        )
+        return mb.mul(x=a, y=weight)
+
+    package = build(tmp_path, [(1, 4)], body, target=ct.target.iOS18)
+    spec = read_spec(package)
+    made = operations(spec)
+    (first,) = [op for op in made if op.type.startswith("constexpr")]
+    place, name = list(made).index(first), first.outputs[0].name
+    for number in range(40):
+        again = type(first)()
+        again.CopyFrom(first)
+        for parameter in ("data", "scale"):
+            again.inputs[parameter].arguments[0].name = name
+        name = again.outputs[0].name = f"again_{number}"
+        made.insert(place + 1 + number, again)
+    made[-1].inputs["y"].arguments[0].name = name
+    model_path(package).write_bytes(spec.SerializeToString())
+    with pytest.raises(EncoderError, match="a weight is compressed 5 times over"):
         MLProgram(package)

@@ -245,6 +245,18 @@ CASES: dict[str, Case] = {
         ),
         lambda x: x[1:4:2, :, 2],
     ),
+    "slice_by_index, one place of a masked beginning": Case(
+        [(5, 6, 7)],
+        lambda a: mb.slice_by_index(
+            x=a,
+            begin=[3, 0, -2],
+            end=[4, 6, 6],
+            begin_mask=[True, False, False],
+            end_mask=[True, False, False],
+            squeeze_mask=[True, False, True],
+        ),
+        lambda x: x[0, :, -2],
+    ),
     "reduce_mean": Case(
         [(1, 3, 4, 5)],
         lambda a: mb.reduce_mean(x=a, axes=[2, 3], keep_dims=True),

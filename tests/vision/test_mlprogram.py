@@ -22,6 +22,8 @@ from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError, OptionError
 from fastvlm_mlx.vision import load_encoder, mlprogram
+from fastvlm_mlx.vision.memory import alive_elements, constant_elements
+from fastvlm_mlx.vision.mil import read_function
 from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     describe,
@@ -195,6 +197,25 @@ def test_observe_sees_every_operation_once_and_in_order(encoder: Path, images: n
         if op.type != "const"
     ]
     assert list(dict.fromkeys(name for name, _, _ in seen)) == written
+
+
+def test_the_memory_is_foreseen(encoder: Path, images: np.ndarray) -> None:
+    function = read_function(read_spec(encoder), encoder, "main")
+    program = MLProgramEncoder(encoder)
+    weights = sum(constant.numel() for constant in program.constants.values())
+    # Axes and sizes are counted too.
+    assert weights <= constant_elements(function) <= 1.01 * weights
+    storages: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+    most = 0
+
+    def observe(name: str, kind: str, value: torch.Tensor) -> None:
+        nonlocal most
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = weakref.ref(value), storage.nbytes() // 4
+        most = max(most, sum(size for tensor, size in storages.values() if tensor() is not None))
+
+    program.evaluate(images, observe=observe)
+    assert most <= alive_elements(function) <= 3 * most
 
 
 def test_results_are_freed_after_their_last_use(encoder: Path, images: np.ndarray) -> None:
