@@ -10,7 +10,6 @@ it is divided, which a kernel may hold in fp16: 256 places of 256 are infinite.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -20,15 +19,8 @@ import numpy as np
 
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
-from fastvlm_mlx.vision.mil import (
-    Constant,
-    MILFunction,
-    MILOperation,
-    is_constant,
-    read_function,
-)
-from fastvlm_mlx.vision.milops import BUILDERS, Compute
-from fastvlm_mlx.vision.operation import Operation
+from fastvlm_mlx.vision.mil import is_constant, read_function
+from fastvlm_mlx.vision.milops import BUILDERS
 from fastvlm_mlx.vision.package import (
     IMAGE,
     INPUT_NAME,
@@ -40,6 +32,7 @@ from fastvlm_mlx.vision.package import (
     operations,
     read_spec,
 )
+from fastvlm_mlx.vision.steps import compile_steps
 
 if TYPE_CHECKING:
     import torch
@@ -65,21 +58,6 @@ _PIECE = 2**19  # elements
 _MAX_ELEMENTS = 2**29
 
 Observe = Callable[[str, str, "torch.Tensor"], None]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One operation: what it reads and writes by name, and what is dead after it."""
-
-    name: str
-    type: str
-    compute: Compute
-    operands: tuple[str, ...]
-    results: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    half: tuple[bool, ...]
-    dead: tuple[str, ...]
-    places: int
 
 
 class MLProgram:
@@ -114,7 +92,7 @@ class MLProgram:
             _check_elements(package, op)
         try:
             function = read_function(spec, package, self.info.function)
-            self._steps, self.constants = _compile(function)
+            self._steps, self.constants = compile_steps(function)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -296,47 +274,3 @@ def _check_elements(package: Path, op: Any) -> None:
                 f"{package}: operation {op.type} {output.name!r} makes {elements:,} numbers: "
                 f"expected at most {_MAX_ELEMENTS:,}, export the encoder again"
             )
-
-
-def _compile(function: MILFunction) -> tuple[list[_Step], dict[str, torch.Tensor]]:
-    constants: dict[str, torch.Tensor] = {}
-    drafts: list[tuple[MILOperation, Operation, Compute]] = []
-    for op in function.operations:
-        operation = Operation(op)
-        compute = BUILDERS[operation.type](operation)
-        operation.finish()
-        for variable in operation.operands:
-            if variable.name not in constants and variable.read is not None:
-                constants[variable.name] = _constant(variable.read())
-        drafts.append((op, operation, compute))
-    for variable in function.outputs:
-        if variable.read is not None:
-            constants[variable.name] = _constant(variable.read())
-    steps: list[_Step] = []
-    later = {variable.name for variable in function.outputs}
-    for op, operation, compute in reversed(drafts):
-        operands = tuple(v.name for v in operation.operands)
-        results = tuple(v.name for v in op.outputs)
-        shapes = tuple(v.shape for v in op.outputs)
-        half = tuple(v.dtype == "float16" for v in op.outputs)
-        dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
-        later.update(operands)
-        steps.append(
-            _Step(
-                op.name, op.type, compute, operands, results, shapes, half, dead, operation.places
-            )
-        )
-    return steps[::-1], constants
-
-
-def _constant(value: Constant) -> torch.Tensor:
-    """A constant as an operand, fp32, convolutions' channels-last."""
-    import torch
-
-    array = np.asarray(value)
-    if array.dtype == np.float16:
-        array = array.astype(np.float32)
-    tensor = torch.from_numpy(np.array(array, copy=not array.flags.writeable))
-    if tensor.dim() == 4:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor
