@@ -34,6 +34,7 @@ from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.loading import (
     check_bundle_compute_units,
+    check_bundle_encoder_compute,
     encoder_sizes,
     evaluated_model,
     image_processor,
@@ -73,6 +74,7 @@ class FastVLM:
     compute_units: str
     worker: Worker = field(default_factory=Worker, repr=False)
     max_pixels: int = DEFAULT_MAX_PIXELS
+    encoder_compute: str = "auto"
     _loading_s: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -88,7 +90,8 @@ class FastVLM:
     @cached_property
     def _encoder(self) -> VisionEncoder:
         with self._loading():
-            return load_bundle_encoder(self.bundle, self.compute_units, self.image_processor.size)
+            size = self.image_processor.size
+            return load_bundle_encoder(self.bundle, self.compute_units, size, self.encoder_compute)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -262,6 +265,7 @@ def load(
     crop: bool = False,
     check_hashes: bool = True,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    encoder_compute: str = "auto",
 ) -> FastVLM:
     """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
 
@@ -279,17 +283,21 @@ def load(
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
         check_hashes: compare every file with the manifest before use.
         max_pixels: width × height of the largest image that is looked at.
+        encoder_compute: what torch computes an `app` bundle's encoder in, on Linux: "float32", or
+            "bfloat16" where the CPU multiplies that natively: two thirds of the time and about
+            30 dB. "auto" is float32.
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
         EncoderError: its package is damaged, or no encoder's.
-        OptionError: compute units that are unknown, or that nothing here has; or a size that the
-            encoder does not take; or a limit that is no number of pixels.
+        OptionError: compute units or a type to compute in that are unknown, or that nothing here
+            has; a size that the encoder does not take; or a limit that is no number of pixels.
     """
     started = time.perf_counter()
     max_pixels = check_max_pixels(max_pixels)
     bundle = Bundle.open(path)
     check_bundle_compute_units(bundle, compute_units)
+    check_bundle_encoder_compute(bundle, encoder_compute)
     # First, what needs no reading of weights to be missing.
     _ = bundle.encoder_files
     if check_hashes:
@@ -314,5 +322,6 @@ def load(
         compute_units=compute_units,
         worker=worker,
         max_pixels=max_pixels,
+        encoder_compute=encoder_compute,
         _loading_s=[time.perf_counter() - started],
     )

@@ -67,6 +67,8 @@ class MLProgram:
 
     Args:
         image_size: of the function, where the package has several; else it is the default one.
+        fused_in: "float32" or "bfloat16" joins operations for speed, as `fusion` says, and
+            computes in this type. Then nothing can be rounded or observed.
 
     Raises:
         EncoderError: the package is missing or damaged, or holds an operation, a parameter or a
@@ -74,7 +76,7 @@ class MLProgram:
         OptionError: it has no function of that size.
     """
 
-    def __init__(self, package: Path, image_size: int | None = None):
+    def __init__(self, package: Path, image_size: int | None = None, fused_in: str | None = None):
         if find_spec("torch") is None:
             raise EncoderError(
                 "torch is not installed, which evaluates an encoder package where Core ML does "
@@ -92,7 +94,13 @@ class MLProgram:
             _check_elements(package, op)
         try:
             function = read_function(spec, package, self.info.function)
+            self._shapes = {variable.name: variable.shape for variable in function.inputs}
+            self.inputs = tuple(self._shapes)
+            self.outputs = tuple(variable.name for variable in function.outputs)
             self._steps, self.constants = compile_steps(function)
+            self._fused_in = None
+            if fused_in is not None:
+                self._fuse(fused_in)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -100,9 +108,16 @@ class MLProgram:
                 f"the program in {package} can't be read ({one_line(error)}): expected one "
                 "written by coremltools, export it again"
             ) from error
-        self._shapes = {variable.name: variable.shape for variable in function.inputs}
-        self.inputs = tuple(self._shapes)
-        self.outputs = tuple(variable.name for variable in function.outputs)
+
+    def _fuse(self, name: str) -> None:
+        import torch
+
+        from fastvlm_mlx.vision.fusion import fused
+
+        self._fused_in = dtype = getattr(torch, name)
+        self._steps, self.constants = fused(
+            self._steps, self.constants, self._shapes, self.outputs, dtype
+        )
 
     def run(
         self,
@@ -133,6 +148,10 @@ class MLProgram:
                 "expected the same, export it again"
             )
         alive: dict[str, torch.Tensor] = dict(inputs)
+        if self._fused_in is not None:
+            if round_fp16 or observe is not None:
+                raise ValueError("a fused program has no results of single operations")
+            alive = {name: tensor.to(self._fused_in) for name, tensor in inputs.items()}
         with torch.inference_mode():
             for step in self._steps:
                 operands = [
@@ -218,8 +237,10 @@ class MLProgramEncoder:
 
     backend = "ML Program evaluated with torch"
 
-    def __init__(self, package: Path, image_size: int | None = None):
-        self._program = MLProgram(Path(package), image_size)
+    def __init__(self, package: Path, image_size: int | None = None, fused_in: str | None = None):
+        self._program = MLProgram(Path(package), image_size, fused_in)
+        if fused_in is not None:
+            self.backend = f"torch {fused_in}"
         self.info = self._program.info
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
         names = (self._program.inputs, self._program.outputs)
@@ -260,7 +281,7 @@ class MLProgramEncoder:
         x = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
         x = x.to(memory_format=torch.channels_last)
         made = self._program.run({INPUT_NAME: x}, round_fp16=round_fp16, observe=observe)
-        features = made[OUTPUT_NAME].contiguous().numpy()
+        features = made[OUTPUT_NAME].float().contiguous().numpy()
         check_features(features, (1, self.num_tokens, self.hidden_size))
         return features
 
