@@ -40,6 +40,7 @@ from fastvlm_mlx.loading import (
     image_processor,
     load_bundle_encoder,
     placeholder_id,
+    read_weights,
     token_id,
 )
 from fastvlm_mlx.vision import VisionEncoder
@@ -302,14 +303,16 @@ def load(
     _ = bundle.encoder_files
     if check_hashes:
         bundle.check_files()
+    # Meanwhile: the tokenizer's library holds the interpreter lock while it reads, MLX does not.
+    worker = Worker()
+    weights = worker.submit(read_weights, bundle)
     tokenizer = bundle.tokenizer()
     size, num_tokens = encoder_sizes(bundle, image_size)
     if image_size is not None:
         bundle = bundle.at(image_size)
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
     bundle = replace(bundle, config=config)
-    worker = Worker()
-    model = worker.run(evaluated_model, bundle)
+    model = worker.run(evaluated_model, bundle, weights.result())
     aspect_ratio = "crop" if crop else config.image_aspect_ratio
     return FastVLM(
         bundle=bundle,

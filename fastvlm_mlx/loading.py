@@ -22,12 +22,16 @@ from fastvlm_mlx.vision.interface import encoder_shape
 from fastvlm_mlx.vision.package import describe
 
 
-def evaluated_model(bundle: Bundle) -> RunningModel:
-    """The model with its weights in memory: what is put off belongs to the thread that did it, and
-    would read what lies at the path later."""
-    model = load_model(bundle)
+def read_weights(bundle: Bundle) -> dict[str, mx.array]:
+    """Projector and language model by name, in memory: what is put off belongs to the thread that
+    did it, and would read what lies at the path later.
+
+    Raises:
+        BundleError: as `Bundle.tensors`, or they can't be read.
+    """
+    weights = bundle.model_tensors()
     try:
-        mx.eval(model.parameters())
+        mx.eval(weights)
     except RuntimeError as error:
         # A file that is shorter by now.
         bundle.check_unchanged()
@@ -35,7 +39,12 @@ def evaluated_model(bundle: Bundle) -> RunningModel:
             f"the weights of {bundle.path} can't be read ({error}): export the checkpoint again"
         ) from error
     bundle.check_unchanged()
-    return for_this_machine(model)
+    return weights
+
+
+def evaluated_model(bundle: Bundle, weights: dict[str, mx.array] | None = None) -> RunningModel:
+    """The model as this machine runs it, of what `read_weights` returned."""
+    return for_this_machine(load_model(bundle, weights or read_weights(bundle)))
 
 
 def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:

@@ -19,6 +19,7 @@ from fastvlm_mlx.language.torch_matrix import (
     FEW_ROWS,
     AffineMatrix,
     Arithmetic,
+    Codes,
     as_torch,
     matrix,
     unpacked,
@@ -94,7 +95,7 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
 
 def test_a_prompt_s_weights_make_the_first_token_and_then_codes_are_packed():
     words, scales, biases = (as_torch(a) for a in mx.quantize(mx.random.normal((8256, 64)), 64, 4))
-    made = AffineMatrix(words.view(torch.uint8), scales, biases, 4, None, KEPT)
+    made = AffineMatrix([Codes(words.view(torch.uint8), scales, biases, 4)], None, KEPT)
     prompt, token = torch.ones(FEW_ROWS + 1, 64), torch.ones(1, 64)
     expected = made(prompt)[:1]
     assert torch.equal(made(token), expected)
@@ -102,6 +103,23 @@ def test_a_prompt_s_weights_make_the_first_token_and_then_codes_are_packed():
     # Its rows are packed a block at a time.
     assert snr_db(expected, made(token)) > 44
     assert made._planes is not None
+
+
+@pytest.mark.parametrize("arithmetic", [EXACT, FAST, KEPT])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_codes_are_let_go_of_when_nothing_more_is_made_of_them(kind, arithmetic):
+    module = kind(64, 64).to_quantized(64, 4)
+    mx.eval(module.parameters())
+    made, ids = matrix([module], arithmetic), torch.tensor([3, 9])
+    rows = made.rows(ids)
+    prompt, token = torch.ones(FEW_ROWS + 1, 64), torch.ones(1, 64)
+    before = [made(x) for x in (prompt, token, token, token)][-1]
+    # Without dequantized weights that stay, each prompt needs them.
+    needed = kind is nn.Embedding or not arithmetic.keep_dense
+    assert bool(made.stored) == needed
+    assert torch.equal(made(token), before)
+    if kind is nn.Embedding:
+        assert torch.equal(made.rows(ids), rows)
 
 
 @pytest.fixture(scope="module", params=["4", "16", "8, mlx"])
