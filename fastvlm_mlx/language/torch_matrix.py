@@ -9,7 +9,7 @@ and one with their lower four. A product with many rows multiplies dequantized w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 FEW_ROWS = 16
 # What the kernel divides the outputs and the inputs into.
 _ROWS_MULTIPLE, _COLUMNS_MULTIPLE = 32, 32
-# Of rows that are converted at once; the kernel packs 64 of them together at most.
-_BLOCK_ROWS = 4096
+# Of rows that are converted at once; the kernel packs 64 of them together at most. Larger blocks
+# leave holes in the heap between what stays, and are no faster.
+_BLOCK_ROWS = 512
 # Codes that lie in whole bytes: bits → (bytes, codes in them). MLX packs without gaps, the lowest
 # bits first.
 _PERIODS = {2: (1, 4), 3: (3, 8), 4: (1, 2), 5: (5, 8), 6: (3, 4), 8: (1, 1)}
@@ -223,17 +224,25 @@ class AffineMatrix:
                 torch.cat([getattr(codes, name).float() for codes in self.stored])
                 for name in ("scales", "biases")
             )
-            codes = torch.cat([unpacked(codes.words, bits) for codes in self.stored])
+            parts = [codes.words for codes in self.stored]
+            words = parts[0] if len(parts) == 1 else torch.cat(parts)
             # Codes are moved to the middle of the kernel's: what their scale and zero lose in
             # bfloat16 is the less, the smaller (code − 8) is.
             middle = biases + 2 ** (bits - 1) * scales
             if bits <= 4:
-                self._planes = [_plane(codes + 8 - 2 ** (bits - 1), scales, middle)]
-            else:
-                upper = (codes >> 4) + 8 - 2 ** (bits - 5)
                 self._planes = [
-                    _plane(upper, 16 * scales, middle + 8 * scales),
-                    _plane(codes & 15, scales, torch.zeros_like(scales)),
+                    _plane(words, bits, lambda c: c + 8 - 2 ** (bits - 1), scales, middle)
+                ]
+            else:
+                self._planes = [
+                    _plane(
+                        words,
+                        bits,
+                        lambda c: (c >> 4) + 8 - 2 ** (bits - 5),
+                        16 * scales,
+                        middle + 8 * scales,
+                    ),
+                    _plane(words, bits, lambda c: c & 15, scales, torch.zeros_like(scales)),
                 ]
             self._let_go()
         return self._planes
@@ -245,14 +254,16 @@ class AffineMatrix:
             self.stored = []
 
 
-def _plane(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+def _plane(
+    words: Tensor, bits: int, moved: Callable[[Tensor], Tensor], scales: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor]:
     # A block of rows at a time: the codes are integers of 32 bits on their way.
     import torch
 
     packed = torch.cat(
         [
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 2)
-            for rows in codes.split(_BLOCK_ROWS)
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(moved(unpacked(rows, bits)).int(), 2)
+            for rows in words.split(_BLOCK_ROWS)
         ]
     )
     return packed, torch.stack([scales.T, zeros.T], -1).bfloat16().contiguous()
