@@ -1,6 +1,7 @@
 """What each choice of bits costs in answers: the demo checkpoint on 1,000 held-out questions.
 
-    python -m benchmarks.answers [--questions 1000] [--only CHOICE …] [--json FILE]
+    python -m benchmarks.answers [--questions 1000] [--only CHOICE …] [--encoder-compute TYPE]
+        [--json FILE]
 
 PyTorch answers from the source checkpoint (transformers' Qwen2 on the unfolded encoder); every
 bundle answers through the runtime. Lost are the answers that PyTorch has right and the bundle has
@@ -52,10 +53,13 @@ def right(texts: list[str], pairs: list[tuple[scenes.Scene, scenes.Question]]) -
 
 
 def bundle_answers(
-    path: Path, pairs: list[tuple[scenes.Scene, scenes.Question]], features: dict[str, list[Any]]
+    path: Path,
+    pairs: list[tuple[scenes.Scene, scenes.Question]],
+    features: dict[str, list[Any]],
+    encoder_compute: str,
 ) -> list[str]:
     """Through the runtime; images are encoded once for each precision of the encoder."""
-    model = fastvlm_mlx.load(path)
+    model = fastvlm_mlx.load(path, encoder_compute=encoder_compute)
     precision = json.loads((path / "manifest.json").read_text())["encoder"]["precision"]
     if precision not in features:
         features[precision] = [
@@ -72,6 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--only", nargs="+", choices=CHOICES, help="of the choices these")
+    parser.add_argument(
+        "--encoder-compute", default="auto", help="what the bundle's encoder is computed in"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     pairs = scenes.held_out(arguments.questions)
@@ -97,7 +104,8 @@ def main() -> None:
             options = ExportOptions.of(**fields, allow_failed_gates=True)
             manifest = export(CHECKPOINT, out, options).manifest
             exported_s = time.perf_counter() - started
-            after = right(bundle_answers(out, pairs, features), pairs)
+            answered = bundle_answers(out, pairs, features, arguments.encoder_compute)
+            after = right(answered, pairs)
             gates = {gate["name"]: gate["value"] for gate in manifest["gates"]}
             row = {
                 "choice": name,
@@ -119,7 +127,12 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        result = {"questions": len(pairs), "pytorch_right": int(before.sum()), "rows": rows}
+        result = {
+            "questions": len(pairs),
+            "pytorch_right": int(before.sum()),
+            "encoder_compute": arguments.encoder_compute,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -12,17 +12,26 @@ from fastvlm_mlx.bundle.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.model import RunningModel, for_this_machine, load_model
-from fastvlm_mlx.vision import VisionEncoder, check_compute_units, load_encoder
+from fastvlm_mlx.vision import (
+    VisionEncoder,
+    check_compute_units,
+    check_encoder_compute,
+    load_encoder,
+)
 from fastvlm_mlx.vision.interface import encoder_shape
 from fastvlm_mlx.vision.package import describe
 
 
-def evaluated_model(bundle: Bundle) -> RunningModel:
-    """The model with its weights in memory: what is put off belongs to the thread that did it, and
-    would read what lies at the path later."""
-    model = load_model(bundle)
+def read_weights(bundle: Bundle) -> dict[str, mx.array]:
+    """Projector and language model by name, in memory: what is put off belongs to the thread that
+    did it, and would read what lies at the path later.
+
+    Raises:
+        BundleError: as `Bundle.tensors`, or they can't be read.
+    """
+    weights = bundle.model_tensors()
     try:
-        mx.eval(model.parameters())
+        mx.eval(weights)
     except RuntimeError as error:
         # A file that is shorter by now.
         bundle.check_unchanged()
@@ -30,7 +39,12 @@ def evaluated_model(bundle: Bundle) -> RunningModel:
             f"the weights of {bundle.path} can't be read ({error}): export the checkpoint again"
         ) from error
     bundle.check_unchanged()
-    return for_this_machine(model)
+    return weights
+
+
+def evaluated_model(bundle: Bundle, weights: dict[str, mx.array] | None = None) -> RunningModel:
+    """The model as this machine runs it, of what `read_weights` returned."""
+    return for_this_machine(load_model(bundle, weights or read_weights(bundle)))
 
 
 def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:
@@ -58,20 +72,26 @@ def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
 
 
 def load_bundle_encoder(
-    bundle: Bundle, compute_units: str = "auto", image_size: int | None = None
+    bundle: Bundle,
+    compute_units: str = "auto",
+    image_size: int | None = None,
+    encoder_compute: str = "auto",
 ) -> VisionEncoder:
     """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
 
     Raises:
-        OptionError: compute units for an encoder that Core ML does not run, or a size that the
-            encoder does not take.
+        OptionError: compute units for an encoder that Core ML does not run, a type for one that
+            torch does not evaluate, or a size that the encoder does not take.
         EncoderError: it is incomplete, or can't be evaluated here.
     """
     check_bundle_compute_units(bundle, compute_units)
+    check_bundle_encoder_compute(bundle, encoder_compute)
     # Before, or what is there now would be told to be damaged; and after, or it could be mixed.
     bundle.check_unchanged(bundle.encoder_files)
     if bundle.layout == "app":
-        encoder: VisionEncoder = load_encoder(bundle.package, compute_units, image_size)
+        encoder: VisionEncoder = load_encoder(
+            bundle.package, compute_units, image_size, encoder_compute
+        )
     else:
         from fastvlm_mlx.vision.fastvithd import FastViTHD
 
@@ -111,6 +131,10 @@ def check_bundle_compute_units(bundle: Bundle, compute_units: str) -> None:
             f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
             "of layout mlx and runs in MLX, leave the option out"
         )
+
+
+def check_bundle_encoder_compute(bundle: Bundle, encoder_compute: str) -> None:
+    check_encoder_compute(encoder_compute, "MLX" if bundle.layout == "mlx" else "")
 
 
 def token_id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:

@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.kind import is_bundle
 from fastvlm_mlx.bundle.manifest import EXPORT_AGAIN
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.bundle.schema import TokenId, check
-from fastvlm_mlx.bundle.tokenizer import largest_id, read_tokenizer
+from fastvlm_mlx.bundle.tokenizer import read_tokenizer
 from fastvlm_mlx.errors import BundleError
 
 if TYPE_CHECKING:
@@ -197,13 +197,7 @@ class Bundle(Directory):
                 f"Swift reads, {EXPORT_AGAIN}"
             )
         data = self.read(file.name)
-        tokenizer = read_tokenizer(data, str(file), BundleError, remedy=EXPORT_AGAIN)
-        token, largest = largest_id(tokenizer)
-        if largest >= rows:
-            raise BundleError(
-                f"{file} gives {token!r} the id {largest:,} and the embedding has {rows:,} rows: "
-                f"expected the tokenizer of this model, {EXPORT_AGAIN}"
-            )
+        tokenizer = read_tokenizer(data, str(file), BundleError, remedy=EXPORT_AGAIN, rows=rows)
         if self.layout == "mlx":
             return tokenizer
         found, expected = tokenizer.token_to_id(IMAGE_TOKEN), self.config.image_token_index

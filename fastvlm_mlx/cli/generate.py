@@ -11,6 +11,7 @@ from fastvlm_mlx.errors import ImageError
 QUESTION, SAMPLING, IMAGE = "Question", "Sampling", "Image and encoder"
 # As `vision.units` and `image.decode` have them, which take as long to import as all of the help.
 COMPUTE_UNITS = ("auto", "all", "cpu", "gpu", "ne")
+ENCODER_COMPUTES = ("auto", "float32", "bfloat16")
 MAX_PIXELS = 178_956_970
 
 
@@ -75,6 +76,15 @@ def generate(
             "to Core ML, and auto measures them and takes the fastest that is exact enough.",
             group=IMAGE,
             choices=COMPUTE_UNITS,
+        ),
+    ] = "auto",
+    encoder_compute: Annotated[
+        str,
+        option(
+            "What torch computes the encoder in, on Linux; auto is float32, and bfloat16 is faster "
+            "and less exact.",
+            group=IMAGE,
+            choices=ENCODER_COMPUTES,
         ),
     ] = "auto",
     image_size: Annotated[
@@ -144,6 +154,7 @@ def generate(
         image_size=image_size,
         crop=crop,
         max_pixels=limit,
+        encoder_compute=encoder_compute,
     )
     answers = []
     for generation in model.ask(decoded, prompt, options):
@@ -153,12 +164,13 @@ def generate(
         answers.append(generation.result)
         if not as_json:
             print(flush=True)
-            print(show.timing_line(generation.result), file=sys.stderr)
+            print(show.timing_line(generation.result, model.encoder.backend), file=sys.stderr)
     if as_json:
         print_json(
             {
                 "model": str(bundle),
                 "image": image,
+                "encoder": model.encoder.backend,
                 "answers": [answer.to_dict() for answer in answers],
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
             }

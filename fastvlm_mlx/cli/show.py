@@ -95,8 +95,8 @@ def answer(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def timing_line(result: GenerationResult) -> str:
-    """Write counts, seconds of each stage, speed and memory in one line."""
+def timing_line(result: GenerationResult, encoder: str | None = None) -> str:
+    """Write counts, seconds of each stage, speed, memory and what computed in one line."""
     t = result.timings
     return (
         f"{result.image_tokens} image + {result.prompt_tokens - result.image_tokens} text tokens, "
@@ -104,7 +104,8 @@ def timing_line(result: GenerationResult) -> str:
         f"load {t.load_s:.2f} s | preprocess {t.preprocess_s:.3f} | encode {t.encode_s:.3f} | "
         f"project {t.project_s:.3f} | prefill {t.prefill_s:.3f} | TTFT {t.ttft_s:.3f} s | "
         f"{result.generation_tokens} tokens in {t.decode_s:.3f} s ({t.tokens_per_s:.1f}/s) | "
-        f"peak {result.peak_memory_bytes / 1e9:.2f} GB | {result.compute}"
+        f"peak {result.peak_memory_bytes / 1e9:.2f} GB | "
+        f"{f'encoder {encoder} | ' if encoder else ''}language model {result.compute}"
     )
 
 

@@ -130,16 +130,16 @@ class Model(nn.Module):
         )
 
 
-def load_model(bundle: Bundle) -> Model:
+def load_model(bundle: Bundle, weights: dict[str, mx.array] | None = None) -> Model:
     """The bundle's projector and language model, quantized where its weights are.
 
-    Weights are read when first used. On a CPU MLX's kernel fusion is turned off, for the whole
-    process.
+    Weights are read when first used, unless they are given. On a CPU MLX's kernel fusion is turned
+    off, for the whole process.
 
     Raises:
         BundleError: a weight is missing, unknown or of the wrong shape.
     """
-    weights = bundle.model_tensors()
+    weights = bundle.model_tensors() if weights is None else weights
     _check_layers(bundle, weights)
     model = Model(bundle.config)
     if bundle.config.quantization is not None:

@@ -14,7 +14,7 @@ has alone, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 FEW_TOKENS = 32
 # What the kernel divides the outputs and the inputs into.
 _ROWS_MULTIPLE, _COLUMNS_MULTIPLE = 32, 32
-# Of rows that are converted at once; the kernel packs 64 of them together at most.
-_BLOCK_ROWS = 4096
+# Of rows that are converted at once; the kernel packs 64 of them together at most. Larger blocks
+# leave holes in the heap between what stays, and are no faster.
+_BLOCK_ROWS = 512
 # Codes that lie in whole bytes: bits → (bytes, codes in them). MLX packs without gaps, the lowest
 # bits first.
 _PERIODS = {2: (1, 4), 3: (3, 8), 4: (1, 2), 5: (5, 8), 6: (3, 4), 8: (1, 1)}
@@ -88,10 +89,16 @@ def matrix(modules: Sequence[nn.Module], arithmetic: Arithmetic) -> Matrix:
             for m in modules
         ]
         return DenseMatrix(torch.cat([as_torch(w).to(arithmetic.dtype) for w in whole]), bias)
-    codes = torch.cat([as_torch(module["weight"]).view(torch.uint8) for module in modules])
-    scales = torch.cat([as_torch(module["scales"]).float() for module in modules])
-    biases = torch.cat([as_torch(module["biases"]).float() for module in modules])
-    return AffineMatrix(codes, scales, biases, first.bits, bias, arithmetic)
+    stored = [
+        Codes(
+            as_torch(module["weight"]).view(torch.uint8),
+            as_torch(module["scales"]),
+            as_torch(module["biases"]),
+            first.bits,
+        )
+        for module in modules
+    ]
+    return AffineMatrix(stored, bias, arithmetic, isinstance(first, nn.QuantizedEmbedding))
 
 
 class DenseMatrix:
@@ -109,38 +116,53 @@ class DenseMatrix:
         return self.weight[ids].float()
 
 
+@dataclass(frozen=True)
+class Codes:
+    """A matrix as MLX stores it, in MLX's own memory.
+
+    Attributes:
+        words: uint8 [N, K · bits / 8].
+        scales, biases: of a group of codes along K, [N, K / group].
+    """
+
+    words: Tensor
+    scales: Tensor
+    biases: Tensor
+    bits: int
+
+    def rows(self, part: slice | Tensor) -> Tensor:
+        """Dequantized, float32 [rows, K]."""
+        numbers = (self.scales[part].float(), self.biases[part].float())
+        return _dequantized(self.words[part], *numbers, self.bits)
+
+
 class AffineMatrix:
-    """Codes in groups along K with a scale and a bias each, [N, K / group].
+    """Codes in groups along K with a scale and a bias each, of one matrix or several in a row.
 
     What is made of the codes is made when it is first needed: dequantized weights by the first
-    prompt, packed codes by the first token after it.
+    product with many rows, packed codes by the first with few. Where both stay, the codes are let
+    go of, unless rows are looked up in them.
     """
 
     def __init__(
         self,
-        words: Tensor,
-        scales: Tensor,
-        biases: Tensor,
-        bits: int,
+        stored: Sequence[Codes],
         bias: Tensor | None,
         arithmetic: Arithmetic,
+        looked_up: bool = False,
     ):
-        self.words, self.scales, self.biases, self.bits, self.bias = (
-            words,
-            scales,
-            biases,
-            bits,
-            bias,
-        )
-        self.arithmetic = arithmetic
-        rows, columns = len(words), words.shape[1] * 8 // bits
-        self.group_size = columns // scales.shape[1]
+        self.stored, self.bias, self.arithmetic = list(stored), bias, arithmetic
+        rows = sum(len(codes.words) for codes in stored)
+        columns = stored[0].words.shape[1] * 8 // stored[0].bits
+        self.shape = rows, columns
+        self.group_size = columns // stored[0].scales.shape[1]
         self.packs = (
             arithmetic.packed and not rows % _ROWS_MULTIPLE and not columns % _COLUMNS_MULTIPLE
         )
         self._few = 1 if arithmetic.keep_dense else FEW_TOKENS
         self._dense: Tensor | None = None
         self._planes: list[tuple[Tensor, Tensor]] | None = None
+        self._looked_up = looked_up
 
     def __call__(self, x: Tensor) -> Tensor:
         import torch
@@ -159,53 +181,84 @@ class AffineMatrix:
         return _plus(product, self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return _dequantized(self.words[ids], self.scales[ids], self.biases[ids], self.bits)
+        import torch
+
+        found = torch.empty(len(ids), self.shape[1])
+        start = 0
+        for codes in self.stored:
+            end = start + len(codes.words)
+            here = (ids >= start) & (ids < end)
+            found[here] = codes.rows(ids[here] - start)
+            start = end
+        return found
 
     def _weight(self) -> Tensor:
         import torch
 
         if self._dense is not None:
             return self._dense
-        dense = torch.empty(
-            len(self.words), self.words.shape[1] * 8 // self.bits, dtype=self.arithmetic.dtype
-        )
-        # A part at a time: in float32 the whole is twice what is kept.
-        for start in range(0, len(dense), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            dense[part] = _dequantized(
-                self.words[part], self.scales[part], self.biases[part], self.bits
-            )
+        dense = torch.empty(self.shape, dtype=self.arithmetic.dtype)
+        end = 0
+        for codes in self.stored:
+            # A part at a time: in float32 the whole is twice what is kept.
+            for start in range(0, len(codes.words), _BLOCK_ROWS):
+                rows = codes.rows(slice(start, start + _BLOCK_ROWS))
+                dense[end : end + len(rows)] = rows
+                end += len(rows)
         if self.arithmetic.keep_dense:
             self._dense = dense
+            self._let_go()
         return dense
 
     def _packed(self) -> list[tuple[Tensor, Tensor]]:
         import torch
 
         if self._planes is None:
-            codes = unpacked(self.words, self.bits)
+            bits = self.stored[0].bits
+            scales, biases = (
+                torch.cat([getattr(codes, name).float() for codes in self.stored])
+                for name in ("scales", "biases")
+            )
+            parts = [codes.words for codes in self.stored]
+            words = parts[0] if len(parts) == 1 else torch.cat(parts)
             # Codes are moved to the middle of the kernel's: what their scale and zero lose in
             # bfloat16 is the less, the smaller (code − 8) is.
-            middle = self.biases + 2 ** (self.bits - 1) * self.scales
-            if self.bits <= 4:
-                self._planes = [_plane(codes + 8 - 2 ** (self.bits - 1), self.scales, middle)]
-            else:
-                upper = (codes >> 4) + 8 - 2 ** (self.bits - 5)
+            middle = biases + 2 ** (bits - 1) * scales
+            if bits <= 4:
                 self._planes = [
-                    _plane(upper, 16 * self.scales, middle + 8 * self.scales),
-                    _plane(codes & 15, self.scales, torch.zeros_like(self.scales)),
+                    _plane(words, bits, lambda c: c + 8 - 2 ** (bits - 1), scales, middle)
                 ]
+            else:
+                self._planes = [
+                    _plane(
+                        words,
+                        bits,
+                        lambda c: (c >> 4) + 8 - 2 ** (bits - 5),
+                        16 * scales,
+                        middle + 8 * scales,
+                    ),
+                    _plane(words, bits, lambda c: c & 15, scales, torch.zeros_like(scales)),
+                ]
+            self._let_go()
         return self._planes
 
+    def _let_go(self) -> None:
+        """Of the codes, once all that is made of them is there to stay."""
+        made = self._dense is not None and (self._planes is not None or not self.packs)
+        if made and not self._looked_up:
+            self.stored = []
 
-def _plane(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+
+def _plane(
+    words: Tensor, bits: int, moved: Callable[[Tensor], Tensor], scales: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor]:
     # A block of rows at a time: the codes are integers of 32 bits on their way.
     import torch
 
     packed = torch.cat(
         [
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 2)
-            for rows in codes.split(_BLOCK_ROWS)
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(moved(unpacked(rows, bits)).int(), 2)
+            for rows in words.split(_BLOCK_ROWS)
         ]
     )
     return packed, torch.stack([scales.T, zeros.T], -1).bfloat16().contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,61 @@ import numpy as np
 from fastvlm_mlx.vision.operation import Operation
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Compute = Callable[..., Any]
+
+
+# Computations that `fusion` knows when it sees them.
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """`uneven` is what `torch.nn.functional.pad` adds first, where `padding` can't say it."""
+
+    function: Callable[..., Tensor]
+    strides: list[int]
+    padding: list[int]
+    dilations: list[int]
+    groups: int
+    uneven: list[int]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        import torch.nn.functional as F
+
+        x = F.pad(x, self.uneven) if self.uneven else x
+        return self.function(
+            x, weight, bias, self.strides, self.padding, self.dilations, self.groups
+        )
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Whether the last two axes of the operands are exchanged before."""
+
+    flip_x: bool
+    flip_y: bool
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.transpose(-1, -2) if self.flip_x else x
+        return x @ (y.transpose(-1, -2) if self.flip_y else y)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    axis: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.softmax(self.axis)
+
+
+@dataclass(frozen=True)
+class Cast:
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
 
 def _axes(values: Sequence[int] | int, rank: int) -> list[int]:
@@ -31,7 +84,7 @@ def conv(op: Operation) -> Compute:
 
     op.tensor("x")
     op.tensor("weight")
-    if biased := op.has("bias"):
+    if op.has("bias"):
         op.tensor("bias")
     spatial = op.rank - 2
     convolve: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}.get(spatial)
@@ -64,12 +117,7 @@ def conv(op: Operation) -> Compute:
     if uneven:
         padded = [n + sum(side) for n, side in zip(sizes, sides, strict=True)]
         op.works_with(*op.shape_of("x")[:2], *padded)
-
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = F.pad(x, uneven) if uneven else x
-        return convolve(x, weight, bias if biased else None, strides, padding, dilations, groups)
-
-    return compute
+    return Convolution(convolve, strides, padding, dilations, groups, uneven)
 
 
 def _windows(
@@ -131,12 +179,7 @@ def matmul(op: Operation) -> Compute:
     # torch repeats the one whose batch is broadcast.
     op.works_with(*batch, *x_shape[-2:])
     op.works_with(*batch, *y_shape[-2:])
-
-    def compute(x: Tensor, y: Tensor) -> Tensor:
-        x = x.transpose(-1, -2) if flip_x else x
-        return x @ (y.transpose(-1, -2) if flip_y else y)
-
-    return compute
+    return Matmul(flip_x, flip_y)
 
 
 def layer_norm(op: Operation) -> Compute:
@@ -197,8 +240,7 @@ def gelu(op: Operation) -> Compute:
 
 def softmax(op: Operation) -> Compute:
     op.tensor("x")
-    axis = op.value("axis", -1)
-    return lambda x: x.softmax(axis)
+    return Softmax(op.value("axis", -1))
 
 
 def cast(op: Operation) -> Compute:
@@ -218,7 +260,7 @@ def cast(op: Operation) -> Compute:
     declared, kind = kinds[dtype]
     if op.dtype != declared:
         raise op.error(f"dtype {dtype!r} and a result of {op.dtype}", "the same type")
-    return lambda x: x.to(kind)
+    return Cast(kind)
 
 
 def reshape(op: Operation) -> Compute:

@@ -10,7 +10,6 @@ it is divided, which a kernel may hold in fp16: 256 places of 256 are infinite.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -21,15 +20,8 @@ import numpy as np
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
 from fastvlm_mlx.vision.memory import MAX_ELEMENTS, check_memory
-from fastvlm_mlx.vision.mil import (
-    Constant,
-    MILFunction,
-    MILOperation,
-    is_constant,
-    read_function,
-)
-from fastvlm_mlx.vision.milops import BUILDERS, Compute
-from fastvlm_mlx.vision.operation import Operation
+from fastvlm_mlx.vision.mil import is_constant, read_function
+from fastvlm_mlx.vision.milops import BUILDERS
 from fastvlm_mlx.vision.package import (
     IMAGE,
     INPUT_NAME,
@@ -41,6 +33,7 @@ from fastvlm_mlx.vision.package import (
     operations,
     read_spec,
 )
+from fastvlm_mlx.vision.steps import compile_steps
 
 if TYPE_CHECKING:
     import torch
@@ -66,21 +59,6 @@ _PIECE = 2**19  # elements
 Observe = Callable[[str, str, "torch.Tensor"], None]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One operation: what it reads and writes by name, and what is dead after it."""
-
-    name: str
-    type: str
-    compute: Compute
-    operands: tuple[str, ...]
-    results: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    half: tuple[bool, ...]
-    dead: tuple[str, ...]
-    places: int
-
-
 class MLProgram:
     """A function of an ML Program package, ready to run.
 
@@ -88,6 +66,8 @@ class MLProgram:
 
     Args:
         image_size: of the function, where the package has several; else it is the default one.
+        fused_in: "float32" or "bfloat16" joins operations for speed, as `fusion` says, and
+            computes in this type. Then nothing can be rounded or observed.
 
     Raises:
         EncoderError: the package is missing or damaged, or holds an operation, a parameter or a
@@ -95,7 +75,7 @@ class MLProgram:
         OptionError: it has no function of that size.
     """
 
-    def __init__(self, package: Path, image_size: int | None = None):
+    def __init__(self, package: Path, image_size: int | None = None, fused_in: str | None = None):
         if find_spec("torch") is None:
             raise EncoderError(
                 "torch is not installed, which evaluates an encoder package where Core ML does "
@@ -114,7 +94,13 @@ class MLProgram:
         try:
             function = read_function(spec, package, self.info.function)
             check_memory(function)
-            self._steps, self.constants = _compile(function)
+            self._shapes = {variable.name: variable.shape for variable in function.inputs}
+            self.inputs = tuple(self._shapes)
+            self.outputs = tuple(variable.name for variable in function.outputs)
+            self._steps, self.constants = compile_steps(function)
+            self._fused_in = None
+            if fused_in is not None:
+                self._fuse(fused_in)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -122,9 +108,16 @@ class MLProgram:
                 f"the program in {package} can't be read ({one_line(error)}): expected one "
                 "written by coremltools, export it again"
             ) from error
-        self._shapes = {variable.name: variable.shape for variable in function.inputs}
-        self.inputs = tuple(self._shapes)
-        self.outputs = tuple(variable.name for variable in function.outputs)
+
+    def _fuse(self, name: str) -> None:
+        import torch
+
+        from fastvlm_mlx.vision.fusion import fused
+
+        self._fused_in = dtype = getattr(torch, name)
+        self._steps, self.constants = fused(
+            self._steps, self.constants, self._shapes, self.outputs, dtype
+        )
 
     def run(
         self,
@@ -155,6 +148,10 @@ class MLProgram:
                 "expected the same, export it again"
             )
         alive: dict[str, torch.Tensor] = dict(inputs)
+        if self._fused_in is not None:
+            if round_fp16 or observe is not None:
+                raise ValueError("a fused program has no results of single operations")
+            alive = {name: tensor.to(self._fused_in) for name, tensor in inputs.items()}
         with torch.inference_mode():
             for step in self._steps:
                 operands = [
@@ -240,8 +237,10 @@ class MLProgramEncoder:
 
     backend = "ML Program evaluated with torch"
 
-    def __init__(self, package: Path, image_size: int | None = None):
-        self._program = MLProgram(Path(package), image_size)
+    def __init__(self, package: Path, image_size: int | None = None, fused_in: str | None = None):
+        self._program = MLProgram(Path(package), image_size, fused_in)
+        if fused_in is not None:
+            self.backend = f"torch {fused_in}"
         self.info = self._program.info
         self.image_size, self.num_tokens, self.hidden_size = encoder_shape(self.info)
         names = (self._program.inputs, self._program.outputs)
@@ -282,7 +281,7 @@ class MLProgramEncoder:
         x = torch.from_numpy(np.require(images, np.float32, ["C", "W"]))
         x = x.to(memory_format=torch.channels_last)
         made = self._program.run({INPUT_NAME: x}, round_fp16=round_fp16, observe=observe)
-        features = made[OUTPUT_NAME].contiguous().numpy()
+        features = made[OUTPUT_NAME].float().contiguous().numpy()
         check_features(features, (1, self.num_tokens, self.hidden_size))
         return features
 
@@ -296,47 +295,3 @@ def _check_elements(package: Path, op: Any) -> None:
                 f"{package}: operation {op.type} {output.name!r} makes {elements:,} numbers: "
                 f"expected at most {MAX_ELEMENTS:,}, export the encoder again"
             )
-
-
-def _compile(function: MILFunction) -> tuple[list[_Step], dict[str, torch.Tensor]]:
-    constants: dict[str, torch.Tensor] = {}
-    drafts: list[tuple[MILOperation, Operation, Compute]] = []
-    for op in function.operations:
-        operation = Operation(op)
-        compute = BUILDERS[operation.type](operation)
-        operation.finish()
-        for variable in operation.operands:
-            if variable.name not in constants and variable.read is not None:
-                constants[variable.name] = _constant(variable.read())
-        drafts.append((op, operation, compute))
-    for variable in function.outputs:
-        if variable.read is not None:
-            constants[variable.name] = _constant(variable.read())
-    steps: list[_Step] = []
-    later = {variable.name for variable in function.outputs}
-    for op, operation, compute in reversed(drafts):
-        operands = tuple(v.name for v in operation.operands)
-        results = tuple(v.name for v in op.outputs)
-        shapes = tuple(v.shape for v in op.outputs)
-        half = tuple(v.dtype == "float16" for v in op.outputs)
-        dead = tuple(n for n in {*operands, *results} if n not in later and n not in constants)
-        later.update(operands)
-        steps.append(
-            _Step(
-                op.name, op.type, compute, operands, results, shapes, half, dead, operation.places
-            )
-        )
-    return steps[::-1], constants
-
-
-def _constant(value: Constant) -> torch.Tensor:
-    """A constant as an operand, fp32, convolutions' channels-last."""
-    import torch
-
-    array = np.asarray(value)
-    if array.dtype == np.float16:
-        array = array.astype(np.float32)
-    tensor = torch.from_numpy(np.array(array, copy=not array.flags.writeable))
-    if tensor.dim() == 4:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor

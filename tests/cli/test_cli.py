@@ -108,7 +108,7 @@ class TestGenerate:
         status, out, _ = fastvlm("generate", demo_bundle, "--image", photo, *arguments, "--json")
         assert status == 0
         data = json.loads(out)
-        assert set(data) == {"model", "image", "answers", "peak_memory_bytes"}
+        assert set(data) == {"model", "image", "encoder", "answers", "peak_memory_bytes"}
         assert [answer["prompt"] for answer in data["answers"]] == prompts
         for answer in data["answers"]:
             assert {
@@ -175,6 +175,20 @@ class TestGenerate:
         status, _, err = fastvlm(*arguments, "--compute-units", "ne")
         assert status == 2
         assert "macOS" in sentence(err)
+
+    @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML computes the encoder")
+    def test_what_the_encoder_is_computed_in_is_chosen_and_told(
+        self, fastvlm, demo_bundle, photo, monkeypatch
+    ):
+        arguments = ["generate", demo_bundle, "--image", photo, "--prompt", "Hm?"]
+        _, _, err = fastvlm(*arguments)
+        assert "| encoder torch float32 | language model torch float32" in err
+        monkeypatch.setattr("fastvlm_mlx.vision.fusion.multiplies_bfloat16", lambda: True)
+        _, out, _ = fastvlm(*arguments, "--encoder-compute", "bfloat16", "--json")
+        assert json.loads(out)["encoder"] == "torch bfloat16"
+        status, _, err = fastvlm(*arguments, "--encoder-compute", "float64")
+        assert status == 2
+        assert "auto, float32, bfloat16" in sentence(err)
 
     def test_an_empty_prompt(self, fastvlm, demo_bundle, photo):
         status, _, err = fastvlm("generate", demo_bundle, "--image", photo, "--prompt", " ")

@@ -20,6 +20,7 @@ from fastvlm_mlx.language.torch_matrix import (
     FEW_TOKENS,
     AffineMatrix,
     Arithmetic,
+    Codes,
     as_torch,
     matrix,
     unpacked,
@@ -96,13 +97,30 @@ def test_products_are_mlx_s(bits, group, mode, dtype):
 @pytest.mark.parametrize("numbers", [FAST, KEPT], ids=["dequantized each time", "kept"])
 def test_a_product_is_the_same_each_time_and_a_batch_s_rows_are_those_of_one(numbers):
     words, scales, biases = (as_torch(a) for a in mx.quantize(mx.random.normal((8256, 64)), 64, 4))
-    made = AffineMatrix(words.view(torch.uint8), scales, biases, 4, None, numbers)
+    made = AffineMatrix([Codes(words.view(torch.uint8), scales, biases, 4)], None, numbers)
     tokens = torch.randn(20, 1, 64)
     prompt = torch.randn(1, FEW_TOKENS + 1, 64)
     # The first token's products must not depend on whether another was there before.
     first, alone = made(prompt), [made(each) for each in tokens]
     assert torch.equal(made(prompt), first)
     assert torch.equal(made(tokens), torch.stack(alone))
+
+
+@pytest.mark.parametrize("arithmetic", [EXACT, FAST, KEPT])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_codes_are_let_go_of_when_nothing_more_is_made_of_them(kind, arithmetic):
+    module = kind(64, 64).to_quantized(64, 4)
+    mx.eval(module.parameters())
+    made, ids = matrix([module], arithmetic), torch.tensor([3, 9])
+    rows = made.rows(ids)
+    prompt, token = torch.ones(FEW_TOKENS + 1, 64), torch.ones(1, 64)
+    before = [made(x) for x in (prompt, token, token, token)][-1]
+    # Without dequantized weights that stay, each prompt needs them.
+    needed = kind is nn.Embedding or not arithmetic.keep_dense
+    assert bool(made.stored) == needed
+    assert torch.equal(made(token), before)
+    if kind is nn.Embedding:
+        assert torch.equal(made.rows(ids), rows)
 
 
 @pytest.fixture(scope="module", params=["4", "16", "8, mlx"])

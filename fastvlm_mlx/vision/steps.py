@@ -1,0 +1,98 @@
+"""A program as steps: what each computes from what, and which results are dead after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastvlm_mlx.vision.mil import Constant, MILFunction
+from fastvlm_mlx.vision.milops import BUILDERS, Compute
+from fastvlm_mlx.vision.operation import Operation
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation, or several that were joined.
+
+    Attributes:
+        compute: a function of the operands, which changes none of them.
+        operands, results: the names of what it reads, in order, and of what it makes.
+        half: which results the program declares as fp16.
+        dead: what no later step reads.
+        places: of a mean, how many numbers it adds up.
+    """
+
+    name: str
+    type: str
+    compute: Compute
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    half: tuple[bool, ...]
+    places: int
+    dead: tuple[str, ...] = ()
+
+
+def compile_steps(function: MILFunction) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    """The function's operations in order, and the constants that they read, in float32.
+
+    Raises:
+        EncoderError: an operation has a parameter or a value that is not known.
+        ValueError, LookupError, TypeError: it is not well formed.
+    """
+    constants: dict[str, torch.Tensor] = {}
+    steps: list[Step] = []
+    for op in function.operations:
+        operation = Operation(op)
+        compute = BUILDERS[operation.type](operation)
+        operation.finish()
+        for variable in operation.operands:
+            if variable.name not in constants and variable.read is not None:
+                constants[variable.name] = _constant(variable.read())
+        steps.append(
+            Step(
+                op.name,
+                op.type,
+                compute,
+                tuple(v.name for v in operation.operands),
+                tuple(v.name for v in op.outputs),
+                tuple(v.shape for v in op.outputs),
+                tuple(v.dtype == "float16" for v in op.outputs),
+                operation.places,
+            )
+        )
+    for variable in function.outputs:
+        if variable.read is not None:
+            constants[variable.name] = _constant(variable.read())
+    outputs = [variable.name for variable in function.outputs]
+    return with_lifetimes(steps, [*outputs, *constants]), constants
+
+
+def with_lifetimes(steps: Sequence[Step], kept: Iterable[str]) -> list[Step]:
+    """The steps with what is dead after each; `kept` never is."""
+    later = set(kept)
+    timed = []
+    for step in reversed(steps):
+        dead = tuple(name for name in {*step.operands, *step.results} if name not in later)
+        later.update(step.operands)
+        timed.append(replace(step, dead=dead))
+    return timed[::-1]
+
+
+def _constant(value: Constant) -> torch.Tensor:
+    """A constant as an operand, fp32, convolutions' channels-last."""
+    import torch
+
+    array = np.asarray(value)
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    tensor = torch.from_numpy(np.array(array, copy=not array.flags.writeable))
+    if tensor.dim() == 4:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
