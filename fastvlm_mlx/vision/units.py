@@ -194,7 +194,7 @@ def write_record(file: Path, units: str, reference: str, measured: Sequence[Meas
 
 def read_record(file: Path) -> str | None:
     """The compute units that were chosen, or None."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_text(encoding="utf-8"))
         chosen = content.get("chosen") if isinstance(content, dict) else None
         if isinstance(chosen, str) and chosen in NAMES:

@@ -87,7 +87,7 @@ def _header(file: Path) -> dict[str, Entry]:
             for name, entry in data.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RuleError(f"{file.name} is not a whole safetensors file ({error})") from error
 
 

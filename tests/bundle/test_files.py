@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fastvlm_mlx.bundle.files import inside, listing, read_bytes
 from fastvlm_mlx.bundle.schema import parse, to_json
 from fastvlm_mlx.errors import BundleError, CheckpointError, FastVLMError, printable
+from fastvlm_mlx.vision.units import read_record
+from model_export.layouts.rules import read_headers, read_object
 
 
 @pytest.fixture
@@ -155,3 +157,16 @@ def test_what_is_written_is_read_by_everybody():
         parse(b'{"a": NaN}', "it", BundleError, remedy="")
     assert json.loads(text) == {**data, "figures": [None, {"snr_db": None}, 1.5]}
     assert parse(to_json({"a": float("inf")}).encode(), "it", BundleError, remedy="") == {"a": None}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 5_000, "\xff"])
+def test_json_that_is_nested_too_deeply_anywhere(tmp_path, text):
+    """Of a weight file's header, and of what the cache keeps: Python's parser runs out of stack."""
+    data = text.encode("latin1")
+    (tmp_path / "a.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+    with pytest.raises(BundleError, match="not a whole safetensors file"):
+        read_headers(tmp_path)
+    with pytest.raises(BundleError, match="read as JSON"):
+        (tmp_path / "config.json").write_bytes(data)
+        read_object(tmp_path, "config.json")
+    assert read_record(tmp_path / "config.json") is None
