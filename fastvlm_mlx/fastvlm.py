@@ -371,7 +371,7 @@ def load(
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
         EncoderError: its package is damaged, or no encoder's.
         OptionError: compute units or a type to compute in that are unknown, or that nothing here
-            has; a size that the encoder does not take; or a limit that is no number of pixels, or of
+            has; a size that the encoder does not take; or a limit that is no number of pixels or
             bytes.
     """
     started = time.perf_counter()

@@ -58,8 +58,8 @@ def interruptible(progress: Progress | None) -> Iterator[Progress]:
             signal.signal(number, earlier)
 
 
-class _GivenUp(Exception):
-    """Whoever waited for the work has failed."""
+class _CallerFailed(BaseException):
+    """Whoever waited for the work has failed: it ends here."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def beside(progress: Progress) -> Iterator[Callable[[Callable[[Progress], T]], F
 
     def told(name: str, done: float | None) -> None:
         if left.is_set() and not whole:
-            raise _GivenUp
+            raise _CallerFailed
         progress(name, done)
 
     def start(work: Callable[[Progress], T]) -> Future[T]:

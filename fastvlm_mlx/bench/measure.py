@@ -149,7 +149,11 @@ def _job(plan: Plan, row: Row) -> dict[str, Any]:
         "image": str(plan.image) if plan.image else None,
         "prompt_tokens": setting.prompt_tokens,
         "max_tokens": plan.max_tokens,
-        "load": {"image_size": setting.image_size, "compute_units": setting.compute_units},
+        "load": {
+            "image_size": setting.image_size,
+            "compute_units": setting.compute_units,
+            "encoder_compute": plan.encoder_compute,
+        },
     }
 
 

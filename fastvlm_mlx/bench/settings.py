@@ -40,6 +40,7 @@ class Plan:
         image: a file, or None for a generated image.
         max_tokens: decoded after each first question, end tokens or not.
         runs, warmup: for each bundle and setting; the latter don't count.
+        encoder_compute: as `fastvlm_mlx.load` takes it.
     """
 
     bundles: tuple[Path, ...]
@@ -50,6 +51,7 @@ class Plan:
     max_tokens: int = 64
     runs: int = 5
     warmup: int = 1
+    encoder_compute: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises OptionError: a number is none that can be measured with."""

@@ -130,5 +130,6 @@ class Subject:
             "generation_tokens": result.generation_tokens,
             "image_size": self.model.image_processor.size,
             "compute": result.compute,
+            "encoder": self.model.encoder.backend,
             "text": result.text,
         }

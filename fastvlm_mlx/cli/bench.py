@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastvlm_mlx.cli.common import OUTPUT, BundlePath, Json, option, print_json
-from fastvlm_mlx.cli.generate import COMPUTE_UNITS
+from fastvlm_mlx.cli.generate import COMPUTE_UNITS, ENCODER_COMPUTES
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.measure import Comparison, Row
@@ -74,6 +74,14 @@ def bench(
             value="UNITS,…",
         ),
     ] = "auto",
+    encoder_compute: Annotated[
+        str,
+        option(
+            "What torch computes the encoder in, on Linux; as for generate.",
+            group=MEASURED,
+            choices=ENCODER_COMPUTES,
+        ),
+    ] = "auto",
     plot: Annotated[
         Path | None,
         option(
@@ -103,6 +111,7 @@ def bench(
         max_tokens=max_tokens,
         runs=runs,
         warmup=warmup,
+        encoder_compute=encoder_compute,
     )
     if plot is not None:
         chart.check(plot)
@@ -184,8 +193,8 @@ def _print_rows(rows: Sequence[Row]) -> None:
             ]
         )
     _print_table(header, cells)
-    computed = sorted({row.runs[-1]["compute"] for row in rows})
-    print(f"language model: {', '.join(computed)}")
+    for part, name in (("encoder", "encoder"), ("language model", "compute")):
+        print(f"{part}: {', '.join(sorted({row.runs[-1][name] for row in rows}))}")
 
 
 def _print_comparisons(plan: Plan, comparisons: Sequence[Comparison], rows: Sequence[Row]) -> None:

@@ -35,11 +35,17 @@ def test_work_ends_at_its_next_word_when_the_caller_fails(failure):
             progress("work", step / 10_000)
             steps.append(step)
 
-    with pytest.raises(failure), beside(lambda *stage: told.append(stage)) as start:
-        future = start(work)
-        reached.wait()
-        raise failure
-    assert future.done()
+    futures = []
+
+    def fail():
+        with beside(lambda *stage: told.append(stage)) as start:
+            futures.append(start(work))
+            reached.wait()
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
+    assert futures[0].done()
     assert len(steps) == len(told) < 10_000
 
 
