@@ -354,7 +354,7 @@ class TestOptions:
             ({"encoder_bpw": 5.0}, "add --encoder-precision mixed"),
             ({"encoder_precision": "mixed", "encoder_bpw": 3.0}, "expected 4 bits or more"),
             ({"encoder_precision": "mixed", "encoder_bpw": float("nan")}, "expected 4 bits"),
-            ({"layout": "mlx", "encoder_precision": "mixed"}, "use --dtype"),
+            ({"layout": "mlx", "encoder_precision": "mixed"}, "has the type of --dtype: leave it out"),
             ({"calibration": "images"}, "a --method, or --encoder-precision mixed"),
             ({"layout": "mlx", "deployment_target": "iOS18"}, "leave it out"),
         ],
