@@ -357,7 +357,10 @@ class TestOptions:
                 {"encoder_precision": "mixed", "encoder_bpw": float("nan")},
                 "expected a finite number",
             ),
-            ({"layout": "mlx", "encoder_precision": "mixed"}, "has the type of --dtype: leave it out"),
+            (
+                {"layout": "mlx", "encoder_precision": "mixed"},
+                "has the type of --dtype: leave it out",
+            ),
             ({"calibration": "images"}, "a --method, or --encoder-precision mixed"),
             ({"layout": "mlx", "deployment_target": "iOS18"}, "leave it out"),
         ],
