@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def check_weights(spec: Any, package: Path, directory: Path) -> None:
     for file_name, entries in blobs.items():
         path = blob_path(package, directory, file_name)
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with _opened(path) as file:
             for name, offset in entries:
                 # An offset has 64 bits, of which no file takes the last.
                 file.seek(min(offset, size))
@@ -122,15 +123,21 @@ def read_blob(path: Path, offset: int, dtype: str, count: int) -> np.ndarray:
         ValueError: the blob at `offset` holds something else.
         OSError: the file can't be read.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         file.seek(offset)
         header = file.read(_BLOB_HEADER.size)
         expected = (_BLOB_SENTINEL, _BLOB_TYPES[dtype], stored_bytes(dtype, count))
-        *found, start = _BLOB_HEADER.unpack(header)
+        # It may be shorter than when it was checked.
+        *found, start = _BLOB_HEADER.unpack(header) if len(header) == _BLOB_HEADER.size else (0, 0)
         if tuple(found) != expected:
             raise ValueError(f"{path.name} holds no {count:,} elements of {dtype} at {offset}")
         file.seek(start)
         return unpack(file.read(expected[2]), dtype, count)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file that `inside` has looked at; were it a link or a pipe by now, nobody waits for it."""
+    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def _values(operation: Any) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from programs import build, ct, mb, normal, run
 
 from fastvlm_mlx.errors import EncoderError
+from fastvlm_mlx.vision import mlprogram
 from fastvlm_mlx.vision.blobs import PACKED_BITS, read_blob
 from fastvlm_mlx.vision.constexpr import DECOMPRESS
 from fastvlm_mlx.vision.mlprogram import MLProgram
@@ -339,3 +341,39 @@ def test_a_weight_that_is_compressed_over_and_over(tmp_path: Path) -> None:
     model_path(package).write_bytes(spec.SerializeToString())
     with pytest.raises(EncoderError, match="a weight is compressed 5 times over"):
         MLProgram(package)
+
+
+@pytest.mark.parametrize("swap", ["cut", "pipe", "link", "gone"])
+def test_weights_that_change_after_they_were_looked_at(
+    swap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = build(tmp_path, [(1, 64)], lambda a: mb.mul(x=a, y=normal(1, 64)))
+    (weights,) = package.rglob("weight.bin")
+    read = mlprogram.read_function
+
+    def late(*arguments: Any) -> Any:
+        data = weights.read_bytes()
+        weights.unlink()
+        if swap == "cut":
+            weights.write_bytes(data[:70])
+        elif swap == "pipe":
+            os.mkfifo(weights)
+        elif swap == "link":
+            weights.symlink_to("/dev/zero")
+        return read(*arguments)
+
+    monkeypatch.setattr(mlprogram, "read_function", late)
+    with pytest.raises(EncoderError):
+        MLProgram(package)
+
+
+def test_weights_that_are_cut_between_a_look_and_a_read(tmp_path: Path) -> None:
+    path = tmp_path / "weight.bin"
+    for length in (0, 10, 23):
+        path.write_bytes(bytes(length))
+        with pytest.raises(ValueError, match="holds no 4 elements"):
+            read_blob(path, 0, "float32", 4)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises((ValueError, OSError)):
+        read_blob(path, 0, "float32", 4)
