@@ -1,6 +1,6 @@
 """What a second question costs after the first, and many images at once beside one at a time.
 
-    python -m benchmarks.reuse [BUNDLE] [--questions 3] [--images 16] [--tokens 64] [--runs 3]
+    python -m benchmarks.reuse [BUNDLE] [--questions 3] [--images 16] [--tokens 256] [--runs 3]
                                [--json FILE]
 
 Without BUNDLE, a synthetic 0.5B checkpoint (random weights in Apple's shapes) is exported first,
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", help="a bundle's directory")
     parser.add_argument("--questions", type=int, default=3, help="pairs of questions")
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
