@@ -109,7 +109,7 @@ def write(config: VisionConfig, choice: str, package: Path) -> dict[str, Any]:
 
 
 def judge(config: VisionConfig, package: Path, expected: np.ndarray) -> dict[str, Any]:
-    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+    from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
     from model_export.gates.encoder import mean_cosine, snr_db
 
     pixels = _photograph(config, "china.jpg")

@@ -110,8 +110,8 @@ def export(config: VisionConfig, package: Path, precision: str) -> dict[str, Any
 
 def evaluate(config: VisionConfig, package: Path) -> dict[str, Any]:
     """Load the package and evaluate it once, with fp16 rounding off."""
-    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
     from fastvlm_mlx.vision.package import quiet_coremltools
+    from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 
     with quiet_coremltools():
         import_s, _ = timed(import_module, "coremltools")
@@ -141,7 +141,7 @@ def side_by_side(config: VisionConfig, package: Path, runs: int) -> dict[str, An
     import torch
 
     from benchmarks.synthetic import encoder_state_dict
-    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+    from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
     from model_export.encoder.fastvithd import fold
 
     size = config.image_size

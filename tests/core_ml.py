@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.vision import compiled
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 
 __all__ = ["CoreML", "Device"]
 

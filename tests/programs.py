@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastvlm_mlx.vision.mlprogram import MLProgram
 from fastvlm_mlx.vision.package import quiet_coremltools
+from fastvlm_mlx.vision.program.mlprogram import MLProgram
 
 with quiet_coremltools():
     import coremltools as ct

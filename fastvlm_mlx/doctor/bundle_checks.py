@@ -32,8 +32,8 @@ from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.fastvlm import FastVLM, load, load_bundle_encoder
 from fastvlm_mlx.language.prompt import encode_prompt
 from fastvlm_mlx.loading import evaluated_model
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.units import NAMES, floor_db, probe, snr_db
 
 EXPORT_AGAIN = "export the checkpoint again, or copy the bundle again from where it is whole"

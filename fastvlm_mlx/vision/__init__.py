@@ -63,7 +63,7 @@ def load_encoder(
         from fastvlm_mlx.vision.coreml import CoreMLEncoder
 
         return CoreMLEncoder(package, compute_units, image_size)
-    from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+    from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 
     return MLProgramEncoder(
         package, image_size, FLOAT32 if encoder_compute == AUTO else encoder_compute
@@ -106,7 +106,7 @@ def check_encoder_compute(encoder_compute: str, elsewhere: str = "") -> None:
             f"torch evaluates: {elsewhere} computes this one, leave the option out"
         )
     if encoder_compute == BFLOAT16 and find_spec("torch") is not None:
-        from fastvlm_mlx.vision.fusion import multiplies_bfloat16
+        from fastvlm_mlx.vision.program.fusion import multiplies_bfloat16
 
         if not multiplies_bfloat16():
             raise OptionError(

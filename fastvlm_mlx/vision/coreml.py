@@ -16,7 +16,6 @@ from fastvlm_mlx.machine import tell
 from fastvlm_mlx.vision import AUTO
 from fastvlm_mlx.vision.compiled import Compiled, compiled
 from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     FUNCTION_NAME,
     IMAGE,
@@ -26,6 +25,7 @@ from fastvlm_mlx.vision.package import (
     one_line,
     quiet_coremltools,
 )
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.units import (
     NAMES,
     Measured,

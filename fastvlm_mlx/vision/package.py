@@ -21,7 +21,7 @@ from fastvlm_mlx.bundle.files import inside, listing, read_bytes
 from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import EncoderError, OptionError
 from fastvlm_mlx.imports import part
-from fastvlm_mlx.vision.blobs import check_weights
+from fastvlm_mlx.vision.program.blobs import check_weights
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "image_features"

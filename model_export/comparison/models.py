@@ -15,7 +15,7 @@ from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.bundle.kind import is_bundle
 from fastvlm_mlx.fastvlm import image_processor, placeholder_id
 from fastvlm_mlx.inspection import inspect_bundle
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.encoder.references import reference_features

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.fastvlm import image_processor
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder, flat
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder, flat
 from model_export.gates.mlx_encoder import EmulatedMLXEncoder
 from model_export.options import FLOAT16_MAX, ExportOptions
 from model_export.samples.images import gate_samples

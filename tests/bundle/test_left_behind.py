@@ -12,7 +12,7 @@ from fastvlm_mlx.bundle.files import is_empty
 from fastvlm_mlx.bundle.manifest import MANIFEST, hash_tree
 from fastvlm_mlx.errors import DestinationError
 from fastvlm_mlx.inspection import inspect_bundle
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.bundle_source import bundle_tensors
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.cli.facts import checkpoint_facts

@@ -183,7 +183,7 @@ class TestGenerate:
         arguments = ["generate", demo_bundle, "--image", photo, "--prompt", "Hm?"]
         _, _, err = fastvlm(*arguments)
         assert "| encoder torch float32 | language model torch float32" in err
-        monkeypatch.setattr("fastvlm_mlx.vision.fusion.multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr("fastvlm_mlx.vision.program.fusion.multiplies_bfloat16", lambda: True)
         _, out, _ = fastvlm(*arguments, "--encoder-compute", "bfloat16", "--json")
         assert json.loads(out)["encoder"] == "torch bfloat16"
         status, _, err = fastvlm(*arguments, "--encoder-compute", "float64")

@@ -149,7 +149,7 @@ class TestBroken:
         assert lines["answers"].verdict == PROBLEM
 
     def test_an_encoder_that_overflows(self, demo_bundle, monkeypatch):
-        from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+        from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 
         evaluate = MLProgramEncoder.evaluate
 

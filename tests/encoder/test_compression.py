@@ -16,8 +16,8 @@ from sklearn.cluster import KMeans
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.errors import EncoderError, OptionError
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import describe, quiet_coremltools
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.encoder import compression as compress
 from model_export.encoder import coreml, fastvithd

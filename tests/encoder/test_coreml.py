@@ -24,8 +24,8 @@ from torch import nn
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import DestinationError, GateError, OptionError
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import PackageInfo, describe
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.encoder import reference
 from model_export.encoder.coreml import EncoderMetadata, Form, check_graph, export_encoder
 from model_export.encoder.fastvithd import ChannelNorm, FastViTHD, fold

@@ -26,7 +26,6 @@ from fastvlm_mlx.errors import BundleError, ConfigError, DestinationError, Encod
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.interface import to_bytes
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.package import (
     PackageInfo,
     app_misfit,
@@ -35,6 +34,7 @@ from fastvlm_mlx.vision.package import (
     operations,
     read_spec,
 )
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.encoder import reference
 from model_export.encoder.compression import Compression, uniform
 from model_export.encoder.coreml import EncoderMetadata, Form

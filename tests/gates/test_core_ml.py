@@ -2,7 +2,7 @@
 
 from core_ml import CoreML
 
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.units import probe
 from model_export.gates.core_ml import core_ml_gates
 from model_export.gates.verify import verify

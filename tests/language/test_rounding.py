@@ -10,8 +10,8 @@ import pytest
 import torch
 from programs import build, ct, half, mb, run, t
 
-from fastvlm_mlx.vision.mlprogram import flat
 from fastvlm_mlx.vision.package import quiet_coremltools
+from fastvlm_mlx.vision.program.mlprogram import flat
 from model_export.encoder.fastvithd import SEBlock
 from model_export.gates.gate import Magnitude
 

@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision import compiled, load_encoder, units
 from fastvlm_mlx.vision.coreml import CoreMLEncoder, choose_units, measure_units
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.encoder.coreml import EncoderMetadata, Form, export_encoder
 from model_export.encoder.fastvithd import fold
 from model_export.encoder.multifunction import export_sizes

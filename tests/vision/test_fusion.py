@@ -16,8 +16,8 @@ import fastvlm_mlx
 from fastvlm_mlx import vision
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.vision import fusion
-from fastvlm_mlx.vision.mlprogram import MLProgram, MLProgramEncoder
+from fastvlm_mlx.vision.program import fusion
+from fastvlm_mlx.vision.program.mlprogram import MLProgram, MLProgramEncoder
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="operations are joined on x86 alone"

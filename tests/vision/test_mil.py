@@ -11,11 +11,11 @@ import pytest
 from programs import build, ct, mb, normal, run
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision import mlprogram
-from fastvlm_mlx.vision.blobs import PACKED_BITS, read_blob
-from fastvlm_mlx.vision.constexpr import DECOMPRESS
-from fastvlm_mlx.vision.mlprogram import MLProgram
 from fastvlm_mlx.vision.package import model_path, operations, quiet_coremltools, read_spec
+from fastvlm_mlx.vision.program import mlprogram
+from fastvlm_mlx.vision.program.blobs import PACKED_BITS, read_blob
+from fastvlm_mlx.vision.program.constexpr import DECOMPRESS
+from fastvlm_mlx.vision.program.mlprogram import MLProgram
 
 with quiet_coremltools():
     from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as ios16

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from programs import build, ct, mb, normal, run, t
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision import milops
-from fastvlm_mlx.vision.milops import BUILDERS
-from fastvlm_mlx.vision.mlprogram import MLProgram
 from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.vision.program import milops
+from fastvlm_mlx.vision.program.milops import BUILDERS
+from fastvlm_mlx.vision.program.mlprogram import MLProgram
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,7 @@ from programs import build, ct, half, mb, run, t
 from benchmarks.synthetic import encoder_state_dict
 from fastvlm_mlx.bundle.config import VisionConfig
 from fastvlm_mlx.errors import EncoderError, OptionError
-from fastvlm_mlx.vision import load_encoder, mlprogram
-from fastvlm_mlx.vision.memory import alive_elements, constant_elements
-from fastvlm_mlx.vision.mil import read_function
-from fastvlm_mlx.vision.mlprogram import MLProgramEncoder
+from fastvlm_mlx.vision import load_encoder
 from fastvlm_mlx.vision.package import (
     describe,
     model_path,
@@ -32,6 +29,10 @@ from fastvlm_mlx.vision.package import (
     quiet_coremltools,
     read_spec,
 )
+from fastvlm_mlx.vision.program import mlprogram
+from fastvlm_mlx.vision.program.memory import alive_elements, constant_elements
+from fastvlm_mlx.vision.program.mil import read_function
+from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.encoder import reference
 from model_export.encoder.coreml import EncoderMetadata, Form, export_encoder
 from model_export.encoder.fastvithd import fold
@@ -368,7 +369,7 @@ def test_load_encoder_takes_compute_units_on_macos_only(
 
 def test_neither_torch_nor_coremltools_is_loaded_by_importing() -> None:
     code = (
-        "import sys, fastvlm_mlx.vision, fastvlm_mlx.vision.mlprogram, fastvlm_mlx.vision.coreml;"
+        "import sys, fastvlm_mlx.vision.coreml, fastvlm_mlx.vision.program.mlprogram;"
         "sys.exit(bool({'torch', 'coremltools'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from fastvlm_mlx.vision.blobs import unpack_bits
+from fastvlm_mlx.vision.program.blobs import unpack_bits
 
 # Of a weight: more than the largest of FastViTHD's by a factor of 12.
 MAX_WEIGHT = 2**27

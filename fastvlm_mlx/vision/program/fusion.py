@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from fastvlm_mlx.vision.milops import Cast, Convolution, Matmul, Softmax
-from fastvlm_mlx.vision.steps import Step, with_lifetimes
+from fastvlm_mlx.vision.program.milops import Cast, Convolution, Matmul, Softmax
+from fastvlm_mlx.vision.program.steps import Step, with_lifetimes
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import prod
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.mil import MILFunction
+from fastvlm_mlx.vision.program.mil import MILFunction
 
 # Of any operation's result: attention at the largest input size has 0.4 G elements.
 MAX_ELEMENTS = 2**29

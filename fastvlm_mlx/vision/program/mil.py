@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.vision.blobs import NUMPY_TYPES, blob_path, read_blob, unpack
-from fastvlm_mlx.vision.constexpr import DECOMPRESS, MAX_WEIGHT
 from fastvlm_mlx.vision.package import model_path, type_name
+from fastvlm_mlx.vision.program.blobs import NUMPY_TYPES, blob_path, read_blob, unpack
+from fastvlm_mlx.vision.program.constexpr import DECOMPRESS, MAX_WEIGHT
 
 CONST, CONSTEXPR = "const", "constexpr_"
 # A table of values that are quantized, for weights that are sparse, takes three. Whatever is read

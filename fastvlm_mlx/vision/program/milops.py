@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlm_mlx.vision.operation import Operation
+from fastvlm_mlx.vision.program.operation import Operation
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,6 @@ import numpy as np
 
 from fastvlm_mlx.errors import EncoderError
 from fastvlm_mlx.vision.interface import check_features, check_images, encoder_shape, to_bytes
-from fastvlm_mlx.vision.memory import MAX_ELEMENTS, check_memory
-from fastvlm_mlx.vision.mil import is_constant, read_function
-from fastvlm_mlx.vision.milops import BUILDERS
 from fastvlm_mlx.vision.package import (
     IMAGE,
     INPUT_NAME,
@@ -33,7 +30,10 @@ from fastvlm_mlx.vision.package import (
     operations,
     read_spec,
 )
-from fastvlm_mlx.vision.steps import compile_steps
+from fastvlm_mlx.vision.program.memory import MAX_ELEMENTS, check_memory
+from fastvlm_mlx.vision.program.mil import is_constant, read_function
+from fastvlm_mlx.vision.program.milops import BUILDERS
+from fastvlm_mlx.vision.program.steps import compile_steps
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ class MLProgram:
     def _fuse(self, name: str) -> None:
         import torch
 
-        from fastvlm_mlx.vision.fusion import fused
+        from fastvlm_mlx.vision.program.fusion import fused
 
         self._fused_in = dtype = getattr(torch, name)
         self._steps, self.constants = fused(

@@ -6,8 +6,8 @@ from math import prod
 from typing import Any
 
 from fastvlm_mlx.errors import EncoderError
-from fastvlm_mlx.vision.memory import MAX_ELEMENTS
-from fastvlm_mlx.vision.mil import MILOperation, MILVariable
+from fastvlm_mlx.vision.program.memory import MAX_ELEMENTS
+from fastvlm_mlx.vision.program.mil import MILOperation, MILVariable
 
 # Of axes, sizes, paddings: one for each axis, or each part of a split.
 _PARAMETER_ELEMENTS = 10_000

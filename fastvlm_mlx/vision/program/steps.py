@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvlm_mlx.vision.mil import Constant, MILFunction
-from fastvlm_mlx.vision.milops import BUILDERS, Compute
-from fastvlm_mlx.vision.operation import Operation
+from fastvlm_mlx.vision.program.mil import Constant, MILFunction
+from fastvlm_mlx.vision.program.milops import BUILDERS, Compute
+from fastvlm_mlx.vision.program.operation import Operation
 
 if TYPE_CHECKING:
     import torch
