@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from fastvlm_mlx.language.worker import Worker
-
 T = TypeVar("T")
 
 # Called with the stage's name and, where it is known, the share of it that is done.
@@ -68,6 +66,9 @@ def beside(progress: Progress) -> Iterator[Callable[[Callable[[Progress], T]], F
 
     Where this thread fails or is interrupted, the work ends at its next word of progress.
     """
+    # It imports MLX, which nothing else here needs.
+    from fastvlm_mlx.language.worker import Worker
+
     worker = Worker()
     begun: list[Future[Any]] = []
     whole = False

@@ -25,6 +25,7 @@ RUN = dict.fromkeys(MEASURED, 0.5) | {
     "generation_tokens": 4,
     "image_size": 256,
     "compute": "torch float32",
+    "encoder": "torch float32",
     "peak_memory_bytes": 10**9,
 }
 
