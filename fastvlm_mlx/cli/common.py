@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fastvlm_mlx.bundle.schema import to_json
-
 # The verbs take them from here.
 from fastvlm_mlx.extras import EXTRA as EXTRA
 from fastvlm_mlx.extras import INSTALL_EXTRA as INSTALL_EXTRA
@@ -71,4 +69,6 @@ def missing_extra() -> list[str]:
 
 
 def print_json(data: dict[str, Any]) -> None:
+    from fastvlm_mlx.bundle.schema import to_json
+
     print(to_json(data, ascii_only=False))
