@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from fastvlm_mlx.bundle.bundle import PACKAGE, Bundle
 from fastvlm_mlx.bundle.manifest import MANIFEST
 from fastvlm_mlx.bundle.schema import to_json
 from fastvlm_mlx.errors import GateError
-from fastvlm_mlx.vision.package import PackageInfo
 from model_export.bundle_spec import BundleSpec, WrittenLLM
 from model_export.checkpoint.licenses import copy_licenses
 from model_export.destination.destination import Destination, appearing
@@ -22,7 +20,7 @@ from model_export.gates import equality
 from model_export.gates.answers import answer_gates
 from model_export.gates.encoder import gates_of_sizes
 from model_export.gates.gate import Gate
-from model_export.interruption import Progress, beside
+from model_export.interruption import Progress
 from model_export.layouts.dispatch import check_layout, write_configs
 from model_export.manifest import make_manifest
 from model_export.results import ExportResult
@@ -43,7 +41,12 @@ def build(spec: BundleSpec, destination: Destination, progress: Progress) -> Exp
     with appearing(destination) as directory:
         check_space(destination.path.parent, spec)
         _write_small_files(spec, directory)
-        references, package, written = _write_weights(spec, directory, progress)
+        references = source_features(spec, progress)
+        # An `mlx` bundle's encoder is written with the language model.
+        package = None
+        if spec.layout == "app":
+            package = export_package(spec, directory / PACKAGE, progress)
+        written = spec.write_llm(directory, progress)
         bundle = Bundle.open(directory)
         progress("check layout", None)
         check_layout(bundle, package)
@@ -66,31 +69,6 @@ def _write_small_files(spec: BundleSpec, directory: Path) -> None:
     spec.tokenizer.save(directory)
     write_configs(checkpoint, spec.tokenizer, spec.formats, spec.layout, dtype, directory)
     copy_licenses(checkpoint.directories, directory)
-
-
-def _write_weights(
-    spec: BundleSpec, directory: Path, progress: Progress
-) -> tuple[References, PackageInfo | None, WrittenLLM]:
-    """Write the encoder, if the layout has one by itself, and the language model.
-
-    Core ML's converter computes on one thread. What does not need it is computed beside it, but
-    for methods, which take several times as long and gigabytes.
-    """
-    if spec.layout == "mlx":
-        return source_features(spec, progress), None, spec.write_llm(directory, progress)
-    plain = spec.options.llm.method == "rtn"
-
-    def others(progress: Progress) -> tuple[References, WrittenLLM | None]:
-        references = source_features(spec, progress)
-        return references, spec.write_llm(directory, progress) if plain else None
-
-    begun: list[Future[tuple[References, WrittenLLM | None]]] = []
-    with beside(progress) as start:
-        package = export_package(
-            spec, directory / PACKAGE, progress, lambda: begun.append(start(others))
-        )
-    references, written = begun[0].result()
-    return references, package, written or spec.write_llm(directory, progress)
 
 
 def _run_gates(

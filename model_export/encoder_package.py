@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +27,8 @@ def source_features(spec: BundleSpec, progress: Progress) -> dict[int, list[Refe
     return references_of_sizes(checkpoint.encoder_state(), checkpoint, sizes)
 
 
-def export_package(
-    spec: BundleSpec, package: Path, progress: Progress, traced: Callable[[], None]
-) -> PackageInfo:
-    """Write the Core ML package.
-
-    Args:
-        traced: as for `coreml.export_encoder`, of the last size.
-    """
+def export_package(spec: BundleSpec, package: Path, progress: Progress) -> PackageInfo:
+    """Write the Core ML package."""
     checkpoint, options = spec.checkpoint, spec.options.encoder
     vision = checkpoint.config.vision
     module = folded(checkpoint, vision)
@@ -55,7 +48,6 @@ def export_package(
         package,
         form,
         partial(progress, "Core ML encoder"),
-        traced,
     )
 
 

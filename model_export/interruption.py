@@ -1,17 +1,12 @@
-"""Ctrl-C and its like during an export: nothing half done stays, whoever catches them; and a second
-thread that they end, too."""
+"""Ctrl-C and its like during an export: nothing half done stays, whoever catches them."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
 
 # Called with the stage's name and, where it is known, the share of it that is done.
 Progress = Callable[[str, float | None], None]
@@ -54,42 +49,6 @@ def interruptible(progress: Progress | None) -> Iterator[Progress]:
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)
-
-
-class _CallerFailed(BaseException):
-    """Whoever waited for the work has failed: it ends here."""
-
-
-@contextmanager
-def beside(progress: Progress) -> Iterator[Callable[[Callable[[Progress], T]], Future[T]]]:
-    """Start work on a second thread while this one goes on; on leaving, wait for it.
-
-    Where this thread fails or is interrupted, the work ends at its next word of progress.
-    """
-    # It imports MLX, which nothing else here needs.
-    from fastvlm_mlx.language.worker import Worker
-
-    worker = Worker()
-    begun: list[Future[Any]] = []
-    whole = False
-    left = threading.Event()
-
-    def told(name: str, done: float | None) -> None:
-        if left.is_set() and not whole:
-            raise _CallerFailed
-        progress(name, done)
-
-    def start(work: Callable[[Progress], T]) -> Future[T]:
-        future = worker.submit(work, told)
-        begun.append(future)
-        return future
-
-    try:
-        yield start
-        whole = True
-    finally:
-        left.set()
-        wait(begun)
 
 
 def counted(progress: Progress, total: int) -> Callable[[int], None]:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -86,15 +86,11 @@ class Form:
     image_input: bool = False
 
 
-def nothing() -> None: ...
-
-
 def export_encoder(
     module: FastViTHD,
     config: VisionConfig,
     package: Path,
     form: Form,
-    traced: Callable[[], None] = nothing,
 ) -> PackageInfo:
     """Convert the folded encoder and write it to `package`.
 
@@ -104,8 +100,6 @@ def export_encoder(
         module: float32 [1, 3, S, S] → [1, N, C], from `model_export.encoder.fastvithd.fold`.
         config: the shapes of the module.
         package: a path ending in `.mlpackage` that does not exist.
-        traced: called once torch's part is over. Until then no other thread may call a module of
-            torch's: tracing replaces `nn.Module.__call__` for the whole process.
 
     Returns:
         A description of what was written, read back from disk.
@@ -118,7 +112,7 @@ def export_encoder(
     if form.precision not in ("fp16", "fp32"):
         raise OptionError(f"encoder precision {form.precision!r} is unknown: choose fp16 or fp32")
     with appearing_package(package):
-        _convert(module, config, package, form, traced)
+        _convert(module, config, package, form)
         info = describe(package)
         check_graph(info, config, form)
     return info
@@ -203,7 +197,6 @@ def _convert(
     config: VisionConfig,
     package: Path,
     form: Form,
-    traced: Callable[[], None],
 ) -> None:
     with quiet_coremltools(), temporary_files_in(package.parent):
         import coremltools as ct
@@ -215,7 +208,6 @@ def _convert(
         shape = (1, 3, config.image_size, config.image_size)
         with torch.no_grad():
             program = torch.export.export(module, (torch.zeros(shape),)).run_decompositions({})
-        traced()
         model = ct.convert(
             program,
             convert_to="mlprogram",

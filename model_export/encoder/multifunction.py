@@ -19,7 +19,6 @@ from model_export.encoder.coreml import (
     check_graph,
     export_encoder,
     normalize,
-    nothing,
     temporary_files_in,
 )
 from model_export.encoder.fastvithd import FastViTHD, resized
@@ -31,21 +30,18 @@ def export_sizes(
     package: Path,
     form: Form,
     progress: Callable[[float], None] = lambda done: None,
-    traced: Callable[[], None] = nothing,
 ) -> PackageInfo:
     """Write an encoder that takes images of one or several sizes.
 
     Args:
         module: an encoder of any input size.
         configs: one for each size; the first is that of the default function.
-        traced: as for `coreml.export_encoder`, of the last size.
 
     The other arguments, the result and the errors are those of `coreml.export_encoder`.
     """
 
     def convert(config: VisionConfig, path: Path) -> PackageInfo:
-        last = traced if config is configs[-1] else nothing
-        return export_encoder(resized(module, config), config, path, form, last)
+        return export_encoder(resized(module, config), config, path, form)
 
     if len(configs) == 1:
         return convert(configs[0], package)

@@ -160,11 +160,10 @@ def test_every_kind_of_source_exports_to_the_same_bundle(
 ):
     states = []
 
-    def export_package(spec, package, progress, traced):
+    def export_package(spec, package, progress):
         # Made from these alone; converting the same ones again would tell nothing new.
         states.append(spec.checkpoint.encoder_state())
         shutil.copytree(expected / package.name, package)
-        traced()
         return describe(package)
 
     monkeypatch.setattr(build, "export_package", export_package)

@@ -144,7 +144,9 @@ class TestThePackage:
         assert other.ops == info.ops
         assert describe(package, 192) == info
 
-    @pytest.mark.parametrize("weights", ["fp16", "int8", "palette6"])
+    @pytest.mark.parametrize(
+        "weights", ["fp16", pytest.param("int8", marks=pytest.mark.slow), "palette6"]
+    )
     def test_the_weights_are_stored_once(self, weights: str, package: Path, tmp_path: Path) -> None:
         one, both = tmp_path / "one.mlpackage", tmp_path / "both.mlpackage"
         written(one, weights, sizes=(128,))
@@ -297,6 +299,7 @@ class TestTheBundle:
         recorded = {gate["name"] for gate in manifest["gates"]}
         assert {gate.name for gate in gates} == recorded
 
+    @pytest.mark.slow
     def test_a_mixed_encoder_is_rounded_once(self, demo_checkpoint: Path, tmp_path: Path) -> None:
         options = ExportOptions.of(llm_bits=4, encoder_precision="mixed", image_sizes=(128, 256))
         made = export(demo_checkpoint, tmp_path / "mixed", options)

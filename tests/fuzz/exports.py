@@ -107,9 +107,8 @@ def _quick(bundle: Path) -> Iterator[None]:
     from fastvlm_mlx.vision.package import describe
     from model_export import build
 
-    def export_package(spec: Any, package: Path, progress: Any, traced: Any) -> Any:
+    def export_package(spec: Any, package: Path, progress: Any) -> Any:
         shutil.copytree(bundle / package.name, package)
-        traced()
         return describe(package)
 
     def source_features(spec: Any, progress: Any) -> Any:

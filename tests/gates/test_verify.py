@@ -196,16 +196,26 @@ def unpacked(path):
 def answers(demo_checkpoint, references):
     """The answers' gates of a bundle by name, with the source's own features on both sides."""
 
-    def gates(path, seen=references, **limits):
+    def gates(path, seen=references, is_plain=False, **limits):
         checkpoint, bundle = Checkpoint(demo_checkpoint), Bundle.open(path)
         own = export_tokenizer(checkpoint)
         checkpoint = extended(checkpoint, own.tokenizer, bundle.config.text.vocab_size)
         features = [reference.features for reference in seen]
         options = ExportOptions.of(llm_bits=4, **limits)
-        found = answer_gates(checkpoint, bundle, own.tokenizer, seen, features, options)
+        found = answer_gates(
+            checkpoint, bundle, own.tokenizer, seen, features, options, is_plain=is_plain
+        )
         return {gate.name: gate for gate in found}
 
     return gates
+
+
+def test_plain_rounding_that_was_proven_has_the_limits_of_that_which_is_computed(
+    demo_bundle, references, answers
+):
+    computed, proven = (answers(demo_bundle, references[:2], is_plain=p) for p in (False, True))
+    assert computed == proven
+    assert 0 < computed["KL divergence"].value < computed["KL divergence"].limit < 1e-4
 
 
 def test_the_divergence_is_transformers_own(demo_checkpoint, demo_bundle, references, answers):

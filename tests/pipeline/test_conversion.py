@@ -75,9 +75,8 @@ def no_gates(monkeypatch):
 def quick(monkeypatch, converted, no_gates):
     """Conversions whose encoder is copied and whose gates are skipped: for what surrounds them."""
 
-    def export_package(spec, package, progress, traced):
+    def export_package(spec, package, progress):
         shutil.copytree(converted / package.name, package)
-        traced()
         return describe(package)
 
     monkeypatch.setattr(build, "export_package", export_package)

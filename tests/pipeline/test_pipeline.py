@@ -42,9 +42,8 @@ def quick(monkeypatch, demo_bundle):
     """Exports whose encoder is copied and whose gates are skipped: for what surrounds them."""
     from fastvlm_mlx.vision.package import describe
 
-    def export_package(spec, package, progress, traced):
+    def export_package(spec, package, progress):
         shutil.copytree(demo_bundle / package.name, package)
-        traced()
         return describe(package)
 
     def source_features(spec, progress):
@@ -192,10 +191,10 @@ class TestDestination:
         shards = sorted(path.name for path in out.glob("model-*.safetensors"))
         export_package, found = build.export_package, []
 
-        def fill(spec, package, progress, traced):
+        def fill(spec, package, progress):
             # Every write to /dev/full fails as on a full disk.
             (package.parent / shards[2]).symlink_to("/dev/full")
-            return export_package(spec, package, progress, traced)
+            return export_package(spec, package, progress)
 
         def look(stage, done):
             for directory in tmp_path.glob(".fastvlm-*/bundle"):

@@ -139,7 +139,7 @@ def test_activations_are_the_live_tensors_of_the_exported_graph(vision):
 def test_the_cache_is_mlx_lm_s(demo_bundle):
     model = load_model(Bundle.open(demo_bundle))
     decoder = footprint.of_bundle(demo_bundle).decoder
-    for tokens in (1, 256, 257, 700):
+    for tokens in (1, 257):
         cache = make_prompt_cache(model.language_model)
         mx.eval(model.language_model(mx.zeros((1, tokens), mx.int32), cache=cache))
         counted = roofline.kv_cache_bytes(decoder, tokens, 2)
