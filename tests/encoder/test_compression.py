@@ -145,7 +145,12 @@ class TestPalettes:
 class TestWhatIsWritten:
     @pytest.mark.parametrize(
         ("precision", "target"),
-        [("int8", "iOS16"), ("palette6", "iOS16"), ("palette4", "iOS17"), ("palette6", "iOS18")],
+        [
+            ("int8", "iOS16"),
+            ("palette6", "iOS16"),
+            pytest.param("palette4", "iOS17", marks=pytest.mark.slow),
+            pytest.param("palette6", "iOS18", marks=pytest.mark.slow),
+        ],
     )
     def test_is_what_coremltools_decompresses(
         self, module, checkpoint, precision, target, tmp_path
@@ -192,6 +197,7 @@ class TestWhatIsWritten:
         grouped = {n for n, c in convolutions(module).items() if c.groups > 1}
         assert left == grouped | {"patch_embed.0.reparam_conv"}
 
+    @pytest.mark.slow
     def test_the_same_bytes_again_of_the_size_asked_for(self, checkpoint, pixels, tmp_path):
         for name in ("one", "two"):
             fresh = fastvithd.fold(checkpoint.encoder_state(), checkpoint.config.vision)

@@ -147,6 +147,7 @@ def digests(package: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_the_same_module_makes_the_same_bytes(packages: dict[str, Path], tmp_path: Path) -> None:
     # What an interrupted conversion leaves in the process.
     Builder.name_count["conv2d_pad"] += 1

@@ -145,7 +145,8 @@ class TestThePackage:
         assert describe(package, 192) == info
 
     @pytest.mark.parametrize(
-        "weights", ["fp16", pytest.param("int8", marks=pytest.mark.slow), "palette6"]
+        "weights",
+        ["fp16", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int8", "palette6"))],
     )
     def test_the_weights_are_stored_once(self, weights: str, package: Path, tmp_path: Path) -> None:
         one, both = tmp_path / "one.mlpackage", tmp_path / "both.mlpackage"

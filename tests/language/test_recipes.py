@@ -193,7 +193,7 @@ def scene(demo_checkpoint):
     "options",
     [
         {"llm_mode": "mxfp4"},
-        {"llm_mode": "mxfp8", "projector_bits": 8},
+        pytest.param({"llm_mode": "mxfp8", "projector_bits": 8}, marks=pytest.mark.slow),
         {"llm_mode": "nvfp4", "embed_bits": 6},
         {"recipe": "mixed_4_6", "projector_bits": 8},
     ],
@@ -242,7 +242,7 @@ def test_what_is_given_beside_a_preset_counts():
         ExportOptions.of(preset="tiny")
 
 
-@pytest.mark.parametrize("name", ["phone", "balanced"])
+@pytest.mark.parametrize("name", ["phone", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_presets_pass_their_own_limits(demo_checkpoint, demo_bundle, tmp_path, scene, name):
     out = tmp_path / "bundle"
     made = export(demo_checkpoint, out, ExportOptions.of(preset=name))

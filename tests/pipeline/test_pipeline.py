@@ -428,7 +428,10 @@ def test_another_end_of_text_is_told(edit_checkpoint, tmp_path, quick):
     assert "the bundle says <|im_end|>, the end of a turn" in note
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+)
 def test_an_interrupted_export_leaves_no_destination(demo_checkpoint, tmp_path, number):
     out, temporary = tmp_path / "out", tmp_path / "temporary"
     temporary.mkdir()

@@ -184,8 +184,13 @@ def test_weights_are_the_exporter_s(demo_checkpoint, demo_bundle, layout):
         ({"encoder_precision": "fp32"}, 0.005),
         ({"encoder_precision": "int8"}, 0.005),
         ({"encoder_precision": "palette6"}, 0.005),
-        ({"encoder_precision": "mixed", "encoder_bpw": 4.5}, 0.01),
-        ({"encoder_precision": "palette4", "image_sizes": (256, 128)}, 0.01),
+        *(
+            pytest.param(options, 0.01, marks=pytest.mark.slow)
+            for options in (
+                {"encoder_precision": "mixed", "encoder_bpw": 4.5},
+                {"encoder_precision": "palette4", "image_sizes": (256, 128)},
+            )
+        ),
     ],
     ids=str,
 )

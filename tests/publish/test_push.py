@@ -385,6 +385,7 @@ def on_a_terminal(command, environment):
     return written.decode()
 
 
+@pytest.mark.slow
 def test_the_hub_s_bars_and_ours_take_turns(hub, demo_bundle, demo_checkpoint, tmp_path):
     """Ours hide the cursor while they are drawn; none of the hub's lies in between."""
     hub.repositories["owner/checkpoint"] = contents(demo_checkpoint)

@@ -154,8 +154,10 @@ def written(demo, directory, **options):
         ("awq", {"llm_bits": 2, "group_size": 32}),
         ("gptq", {"llm_bits": 2}),
         ("dwq", {"llm_bits": 2}),
-        ("gptq", {"recipe": "mixed_2_6", "layout": "mlx"}),
-        ("dwq", {"recipe": "mixed_2_6", "layout": "mlx"}),
+        *(
+            pytest.param(method, {"recipe": "mixed_2_6", "layout": "mlx"}, marks=pytest.mark.slow)
+            for method in ("gptq", "dwq")
+        ),
     ],
     ids=str,
 )
@@ -182,6 +184,7 @@ def test_where_rounding_loses_less_the_bundle_has_rounding(demo, tmp_path, metho
     assert made.notes[0].endswith("the bundle has plain rounding")
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(brief, tmp_path):
     for method in ("awq", "gptq", "dwq"):
         files = [tmp_path / f"{method}-{i}" for i in range(2)]
