@@ -192,7 +192,7 @@ def scene(demo_checkpoint):
 @pytest.mark.parametrize(
     "options",
     [
-        {"llm_mode": "mxfp4"},
+        pytest.param({"llm_mode": "mxfp4"}, marks=pytest.mark.slow),
         pytest.param({"llm_mode": "mxfp8", "projector_bits": 8}, marks=pytest.mark.slow),
         {"llm_mode": "nvfp4", "embed_bits": 6},
         {"recipe": "mixed_4_6", "projector_bits": 8},

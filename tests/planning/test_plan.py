@@ -182,7 +182,7 @@ def test_weights_are_the_exporter_s(demo_checkpoint, demo_bundle, layout):
     [
         # Weights are counted exactly; of the program the text is estimated.
         ({"encoder_precision": "fp32"}, 0.005),
-        ({"encoder_precision": "int8"}, 0.005),
+        pytest.param({"encoder_precision": "int8"}, 0.005, marks=pytest.mark.slow),
         ({"encoder_precision": "palette6"}, 0.005),
         *(
             pytest.param(options, 0.01, marks=pytest.mark.slow)
