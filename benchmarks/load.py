@@ -27,7 +27,7 @@ from benchmarks.synthetic import make
 # Run with the bundle's path as the only argument.
 PARTS = {
     "python": "pass",
-    "import": "import fastvlm_mlx.fastvlm",
+    "import": "import fastvlm_mlx.loading",
     "hashes": "from fastvlm_mlx.bundle.bundle import Bundle;Bundle.open(sys.argv[1]).check_files()",
     "tokenizer": "from tokenizers import Tokenizer;"
     "kept = Tokenizer.from_file(sys.argv[1] + '/tokenizer.json')",

@@ -25,8 +25,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.fastvlm import FastVLM, ImageFeatures, load
+    from fastvlm_mlx.fastvlm import FastVLM, ImageFeatures
     from fastvlm_mlx.language.generate import Generation, GenerationResult, SamplingOptions, Timings
+    from fastvlm_mlx.loading import load
 
 # The one place where the version is written. The build reads it without running this file.
 __version__ = "0.1.0"
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FastVLM": "fastvlm",
     "ImageFeatures": "fastvlm",
-    "load": "fastvlm",
+    "load": "loading",
     "Generation": "language.generate",
     "GenerationResult": "language.generate",
     "SamplingOptions": "language.generate",

@@ -1,4 +1,4 @@
-"""The face of the runtime: `load` makes a `FastVLM` of a bundle, which looks and answers."""
+"""A loaded bundle, which looks at images and answers questions about them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +16,9 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import FastVLMConfig
+from fastvlm_mlx.components import load_bundle_encoder
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, check_max_pixels, load_image
+from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.batch import DEFAULT_BATCH_SIZE, Answers, Asked, check_batch_size, pairs
 from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
@@ -31,22 +31,11 @@ from fastvlm_mlx.language.generate import (
     check_room,
     generate,
 )
-from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, check_limit, content_hash
+from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, content_hash
 from fastvlm_mlx.language.model import RunningModel
 from fastvlm_mlx.language.prompt import encode_prompt
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.worker import Worker
-from fastvlm_mlx.loading import (
-    check_bundle_compute_units,
-    check_bundle_encoder_compute,
-    encoder_sizes,
-    evaluated_model,
-    image_processor,
-    load_bundle_encoder,
-    placeholder_id,
-    read_weights,
-    token_id,
-)
 from fastvlm_mlx.vision import VisionEncoder
 
 # An image as it may be asked about: itself, or its features.
@@ -331,82 +320,3 @@ def _copied(features: ImageFeatures) -> ImageFeatures:
     projected = mx.array(features.projected)
     mx.eval(projected)
     return replace(features, features=features.features.copy(), projected=projected)
-
-
-def load(
-    path: str | Path,
-    *,
-    compute_units: str = "auto",
-    image_size: int | None = None,
-    crop: bool = False,
-    check_hashes: bool = True,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    kept_bytes: int = DEFAULT_LIMIT,
-    encoder_compute: str = "auto",
-) -> FastVLM:
-    """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
-
-    The projector's and the language model's weights are read here; the encoder is made at the first
-    image, or when `encoder` is first asked for. That a package is whole, declares an
-    encoder and is the one that config.json describes is found here; what Core ML refuses, an
-    operation that can't be evaluated, or a missing weight of an `mlx` bundle's encoder is found
-    when it is made.
-
-    Args:
-        compute_units: where Core ML runs the encoder, on macOS: "auto" (what this Mac does best,
-            measured once), "all", "cpu", "gpu" or "ne".
-        image_size: the encoder's input in pixels, where it takes several: of a package one that it
-            was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
-        crop: the demo app's centre crop in place of the checkpoint's own geometry.
-        check_hashes: compare every file with the manifest before use.
-        max_pixels: width × height of the largest image that is looked at.
-        kept_bytes: the most that is kept in memory of earlier questions and images, so that what
-            they have in common with the next is not computed again; 0 keeps nothing. Answers are
-            the same with any number.
-        encoder_compute: what torch computes an `app` bundle's encoder in, on Linux: "float32", or
-            "bfloat16" where the CPU multiplies that natively: half of the time, and features with
-            35 to 45 dB. "auto" is float32.
-
-    Raises:
-        BundleError, ConfigError: the bundle is incomplete, or changed since its export.
-        EncoderError: its package is damaged, or no encoder's.
-        OptionError: compute units or a type to compute in that are unknown, or that nothing here
-            has; a size that the encoder does not take; or a limit that is no number of pixels or
-            bytes.
-    """
-    started = time.perf_counter()
-    max_pixels = check_max_pixels(max_pixels)
-    kept_bytes = check_limit(kept_bytes)
-    bundle = Bundle.open(path)
-    check_bundle_compute_units(bundle, compute_units)
-    check_bundle_encoder_compute(bundle, encoder_compute)
-    # First, what needs no reading of weights to be missing.
-    _ = bundle.encoder_files
-    if check_hashes:
-        bundle.check_files()
-    # Meanwhile: the tokenizer's library holds the interpreter lock while it reads, MLX does not.
-    worker = Worker()
-    weights = worker.submit(read_weights, bundle)
-    tokenizer = bundle.tokenizer()
-    size, num_tokens = encoder_sizes(bundle, image_size)
-    if image_size is not None:
-        bundle = bundle.at(image_size)
-    config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
-    bundle = replace(bundle, config=config)
-    model = worker.run(evaluated_model, bundle, weights.result())
-    aspect_ratio = "crop" if crop else config.image_aspect_ratio
-    return FastVLM(
-        bundle=bundle,
-        config=config,
-        num_tokens=num_tokens,
-        model=model,
-        tokenizer=tokenizer,
-        image_processor=image_processor(bundle, size, aspect_ratio),
-        eos_token_ids=bundle.eos_token_ids | {token_id(tokenizer, "<|im_end|>", bundle)},
-        compute_units=compute_units,
-        worker=worker,
-        max_pixels=max_pixels,
-        kept_bytes=kept_bytes,
-        encoder_compute=encoder_compute,
-        _loading_s=[time.perf_counter() - started],
-    )

@@ -1,147 +1,102 @@
-"""What the files of a bundle become: its language model, encoder, image processor and token ids."""
+"""Makes a `FastVLM` of a bundle."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-
-import mlx.core as mx
-from tokenizers import Tokenizer
+from pathlib import Path
 
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.bundle.config import IMAGE_TOKEN
-from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.image.preprocess import ImageProcessor
-from fastvlm_mlx.language.model import RunningModel, for_this_machine, load_model
-from fastvlm_mlx.vision import (
-    VisionEncoder,
-    check_compute_units,
-    check_encoder_compute,
-    load_encoder,
+from fastvlm_mlx.components import (
+    check_bundle_compute_units,
+    check_bundle_encoder_compute,
+    encoder_sizes,
+    evaluated_model,
+    image_processor,
+    placeholder_id,
+    read_weights,
+    token_id,
 )
-from fastvlm_mlx.vision.interface import encoder_shape
-from fastvlm_mlx.vision.package import describe
+from fastvlm_mlx.fastvlm import FastVLM
+from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, check_max_pixels
+from fastvlm_mlx.language.kept import DEFAULT_LIMIT, check_limit
+from fastvlm_mlx.language.worker import Worker
 
 
-def read_weights(bundle: Bundle) -> dict[str, mx.array]:
-    """Projector and language model by name, in memory: what is put off belongs to the thread that
-    did it, and would read what lies at the path later.
-
-    Raises:
-        BundleError: as `Bundle.tensors`, or they can't be read.
-    """
-    weights = bundle.model_tensors()
-    try:
-        mx.eval(weights)
-    except RuntimeError as error:
-        # A file that is shorter by now.
-        bundle.check_unchanged()
-        raise BundleError(
-            f"the weights of {bundle.path} can't be read ({error}): export the checkpoint again"
-        ) from error
-    bundle.check_unchanged()
-    return weights
-
-
-def evaluated_model(bundle: Bundle, weights: dict[str, mx.array] | None = None) -> RunningModel:
-    """The model as this machine runs it, of what `read_weights` returned."""
-    return for_this_machine(load_model(bundle, weights or read_weights(bundle)))
-
-
-def image_processor(bundle: Bundle, size: int, aspect_ratio: str | None) -> ImageProcessor:
-    """Size is the encoder's: the one number that can't be wrong."""
-    processor = ImageProcessor.from_dict(bundle.preprocessor_config, aspect_ratio)
-    return replace(processor, size=size)
-
-
-def placeholder_id(tokenizer: Tokenizer, bundle: Bundle) -> int:
-    """The id that stands for the image: `<image>`'s, or one that no text has.
-
-    Raises:
-        BundleError: there is neither, in a bundle of layout `mlx` that is not ours.
-    """
-    rows = bundle.config.text.vocab_size
-    found: int | None = tokenizer.token_to_id(IMAGE_TOKEN)
-    if found is None:
-        found = max(tokenizer.get_vocab().values()) + 1
-    if found >= rows:
-        raise BundleError(
-            f"{bundle.tokenizer_file} leaves none of the embedding's {rows:,} rows for "
-            f"{IMAGE_TOKEN}: export the checkpoint with `fastvlm export --layout mlx`"
-        )
-    return found
-
-
-def load_bundle_encoder(
-    bundle: Bundle,
+def load(
+    path: str | Path,
+    *,
     compute_units: str = "auto",
     image_size: int | None = None,
+    crop: bool = False,
+    check_hashes: bool = True,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    kept_bytes: int = DEFAULT_LIMIT,
     encoder_compute: str = "auto",
-) -> VisionEncoder:
-    """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
+) -> FastVLM:
+    """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
+
+    The projector's and the language model's weights are read here; the encoder is made at the first
+    image, or when `encoder` is first asked for. That a package is whole, declares an
+    encoder and is the one that config.json describes is found here; what Core ML refuses, an
+    operation that can't be evaluated, or a missing weight of an `mlx` bundle's encoder is found
+    when it is made.
+
+    Args:
+        compute_units: where Core ML runs the encoder, on macOS: "auto" (what this Mac does best,
+            measured once), "all", "cpu", "gpu" or "ne".
+        image_size: the encoder's input in pixels, where it takes several: of a package one that it
+            was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
+        crop: the demo app's centre crop in place of the checkpoint's own geometry.
+        check_hashes: compare every file with the manifest before use.
+        max_pixels: width × height of the largest image that is looked at.
+        kept_bytes: the most that is kept in memory of earlier questions and images, so that what
+            they have in common with the next is not computed again; 0 keeps nothing. Answers are
+            the same with any number.
+        encoder_compute: what torch computes an `app` bundle's encoder in, on Linux: "float32", or
+            "bfloat16" where the CPU multiplies that natively: half of the time, and features with
+            35 to 45 dB. "auto" is float32.
 
     Raises:
-        OptionError: compute units for an encoder that Core ML does not run, a type for one that
-            torch does not evaluate, or a size that the encoder does not take.
-        EncoderError: it is incomplete, or can't be evaluated here.
+        BundleError, ConfigError: the bundle is incomplete, or changed since its export.
+        EncoderError: its package is damaged, or no encoder's.
+        OptionError: compute units or a type to compute in that are unknown, or that nothing here
+            has; a size that the encoder does not take; or a limit that is no number of pixels or
+            bytes.
     """
+    started = time.perf_counter()
+    max_pixels = check_max_pixels(max_pixels)
+    kept_bytes = check_limit(kept_bytes)
+    bundle = Bundle.open(path)
     check_bundle_compute_units(bundle, compute_units)
     check_bundle_encoder_compute(bundle, encoder_compute)
-    # Before, or what is there now would be told to be damaged; and after, or it could be mixed.
-    bundle.check_unchanged(bundle.encoder_files)
-    if bundle.layout == "app":
-        encoder: VisionEncoder = load_encoder(
-            bundle.package, compute_units, image_size, encoder_compute
-        )
-    else:
-        from fastvlm_mlx.vision.fastvithd import FastViTHD
-
-        vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
-        encoder = FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
-    bundle.check_unchanged(bundle.encoder_files)
-    return encoder
-
-
-def encoder_sizes(bundle: Bundle, image_size: int | None) -> tuple[int, int]:
-    """S and N of the bundle's encoder, as its package declares them, or config.json.
-
-    Raises:
-        EncoderError: the package is damaged, or no encoder's.
-        BundleError: it is not the encoder that config.json describes.
-        OptionError, ConfigError: it does not take `image_size`.
-    """
-    vision = bundle.config.vision
-    if bundle.layout == "mlx":
-        if image_size is not None:
-            vision = bundle.at(image_size).config.vision
-        return vision.image_size, vision.num_tokens
-    size, num_tokens, channels = encoder_shape(describe(bundle.package, image_size))
-    if channels != vision.hidden_size:
-        raise BundleError(
-            f"{bundle.package} makes {channels} channels where config.json says "
-            f"{vision.hidden_size}: they belong to different models, export again"
-        )
-    return size, num_tokens
-
-
-def check_bundle_compute_units(bundle: Bundle, compute_units: str) -> None:
-    if bundle.layout == "app":
-        check_compute_units(compute_units)
-    elif compute_units not in ("auto", "all"):
-        raise OptionError(
-            f"compute units {compute_units!r} were asked for, which Core ML has: {bundle.path} is "
-            "of layout mlx and runs in MLX, leave the option out"
-        )
-
-
-def check_bundle_encoder_compute(bundle: Bundle, encoder_compute: str) -> None:
-    check_encoder_compute(encoder_compute, "MLX" if bundle.layout == "mlx" else "")
-
-
-def token_id(tokenizer: Tokenizer, token: str, bundle: Bundle) -> int:
-    found: int | None = tokenizer.token_to_id(token)
-    if found is None:
-        raise BundleError(
-            f"{bundle.tokenizer_file} has no token {token}: expected FastVLM's tokenizer, export "
-            "the checkpoint again"
-        )
-    return found
+    # First, what needs no reading of weights to be missing.
+    _ = bundle.encoder_files
+    if check_hashes:
+        bundle.check_files()
+    # Meanwhile: the tokenizer's library holds the interpreter lock while it reads, MLX does not.
+    worker = Worker()
+    weights = worker.submit(read_weights, bundle)
+    tokenizer = bundle.tokenizer()
+    size, num_tokens = encoder_sizes(bundle, image_size)
+    if image_size is not None:
+        bundle = bundle.at(image_size)
+    config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
+    bundle = replace(bundle, config=config)
+    model = worker.run(evaluated_model, bundle, weights.result())
+    aspect_ratio = "crop" if crop else config.image_aspect_ratio
+    return FastVLM(
+        bundle=bundle,
+        config=config,
+        num_tokens=num_tokens,
+        model=model,
+        tokenizer=tokenizer,
+        image_processor=image_processor(bundle, size, aspect_ratio),
+        eos_token_ids=bundle.eos_token_ids | {token_id(tokenizer, "<|im_end|>", bundle)},
+        compute_units=compute_units,
+        worker=worker,
+        max_pixels=max_pixels,
+        kept_bytes=kept_bytes,
+        encoder_compute=encoder_compute,
+        _loading_s=[time.perf_counter() - started],
+    )

@@ -17,9 +17,9 @@ import mlx.core as mx
 from fastvlm_mlx.bundle.bundle import ENCODER_PREFIX, Bundle, model_name
 from fastvlm_mlx.bundle.config import IMAGE_TOKEN
 from fastvlm_mlx.bundle.manifest import hash_tree
+from fastvlm_mlx.components import image_processor
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.extras import needs_export_extra
-from fastvlm_mlx.fastvlm import image_processor
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from model_export.build import build
 from model_export.bundle_source import (

@@ -38,10 +38,10 @@ from fastvlm_mlx.bench.measure import MEASURED
 from fastvlm_mlx.bench.process import WORKER, Process
 from fastvlm_mlx.bench.spread import Spread, ratios
 from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.components import encoder_sizes, placeholder_id
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.image.decode import load_image
 from fastvlm_mlx.language.prompt import encode_prompt
-from fastvlm_mlx.loading import encoder_sizes, placeholder_id
 from model_export.samples.images import photographs
 
 HERE = Path(__file__).parent

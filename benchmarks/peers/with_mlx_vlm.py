@@ -11,23 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import re
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
-        if found:
-            return int(found.group(1)) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+from pipe import peak_bytes, serve
 
 
 class Subject:
@@ -114,20 +102,5 @@ class Subject:
         }
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("mlx-vlm", "mlx")}
-
-
-def main() -> None:
-    with os.fdopen(os.dup(1), "w") as replies:
-        os.dup2(2, 1)
-        subject = Subject(json.loads(sys.argv[1]))
-        print(json.dumps({"ready": True, "versions": versions()}), file=replies, flush=True)
-        for line in sys.stdin:
-            print(json.dumps(subject.run(int(line))), file=replies, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Subject, ("mlx-vlm", "mlx"))

@@ -91,8 +91,8 @@ def check(plan: Plan) -> None:
         ImageError: the image can't be read.
     """
     from fastvlm_mlx.bundle.bundle import Bundle
+    from fastvlm_mlx.components import check_bundle_compute_units, encoder_sizes
     from fastvlm_mlx.image.decode import load_image
-    from fastvlm_mlx.loading import check_bundle_compute_units, encoder_sizes
 
     for path in plan.bundles:
         bundle = Bundle.open(path)

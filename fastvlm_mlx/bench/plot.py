@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvlm_mlx.bench.measure import STAGES, Row
-from fastvlm_mlx.errors import DestinationError, OptionError
+from fastvlm_mlx.plotting import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg", ".pdf")
 # From blue to yellow, told apart in grey too.
 COLOURS = ("#30407a", "#2f7f8f", "#6fb46c", "#f0d24b")
-LONGEST_NAME = 30
-
-
-def check(file: Path) -> None:
-    """Check the file to draw into, and what draws, before anything is measured.
-
-    Raises:
-        OptionError: the file's suffix is none that can be drawn.
-        DestinationError: there is no directory for it.
-        ModuleNotFoundError: matplotlib is missing, which the command line tells.
-    """
-    import matplotlib.figure  # noqa: F401, asked for and not used
-
-    if file.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"--plot {file} has no known suffix: expected {', '.join(SUFFIXES)}")
-    if not file.expanduser().parent.is_dir():
-        raise DestinationError(f"{file.parent} is not a directory: make it, or draw elsewhere")
-
-
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Write the chart into a file."""
-    chart(rows).savefig(file.expanduser(), dpi=150)
 
 
 def chart(rows: Sequence[Row]) -> Figure:
@@ -85,12 +61,4 @@ def _name(row: Row, several: bool) -> str:
     units = row.setting.compute_units
     where = "" if units == "auto" else f", {units}"
     shown = f"{last['image_size']} px, {last['text_tokens']} text tokens{where}"
-    return f"{_shortened(row.bundle.name)}\n{shown}" if several else shown
-
-
-def _shortened(name: str) -> str:
-    """A name that is too long, without its middle."""
-    if len(name) <= LONGEST_NAME:
-        return name
-    half = LONGEST_NAME // 2
-    return f"{name[:half]}…{name[1 - half :]}"
+    return f"{shortened(row.bundle.name)}\n{shown}" if several else shown

@@ -33,5 +33,10 @@ class Spread:
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """Of measurements that were made in turns: each pair is of one round, of the same minute."""
-    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=False) if b])
+    """Of measurements that were made in turns: each pair is of one round, of the same minute.
+
+    One more of either is of a round that was not finished.
+    """
+    rounds = min(len(numerators), len(denominators))
+    pairs = zip(numerators[:rounds], denominators[:rounds], strict=True)
+    return Spread.of([a / b for a, b in pairs if b])

@@ -97,8 +97,8 @@ def bench(
     median; in brackets stand the quartiles, between which half of the runs lie. Each setting has a
     process of its own, and each run an image that is new. After Ctrl-C the table has what was
     measured."""
+    from fastvlm_mlx import plotting
     from fastvlm_mlx.bench import environment, measure, settings
-    from fastvlm_mlx.bench import plot as chart
     from fastvlm_mlx.cli import show
 
     sizes = settings.numbers("--image-sizes", image_sizes) if image_sizes is not None else (None,)
@@ -114,7 +114,7 @@ def bench(
         encoder_compute=encoder_compute,
     )
     if plot is not None:
-        chart.check(plot)
+        plotting.check(plot)
     measure.check(plan)
     # Before, so that the load average is that of the others.
     described = environment.describe()
@@ -138,13 +138,14 @@ def _deliver(
     *,
     as_json: bool,
 ) -> None:
+    from fastvlm_mlx import plotting
     from fastvlm_mlx.bench import environment
     from fastvlm_mlx.bench import plot as chart
     from fastvlm_mlx.bench.measure import compare
 
     comparisons = compare(list(rows))
     if plot is not None:
-        chart.draw(rows, plot)
+        plotting.save(chart.chart(rows), plot)
     if as_json:
         from fastvlm_mlx.bench.subject import GENERATED_NAME
 

@@ -120,7 +120,6 @@ def generate(
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
-    from fastvlm_mlx.fastvlm import load
     from fastvlm_mlx.image.decode import (
         DEFAULT_MAX_PIXELS,
         ImageSource,
@@ -128,6 +127,7 @@ def generate(
         load_image,
     )
     from fastvlm_mlx.language.sampling import SamplingOptions
+    from fastvlm_mlx.loading import load
 
     options = SamplingOptions(
         max_tokens=max_tokens,

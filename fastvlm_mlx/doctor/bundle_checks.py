@@ -17,6 +17,7 @@ import numpy as np
 
 from fastvlm_mlx import machine
 from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.components import evaluated_model, load_bundle_encoder
 from fastvlm_mlx.doctor.report import (
     ABSENT,
     INSTALL,
@@ -29,9 +30,9 @@ from fastvlm_mlx.doctor.report import (
     has_gpu,
 )
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.fastvlm import FastVLM, load, load_bundle_encoder
+from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.language.prompt import encode_prompt
-from fastvlm_mlx.loading import evaluated_model
+from fastvlm_mlx.loading import load
 from fastvlm_mlx.vision.package import describe
 from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from fastvlm_mlx.vision.units import NAMES, floor_db, probe, snr_db

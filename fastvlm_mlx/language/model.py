@@ -21,7 +21,7 @@ from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.imports import part
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.language.torch_qwen2 import TorchModel
+    from fastvlm_mlx.language.cpu.qwen2 import TorchModel
 
 qwen2 = part("mlx_lm.models.qwen2")
 
@@ -187,7 +187,7 @@ class CPUModel:
 
     @property
     def _torch(self) -> TorchModel:
-        from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
+        from fastvlm_mlx.language.cpu.qwen2 import TorchModel, arithmetic
 
         with self._filling:
             if not isinstance(self._held, TorchModel):

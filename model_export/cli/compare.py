@@ -58,17 +58,18 @@ def compare(
 def check_plot(plot: Path | None) -> None:
     """Raises OptionError, DestinationError: the chart can't be written to this file."""
     if plot is not None:
-        from model_export.comparison import plot as chart
+        from fastvlm_mlx import plotting
 
-        chart.check(plot)
+        plotting.check(plot)
 
 
 def deliver(rows: Sequence[Row], plot: Path | None, more: dict[str, Any], *, as_json: bool) -> None:
     """Draw the rows if a plot is wanted, and print them; `more` is printed for programs only."""
     if plot is not None:
-        from model_export.comparison import plot as chart
+        from fastvlm_mlx import plotting
+        from model_export.comparison.plot import chart
 
-        chart.draw(rows, plot)
+        plotting.save(chart(rows), plot)
     if as_json:
         print_json({"rows": [row.to_dict() for row in rows], **more})
     else:

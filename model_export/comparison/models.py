@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.bundle.kind import is_bundle
-from fastvlm_mlx.fastvlm import image_processor, placeholder_id
+from fastvlm_mlx.components import image_processor, placeholder_id
 from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint

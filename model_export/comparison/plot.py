@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvlm_mlx.errors import DestinationError, OptionError
+from fastvlm_mlx.plotting import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
     from model_export.comparison.compare import Row
 
-SUFFIXES = (".png", ".svg", ".pdf")
 # A logarithmic axis has no zero; what is nearer than float32 tells is drawn there.
 LEAST_KL = 1e-9
-LONGEST_NAME = 30
 # Between a point's centre and its label, in points of the page: the first place that is free is
 # taken. A label that is farther away than the last of the near ones gets a line to its point.
 _NEAR = (7, 12)
@@ -31,24 +29,6 @@ _RADIUS = 4.5
 _GAP = 2.0
 
 _Point = tuple[float, float]
-
-
-def check(file: Path) -> None:
-    """Check the file to draw into before anything is measured.
-
-    Raises:
-        OptionError: the file's suffix is none that can be drawn.
-        DestinationError: there is no directory for it.
-    """
-    if file.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"--plot {file} has no known suffix: expected {', '.join(SUFFIXES)}")
-    if not file.expanduser().parent.is_dir():
-        raise DestinationError(f"{file.parent} is not a directory: make it, or draw elsewhere")
-
-
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Write the chart into a file."""
-    chart(rows).savefig(file.expanduser(), dpi=150)
 
 
 def chart(rows: Sequence[Row]) -> Figure:
@@ -69,7 +49,7 @@ def chart(rows: Sequence[Row]) -> Figure:
             axes.plot(*zip(*chosen, strict=True), style, color=colour, label=legend, linewidth=1)
     reference = next((Path(row.name).name for row in rows if row.reference), "the reference")
     questions = max((row.questions for row in shown), default=0)
-    axes.set_title(f"Size and loss against {_shortened(reference)}", parse_math=False)
+    axes.set_title(f"Size and loss against {shortened(reference)}", parse_math=False)
     axes.set(
         yscale="log",
         xlabel="encoder and language model (MB)",
@@ -88,15 +68,7 @@ def chart(rows: Sequence[Row]) -> Figure:
 
 def _text(row: Row) -> str:
     changed = f" ({row.changed})" if row.changed else ""
-    return _shortened(Path(row.name).name) + changed
-
-
-def _shortened(name: str) -> str:
-    """A name that is too long, without its middle."""
-    if len(name) <= LONGEST_NAME:
-        return name
-    half = LONGEST_NAME // 2
-    return f"{name[:half]}…{name[1 - half :]}"
+    return shortened(Path(row.name).name) + changed
 
 
 def _label(

@@ -40,8 +40,8 @@ class Demo:
 
     def answers(self) -> Iterator[tuple[scenes.Question, GenerationResult, bool]]:
         """Load the bundle and ask: each question with its answer, and whether that is right."""
-        from fastvlm_mlx.fastvlm import load
         from fastvlm_mlx.language.sampling import SamplingOptions
+        from fastvlm_mlx.loading import load
 
         model = load(self.directory / BUNDLE)
         prompts = [question.prompt for question in self.questions]

@@ -37,8 +37,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.bundle import Bundle
+from fastvlm_mlx.components import placeholder_id
 from fastvlm_mlx.errors import BundleError
-from fastvlm_mlx.fastvlm import placeholder_id
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.encoder.references import Reference
 from model_export.gates.gate import Gate

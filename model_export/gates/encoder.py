@@ -28,7 +28,7 @@ import numpy as np
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import VisionConfig
-from fastvlm_mlx.fastvlm import image_processor, load_bundle_encoder
+from fastvlm_mlx.components import image_processor, load_bundle_encoder
 from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.encoder.compression import stored_parameters
 from model_export.encoder.references import Reference

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.quantization import Format
-from fastvlm_mlx.fastvlm import image_processor
+from fastvlm_mlx.components import image_processor
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.prompt import TURN_END
 from model_export.checkpoint.checkpoint import Checkpoint

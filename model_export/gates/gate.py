@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.fastvlm import image_processor
+from fastvlm_mlx.components import image_processor
 from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder, flat
 from model_export.gates.mlx_encoder import EmulatedMLXEncoder
 from model_export.options import FLOAT16_MAX, ExportOptions

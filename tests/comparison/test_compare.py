@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import fastvlm_mlx
+from fastvlm_mlx import plotting
 from fastvlm_mlx.errors import BundleError, CheckpointError, DestinationError, OptionError
 from model_export.cli import compare as cli_compare
 from model_export.comparison import compare, plot, sweep
@@ -156,7 +157,7 @@ def test_the_front_is_what_nothing_beats_in_both():
 
 
 def test_the_image_and_the_table(rows, tmp_path, capsys):
-    plot.draw(rows, tmp_path / "chart.png")
+    plotting.save(plot.chart(rows), tmp_path / "chart.png")
     from PIL import Image
 
     with Image.open(tmp_path / "chart.png") as drawn:
@@ -171,9 +172,9 @@ def test_the_image_and_the_table(rows, tmp_path, capsys):
         assert "  ".join(shown) in printed
     assert "…" not in printed
     with pytest.raises(OptionError, match="no known suffix"):
-        plot.check(tmp_path / "chart.doc")
+        plotting.check(tmp_path / "chart.doc")
     with pytest.raises(DestinationError, match="not a directory"):
-        plot.check(tmp_path / "nowhere" / "chart.png")
+        plotting.check(tmp_path / "nowhere" / "chart.png")
 
 
 CHOICES = {

@@ -14,9 +14,8 @@ import torch
 import fastvlm_mlx
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.quantization import MODES
-from fastvlm_mlx.language.model import for_this_machine, load_model
-from fastvlm_mlx.language.torch_cache import KVCache
-from fastvlm_mlx.language.torch_matrix import (
+from fastvlm_mlx.language.cpu.cache import KVCache
+from fastvlm_mlx.language.cpu.matrix import (
     FEW_TOKENS,
     AffineMatrix,
     Arithmetic,
@@ -25,7 +24,8 @@ from fastvlm_mlx.language.torch_matrix import (
     matrix,
     unpacked,
 )
-from fastvlm_mlx.language.torch_qwen2 import TorchModel, arithmetic
+from fastvlm_mlx.language.cpu.qwen2 import TorchModel, arithmetic
+from fastvlm_mlx.language.model import for_this_machine, load_model
 from model_export.options import ExportOptions
 from model_export.pipeline import export
 from model_export.samples import scenes
@@ -271,7 +271,7 @@ def test_a_first_use_that_fails_is_tried_again(demo_bundle, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("fastvlm_mlx.language.torch_qwen2.Qwen2", fail)
+        patched.setattr("fastvlm_mlx.language.cpu.qwen2.Qwen2", fail)
         with pytest.raises(type(error)):
             model.generate(None, "What do you see?", max_tokens=2)
     assert model.generate(None, "What do you see?", max_tokens=2).generation_tokens

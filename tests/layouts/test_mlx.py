@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 import fastvlm_mlx
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import VisionConfig, fits_mlx_vlm
+from fastvlm_mlx.components import placeholder_id
 from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.fastvlm import placeholder_id
 from fastvlm_mlx.inspection import inspect_bundle
 from fastvlm_mlx.language.prompt import CHAT_TEMPLATE
 from model_export.checkpoint.checkpoint import Checkpoint

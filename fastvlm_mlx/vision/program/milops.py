@@ -277,14 +277,8 @@ def transpose(op: Operation) -> Compute:
     return lambda x: x.permute(perm)
 
 
-def squeeze(op: Operation) -> Compute:
-    op.tensor("x")
-    op.value("axes")
-    shape = op.shape
-    return lambda x: x.reshape(shape)
-
-
-def expand_dims(op: Operation) -> Compute:
+def change_axes(op: Operation) -> Compute:
+    """`squeeze` and `expand_dims`, whose shapes the program declares."""
     op.tensor("x")
     op.value("axes")
     shape = op.shape
@@ -383,8 +377,8 @@ BUILDERS: dict[str, Callable[[Operation], Compute]] = {
     "cast": cast,
     "reshape": reshape,
     "transpose": transpose,
-    "squeeze": squeeze,
-    "expand_dims": expand_dims,
+    "squeeze": change_axes,
+    "expand_dims": change_axes,
     "split": split,
     "concat": concat,
     "slice_by_index": slice_by_index,

@@ -82,7 +82,7 @@ class BatchKVCache:
 
     def __init__(self, sequences: Sequence[KVCache]):
         self.sequences = list(sequences)
-        self._padding: Sequence[int] = ()
+        self._padding: Sequence[int] = [0] * len(self.sequences)
 
     @classmethod
     def of(cls, count: int) -> BatchKVCache:
@@ -134,9 +134,9 @@ class BatchKVCache:
 
         Whatever is computed for them, no place before them sees it.
         """
-        self._padding = right_padding
+        self._padding = right_padding or [0] * len(self.sequences)
 
     def finalize(self) -> None:
-        for sequence, padding in zip(self.sequences, self._padding, strict=False):
+        for sequence, padding in zip(self.sequences, self._padding, strict=True):
             sequence.trim(padding)
-        self._padding = ()
+        self._padding = [0] * len(self.sequences)

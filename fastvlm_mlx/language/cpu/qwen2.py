@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from fastvlm_mlx.bundle.config import FastVLMConfig
-from fastvlm_mlx.language.torch_cache import BatchKVCache, KVCache
-from fastvlm_mlx.language.torch_matrix import Arithmetic, Matrix, as_torch, matrix
+from fastvlm_mlx.language.cpu.cache import BatchKVCache, KVCache
+from fastvlm_mlx.language.cpu.matrix import Arithmetic, Matrix, as_torch, matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
