@@ -1,4 +1,4 @@
-"""The packages of the `export` extra, which a base install does not have."""
+"""The packages that a base install does not have, and the extras that they come in."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from contextlib import contextmanager
 
 from fastvlm_mlx.errors import OptionError
 
-# The modules of the `export` extra, and the packages that they come in.
-EXTRA = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "scipy": "scipy",
+# Of each extra its modules, and the packages that they come in.
+EXTRAS = {
+    "export": {
+        "torch": "torch",
+        "transformers": "transformers",
+        "sklearn": "scikit-learn",
+        "matplotlib": "matplotlib",
+        "scipy": "scipy",
+    },
 }
-INSTALL_EXTRA = 'pip install "fastvlm-mlx[export]"'
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f'pip install "fastvlm-mlx[{extra}]"'
 
 
 @contextmanager
-def needs_export_extra() -> Iterator[None]:
-    """Turns a missing package of the `export` extra, whenever it is missed, into the command that
-    installs it. Any other missing module is a bug of ours, and stays one."""
+def needs_extra() -> Iterator[None]:
+    """Turns a missing package of an extra, whenever it is missed, into the command that installs
+    it. Any other missing module is a bug of ours, and stays one."""
     try:
         yield
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in EXTRA:
-            raise
-        raise OptionError(
-            f"this needs {EXTRA[name]} of the `export` extra, which is not installed: run "
-            f"{INSTALL_EXTRA}"
-        ) from error
+        for extra, modules in EXTRAS.items():
+            if name in modules:
+                raise OptionError(
+                    f"this needs {modules[name]} of the `{extra}` extra, which is not installed: "
+                    f"run {install(extra)}"
+                ) from error
+        raise

@@ -96,9 +96,9 @@ def __getattr__(name: str) -> Any:
     if name == "presets":
         return import_module("model_export.presets")
     if name in _HOME:
-        from fastvlm_mlx.extras import needs_export_extra
+        from fastvlm_mlx.extras import needs_extra
 
-        with needs_export_extra():
+        with needs_extra():
             return getattr(import_module(f"model_export.{_HOME[name]}"), name)
     raise AttributeError(f"module 'model_export' has no attribute {name!r}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.extras import needs_export_extra
+from fastvlm_mlx.extras import needs_extra
 from model_export.interruption import Progress
 from model_export.options import ExportOptions, GateLimits
 from model_export.results import VerifyResult
@@ -82,7 +82,7 @@ class DevicePlan:
     remedies: list[str]
 
 
-@needs_export_extra()
+@needs_extra()
 def verify(
     bundle: str | Path,
     checkpoint: str | Path | None = None,
@@ -126,7 +126,7 @@ def verify(
     return VerifyResult(opened.path, opened.layout, files, tuple(gates))
 
 
-@needs_export_extra()
+@needs_extra()
 def compare(
     models: Sequence[str | Path],
     reference: str | Path | None = None,
@@ -157,7 +157,7 @@ def compare(
     return CompareResult(tuple(run(models, reference, questions, count, progress or _silent)))
 
 
-@needs_export_extra()
+@needs_extra()
 def plan(
     model: str | Path,
     device: str | None = None,

@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.config import IMAGE_TOKEN
 from fastvlm_mlx.bundle.manifest import hash_tree
 from fastvlm_mlx.components import image_processor
 from fastvlm_mlx.errors import BundleError
-from fastvlm_mlx.extras import needs_export_extra
+from fastvlm_mlx.extras import needs_extra
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from model_export.build import build
 from model_export.bundle_source import (
@@ -47,7 +47,7 @@ from model_export.results import ExportResult
 NORM, STEM = names.NORM[0], names.ENCODER_PREFIX + "patch_embed.0.reparam_conv.weight"
 
 
-@needs_export_extra()
+@needs_extra()
 def convert(
     bundle: str | Path,
     destination: str | Path,

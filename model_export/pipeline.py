@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.extras import needs_export_extra
+from fastvlm_mlx.extras import needs_extra
 from model_export.build import build
 from model_export.bundle_spec import BundleSpec, WrittenLLM
 from model_export.checkpoint.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ from model_export.samples.calibration import Calibration, load_calibration
 DEFAULTS = ExportOptions()
 
 
-@needs_export_extra()
+@needs_extra()
 def export(
     checkpoint: str | Path,
     destination: str | Path,

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 # The verbs take them from here.
-from fastvlm_mlx.extras import EXTRA as EXTRA
-from fastvlm_mlx.extras import INSTALL_EXTRA as INSTALL_EXTRA
-from fastvlm_mlx.extras import needs_export_extra as needs_export_extra
+from fastvlm_mlx.extras import EXTRAS as EXTRAS
+from fastvlm_mlx.extras import install as install
+from fastvlm_mlx.extras import needs_extra as needs_extra
 
 # The groups of options that more than one verb has.
 OUTPUT = "Output"
@@ -65,7 +65,7 @@ BundlePath = Annotated[
 
 def missing_extra() -> list[str]:
     """The packages of the `export` extra that are not installed. None of them is imported."""
-    return [package for module, package in EXTRA.items() if find_spec(module) is None]
+    return [package for module, package in EXTRAS["export"].items() if find_spec(module) is None]
 
 
 def print_json(data: dict[str, Any]) -> None:

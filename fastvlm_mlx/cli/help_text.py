@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperArgument, TyperOption
 
-from fastvlm_mlx.cli.common import INSTALL_EXTRA, OUTPUT, missing_extra
+from fastvlm_mlx.cli.common import OUTPUT, install, missing_extra
 
 if TYPE_CHECKING:
     from typer._click import Command, Context
@@ -67,7 +67,7 @@ def of_verbs(group: Verbs, ctx: Context, groups: Sequence[str]) -> str:
     options = [p for p in group.get_params(ctx) if isinstance(p, TyperOption)]
     lines += _sections({"Options": [_row(option, ctx) for option in options]})
     if missing:
-        text = f"[export] is an extra that is not installed here: {INSTALL_EXTRA} installs it."
+        text = f"[export] is an extra that is not installed here: {install('export')} installs it."
         lines += ["", *_wrapped(text)]
     text = (
         f"`{ctx.command_path} VERB -h` shows a verb's options and an example. "

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.cli.common import needs_export_extra
+from fastvlm_mlx.cli.common import needs_extra
 from fastvlm_mlx.cli.usage import UsageError, usage_sentence
 from fastvlm_mlx.cli.verbs import Verb, Verbs, in_order
 from fastvlm_mlx.errors import FastVLMError, printable
@@ -73,7 +73,7 @@ def main() -> None:
             # A terminal without a character for an answer's letter still gets the answer.
             stream.reconfigure(errors="replace")
     try:
-        with needs_export_extra():
+        with needs_extra():
             status = app(prog_name="fastvlm", standalone_mode=False) or 0
     except FastVLMError as error:
         _fail(str(error), error.exit_status)

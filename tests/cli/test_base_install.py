@@ -12,7 +12,7 @@ from distributions import closure, link
 from packaging.requirements import Requirement
 from PIL import Image
 
-from fastvlm_mlx.cli.common import EXTRA
+from fastvlm_mlx.cli.common import EXTRAS
 from fastvlm_mlx.cli.main import Fastvlm
 
 ROOT = Path(__file__).parents[2]
@@ -67,15 +67,16 @@ def sentence(result):
 
 def test_the_environment_really_lacks_the_extra(base):
     tried = "\n".join(
-        f"try:\n import {name}\nexcept ModuleNotFoundError: print({name!r})" for name in EXTRA
+        f"try:\n import {name}\nexcept ModuleNotFoundError: print({name!r})"
+        for name in EXTRAS["export"]
     )
     # mlx-lm needs transformers itself, in every install.
-    assert set(base(code=tried).stdout.split()) == set(EXTRA) - {"transformers"}
+    assert set(base(code=tried).stdout.split()) == set(EXTRAS["export"]) - {"transformers"}
 
 
 def test_the_extra_is_the_one_of_pyproject():
     listed = {Requirement(r).name for r in PROJECT["optional-dependencies"]["export"]}
-    assert set(EXTRA.values()) == listed
+    assert set(EXTRAS["export"].values()) == listed
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--device", "m4"]])
