@@ -189,7 +189,7 @@ class FastVLM:
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
         """
-        return self.chat(_asked(image, prompt), options, **sampling)
+        return self.chat(asked(image, prompt), options, **sampling)
 
     def generate(
         self,
@@ -256,7 +256,7 @@ class FastVLM:
             found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
         options = resolve_options(options, sampling)
-        return self._answers([self._question(_asked(image, each), options) for each in prompts])
+        return self._answers([self._question(asked(image, each), options) for each in prompts])
 
     def _answers(self, questions: list[Question]) -> Iterator[Generation]:
         features, spent = self._features(questions[0].encoded.images)
@@ -303,7 +303,7 @@ class FastVLM:
     def _ask_about(
         self, image: Images, prompt: str, options: SamplingOptions
     ) -> tuple[Question, list[Ready]]:
-        return self._prepare(_asked(image, prompt), options)
+        return self._prepare(asked(image, prompt), options)
 
     def _prepare(
         self, messages: Sequence[dict[str, Any]], options: SamplingOptions
@@ -360,7 +360,7 @@ class FastVLM:
         )
 
 
-def _asked(image: Images, prompt: str) -> list[dict[str, Any]]:
+def asked(image: Images, prompt: str) -> list[dict[str, Any]]:
     """One question as messages, and about which images."""
     images = image if isinstance(image, list | tuple) else [] if image is None else [image]
     return [user_message(check_prompt(prompt), images)]

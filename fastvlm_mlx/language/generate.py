@@ -117,6 +117,8 @@ class Generation:
         self._result: GenerationResult | None = None
         self._error: BaseException | None = None
         self._over = False
+        self._closed = False
+        self._shown: list[str] = []
         # MLX refuses that a stream of one thread is left by another, as collecting would do.
         self._leave = finalize(self, worker.post, steps.close)
         self._leave.atexit = False
@@ -132,6 +134,7 @@ class Generation:
                 step = self._step()
                 if isinstance(step, str):
                     if step:
+                        self._shown.append(step)
                         return step
                 else:
                     self._result = step
@@ -152,8 +155,24 @@ class Generation:
         self._awaited = None
         return step
 
+    @property
+    def text(self) -> str:
+        """What has been iterated over so far."""
+        return "".join(self._shown)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come: it is whole, was closed, or has failed."""
+        return self._over
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed before it was whole."""
+        return self._closed
+
     def close(self) -> None:
         """Give the answer up, and what it holds in memory; of no effect on one that is whole."""
+        self._closed |= not self._over
         self._over = True
         self._leave()
 
