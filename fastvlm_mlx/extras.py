@@ -16,6 +16,7 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "scipy": "scipy",
     },
+    "chat": {"prompt_toolkit": "prompt_toolkit"},
 }
 
 

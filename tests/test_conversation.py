@@ -1,4 +1,4 @@
-"""Conversations, and several images in one prompt: each answer is that of a full run from scratch."""
+"""Conversations and several images in a prompt: each answer is that of a run from scratch."""
 
 from __future__ import annotations
 
