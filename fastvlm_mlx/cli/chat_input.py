@@ -17,7 +17,17 @@ PROMPT = "> "
 # file that is dropped onto them.
 _SHELL_WORD = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+(?!\S)""")
 _WORD = re.compile(r"\S+")
-_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg")
+_SUFFIXES: tuple[str, ...] = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+)
 _SUFFIXES += (".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
