@@ -171,7 +171,8 @@ class Session:
         if name in COMMANDS:
             self._command(name, rest.strip())
             return
-        if name.startswith("/") and name[1:].isalpha() and not Path(name).exists():
+        # A path has more slashes, or ends as an image does.
+        if name.startswith("/") and "/" not in name[1:] and not chat_input.split_images(name)[0]:
             near = get_close_matches(name, COMMANDS, 1)
             hint = f"use {near[0]}" if near else "/help shows those that there are"
             raise OptionError(f"{printable(name, 60)} is no command: {hint}")
@@ -244,6 +245,8 @@ class Session:
             _note(f"The answer was cut after {result.generation_tokens} tokens, see --max-tokens.")
 
     def _warn(self) -> None:
+        from fastvlm_mlx.cli import show
+
         images = sum(
             part["type"] == "image"
             for message in self.talk.messages
@@ -252,10 +255,7 @@ class Session:
         )
         if images > 1 and not self._warned:
             self._warned = True
-            _note(
-                "warning: FastVLM was trained with one image in a conversation, and answers about "
-                "several may confuse them; /clear begins anew"
-            )
+            _note(f"warning: {show.SEVERAL_IMAGES}; /clear begins anew")
 
     def _greet(self) -> None:
         _note("Drop an image here or type its path, and ask; /help shows what else there is.")
