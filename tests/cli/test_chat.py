@@ -173,20 +173,9 @@ def test_typed_without_the_extra(monkeypatch, chat):
 def test_on_a_terminal(demo_bundle, folder, tmp_path):
     """prompt_toolkit, Ctrl-C at the prompt and in an answer, Ctrl-D, and the history."""
     ours, theirs = pty.openpty()
+    long = ["--max-tokens", "1500", "--temperature", "9", "--seed", "1"]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "fastvlm_mlx",
-            "chat",
-            str(demo_bundle),
-            "--max-tokens",
-            "1500",
-            "--temperature",
-            "9",
-            "--seed",
-            "1",
-        ],
+        [sys.executable, "-m", "fastvlm_mlx", "chat", demo_bundle, *long],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
