@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastvlm_mlx
@@ -193,3 +195,40 @@ def test_what_can_t_be_saved_or_loaded(model, paths, tmp_path):
         Conversation.load(model, Path("nowhere.json"))
     with pytest.raises(PromptError, match="the system message is of type int"):
         Conversation(model, system=7)
+
+
+def test_an_event_loop_is_free_while_an_answer_comes(model, cold, paths):
+    async def both():
+        ticks = 0
+
+        async def count():
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0)
+                ticks += 1
+
+        counting = asyncio.create_task(count())
+        pieces = [piece async for piece in model.astream(paths[0], QUESTIONS[0], max_tokens=8)]
+        counting.cancel()
+        generation = model.stream(paths[0], QUESTIONS[0])
+        async for _ in generation:
+            break
+        half_way = asyncio.create_task(anext(model.astream(paths[0], QUESTIONS[0])))
+        half_way.cancel()
+        await asyncio.gather(half_way, return_exceptions=True)
+        return pieces, ticks
+
+    pieces, ticks = asyncio.run(both())
+    assert "".join(pieces) == cold.generate(paths[0], QUESTIONS[0], max_tokens=8).text
+    assert ticks > 10
+    with pytest.raises(ImageError, match="does not exist"):
+        asyncio.run(anext(model.astream("nowhere.png", "?")))
+
+
+def test_one_vector_for_an_image(model, paths):
+    vector, other = model.embed(paths[0]), model.embed(paths[1])
+    assert (vector.dtype, vector.shape) == (np.float32, (model.config.text.hidden_size,))
+    mean = np.array(model.encode(paths[0]).projected).mean(0)
+    assert np.allclose(vector, mean / np.linalg.norm(mean), atol=1e-6)
+    assert np.array_equal(model.embed(model.encode(paths[0])), vector)
+    assert vector @ other < 0.999 < vector @ vector

@@ -6,10 +6,11 @@ answer is computed a token at a time on the model's own thread.
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -126,6 +127,15 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         return self
+
+    async def __aiter__(self) -> AsyncGenerator[str]:
+        """`async for piece in generation`: the event loop is free while a token is computed. What
+        is left half way, or cancelled, is closed."""
+        try:
+            while (piece := await asyncio.to_thread(next, self, None)) is not None:
+                yield piece
+        finally:
+            self.close()
 
     def __next__(self) -> str:
         self._worker.check()

@@ -2,8 +2,8 @@
 
 Each line of standard input is a JSON object: `argv` of a `fastvlm` command and its `stdin`, or the
 Python `code` of an example and its `page`, whose examples see each other's names. Each is answered
-by a line: `status`, `stdout` and `stderr`. One process imports torch and coremltools once, where a process for
-each command would take longer to import than to work.
+by a line: `status`, `stdout` and `stderr`. One process imports torch and coremltools once, where a
+process for each command would take longer to import than to work.
 """
 
 import io
