@@ -180,6 +180,8 @@ class Session:
         self._add(paths)
         if text:
             self._ask(text)
+        elif paths:
+            self._tell_images()
 
     def _command(self, name: str, rest: str) -> None:
         from fastvlm_mlx.conversation import Conversation
@@ -198,6 +200,7 @@ class Session:
         elif name == "/image":
             paths, text = chat_input.split_images(rest)
             self._add(paths if paths and not text else [chat_input.one_path(rest)])
+            self._tell_images()
         elif name == "/save":
             file = Path(chat_input.one_path(rest)).expanduser()
             self.talk.save(file)
@@ -215,7 +218,9 @@ class Session:
             # Now is when its sender can still be told.
             load_image(path, max_pixels=self.talk.model.max_pixels)
         self.images += paths
-        if paths and self._interactive:
+
+    def _tell_images(self) -> None:
+        if self._interactive:
             count = len(self.images)
             _note(
                 f"The next question is about {'this image' if count == 1 else f'{count} images'}."
