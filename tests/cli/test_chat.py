@@ -117,6 +117,15 @@ def test_what_fails_is_one_sentence_and_the_next_line_works(chat):
     assert chat("/exit", "Hello.") == (0, [], "")
 
 
+def test_bytes_that_are_no_text(chat, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"What is \xff?\n\xff.png\nHello.\n"), "utf-8")
+    monkeypatch.setattr("io.StringIO", lambda _: lines)
+    status, out, err = chat()
+    assert (status, len(out)) == (2, 2)
+    assert err.count("error: ") == 1
+    assert "half a character" in err
+
+
 def test_save_and_load(chat, tmp_path):
     file = tmp_path / "my talk.json"
     saved = str(file).replace(" ", "\\ ")
