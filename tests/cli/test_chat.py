@@ -121,9 +121,8 @@ def test_bytes_that_are_no_text(chat, monkeypatch):
     lines = io.TextIOWrapper(io.BytesIO(b"What is \xff?\n\xff.png\nHello.\n"), "utf-8")
     monkeypatch.setattr("io.StringIO", lambda _: lines)
     status, out, err = chat()
-    assert (status, len(out)) == (2, 2)
-    assert err.count("error: ") == 1
-    assert "half a character" in err
+    assert (status, len(out)) == (2, 1)
+    assert err.count("half a character") == err.count("error: ") == 2
 
 
 def test_save_and_load(chat, tmp_path):
