@@ -160,6 +160,11 @@ class Session:
             except FastVLMError as error:
                 failed = True
                 _note(f"error: {error}")
+            except KeyboardInterrupt:
+                # While an image was read, which has no answer yet that could be stopped.
+                if not self._interactive:
+                    raise
+                _note("Stopped.")
 
     def take(self, line: str) -> None:
         """Do what a line says.
@@ -202,11 +207,11 @@ class Session:
             self._add(paths if paths and not text else [chat_input.one_path(rest)])
             self._tell_images()
         elif name == "/save":
-            file = Path(chat_input.one_path(rest)).expanduser()
+            file = chat_input.one_path(rest)
             self.talk.save(file)
             _note(f"The conversation is saved to {file}.")
         elif name == "/load":
-            file = Path(chat_input.one_path(rest)).expanduser()
+            file = chat_input.one_path(rest)
             self.talk = Conversation.load(self.talk.model, file, self.talk.options)
             self.images = []
             _note(f"The conversation has {len(self.talk.messages)} messages.")
