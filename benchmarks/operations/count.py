@@ -22,10 +22,10 @@ ELEMENTWISE = {
 MAX_DEPTH = 11
 # Reshape is one as long as the elements lie in order.
 RESHAPES = {"ExpandDims", "Flatten", "Reshape", "Squeeze", "Unflatten"}
-# Head widths of Metal's fused attention for more than eight queries
-# (mlx/backend/metal/scaled_dot_product_attention.cpp, has_fused_kernel; of these 192 and 256 are
-# left to the written-out form).
-FUSED_WIDTHS = {64, 72, 80, 96, 128}
+VIEWS = RESHAPES | {"Broadcast", "Slice", "Split", "Transpose"}
+# Head widths of fused attention (mlx/backend/metal/scaled_dot_product_attention.cpp,
+# has_fused_kernel; mlx/backend/cuda/scaled_dot_product_attention.cpp, supports_sdpa_cudnn).
+FUSED_WIDTHS = {"metal": {64, 72, 80, 96, 128}, "cuda": set(range(8, 129, 8))}
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,21 @@ class Total:
     bytes: int
     # Depthwise convolutions that Metal's own kernel does not take.
     slow_convolutions: int
-    # The written-out scores and softmax of attention, in bytes written and read.
-    by_name: dict[str, tuple[int, int]]
 
 
-def total(graph: list[Traced], *, compiled: bool) -> Total:
+def total(graph: list[Traced], device: str, *, compiled: bool) -> Total:
     """Count a graph; `compiled` joins elementwise operations as mx.compile does."""
-    found = operations(graph, compiled=compiled)
-    by_name: dict[str, tuple[int, int]] = {}
-    for operation in found:
-        count, size = by_name.get(operation.name, (0, 0))
-        by_name[operation.name] = count + 1, size + operation.bytes
+    found = operations(graph, device, compiled=compiled)
     return Total(
         len(found),
         sum(operation.macs for operation in found),
         sum(operation.bytes for operation in found),
         sum(node["name"] == "Convolution" and _slow(node) for node in graph),
-        by_name,
     )
 
 
-def operations(graph: list[Traced], *, compiled: bool) -> list[Operation]:
-    """The kernels of a graph, in order."""
+def operations(graph: list[Traced], device: str, *, compiled: bool) -> list[Operation]:
+    """The kernels of a graph on "metal" or "cuda", in order."""
     joined = _join(graph) if compiled else {}
     arrays: dict[str, np.ndarray] = {}
     sizes: dict[str, int] = {}
@@ -88,7 +81,7 @@ def operations(graph: list[Traced], *, compiled: bool) -> list[Operation]:
     def copied(name: str) -> None:
         found.append(Operation("Copy", 0, 2 * size_of(name)))
 
-    members = {index for group in joined.values() for index in group[:-1]}
+    inner = {index for members, _ in joined.values() for index in members}
     for index, node in enumerate(graph):
         inputs = [layout(value) for value in node["inputs"]]
         names = [name for name, *_ in node["inputs"]]
@@ -114,15 +107,13 @@ def operations(graph: list[Traced], *, compiled: bool) -> list[Operation]:
                 arrays[name] = part
         for value in node["outputs"]:
             layout(value)
-        if kind in RESHAPES or kind in ("Broadcast", "Transpose", "Slice", "Split"):
-            continue
-        if index in members:
+        if kind in VIEWS or index in inner:
             continue
         if kind == ATTENTION:
             # The inner of the two has keys and values.
             if len(found) and found[-1].name == "keys and values":
                 key_value = found.pop()
-                found += _attention(node, key_value.bytes // 2)
+                found += _attention(node, key_value.bytes // 2, FUSED_WIDTHS[device])
             else:
                 found.append(Operation("keys and values", 0, sum(map(size_of, names))))
             continue
@@ -132,20 +123,20 @@ def operations(graph: list[Traced], *, compiled: bool) -> list[Operation]:
             for name in names[:2]:
                 if 1 not in arrays[name].strides[-2:]:
                     copied(name)
-        read = joined[index][-1] if index in joined else set(names)
+        read = joined[index][1] if index in joined else set(names)
         moved = sum(map(size_of, read)) + sum(size_of(name) for name, *_ in node["outputs"])
         label = {LAYER_NORM: "LayerNorm"}.get(kind, kind)
         found.append(Operation("Elementwise" if kind in ELEMENTWISE else label, _macs(node), moved))
     return found
 
 
-def _attention(node: Traced, one: int) -> list[Operation]:
+def _attention(node: Traced, one: int, fused: set[int]) -> list[Operation]:
     """`one` is the bytes of queries, of keys, of values and of the result alike."""
     _, shape, size = node["outputs"][0]
     *batch, places, width = shape
     macs = prod(batch) * places**2 * width
     scores = prod(batch) * places**2 * size
-    if width in FUSED_WIDTHS:
+    if width in fused:
         return [Operation("Attention", 2 * macs, 4 * one)]
     return [
         Operation("Elementwise", 0, 2 * one),
@@ -180,15 +171,15 @@ def _slow(node: Traced) -> bool:
     )
 
 
-def _join(graph: list[Traced]) -> dict[int, list]:
-    """What mx.compile joins (mlx/compile.cpp, compile_fuse): by the index of the last operation,
-    the indices of all, that one last, and after them the names of what they read."""
+def _join(graph: list[Traced]) -> dict[int, tuple[set[int], set[str]]]:
+    """What mx.compile joins (mlx/compile.cpp, compile_fuse): by the last operation's index, the
+    indices of the others, and the names of what they all read."""
     maker = {value[0]: index for index, node in enumerate(graph) for value in node["outputs"]}
     readers: dict[str, list[int]] = {}
     for index, node in enumerate(graph):
         for name, *_ in node["inputs"]:
             readers.setdefault(name, []).append(index)
-    groups: dict[int, list] = {}
+    groups: dict[int, tuple[set[int], set[str]]] = {}
     done: set[int] = set()
     for last in reversed(range(len(graph))):
         if last in done or graph[last]["name"] not in ELEMENTWISE:
@@ -200,7 +191,8 @@ def _join(graph: list[Traced]) -> dict[int, list]:
             if index is None or index in group or depth >= MAX_DEPTH:
                 return
             kind = graph[index]["name"]
-            joins = kind in ELEMENTWISE and all(i in group for i in readers[name])
+            joins = kind in ELEMENTWISE and all(reader in group for reader in readers[name])
+            # A broadcast is joined for each of those that read it.
             if joins or kind == "Broadcast":
                 group.add(index)
                 for inner, *_ in graph[index]["inputs"]:
@@ -210,7 +202,7 @@ def _join(graph: list[Traced]) -> dict[int, list]:
             visit(name, 1)
         made = {value[0] for index in group for value in graph[index]["outputs"]}
         read = {name for index in group for name, *_ in graph[index]["inputs"]} - made
-        inner = {i for i in group if graph[i]["name"] != "Broadcast"} - {last}
-        done |= inner
-        groups[last] = [*sorted(inner), read]
+        others = {index for index in group if graph[index]["name"] in ELEMENTWISE} - {last}
+        done |= others
+        groups[last] = others, read
     return groups
