@@ -28,15 +28,20 @@ PEER, OURS = "mlx-vlm", "ours"
 DEVICES: tuple[tuple[Backend, str], ...] = (("metal", "Metal"), ("cuda", "CUDA"))
 
 
-def ours(config: VisionConfig, device: Backend) -> list[trace.Traced]:
+def encoder_of_zeros(config: VisionConfig, device: Backend) -> FastViTHD:
     """Our encoder, in float16, as it runs on a device that need not be here."""
     arrays = {
         spec.name.removeprefix(ENCODER_PREFIX): mx.zeros(spec.shape, mx.float16)
         for spec in mlx_encoder_specs(config)
     }
-    encoder = FastViTHD(arrays, config, dtype=mx.float16, device=device)
+    return FastViTHD(arrays, config, dtype=mx.float16, device=device)
+
+
+def ours(config: VisionConfig, device: Backend) -> list[trace.Traced]:
+    """What it computes of one image."""
     side = config.image_size
-    return trace.trace(encoder.graph, mx.zeros((1, side, side, 3), mx.float16))
+    image = mx.zeros((1, side, side, 3), mx.float16)
+    return trace.trace(encoder_of_zeros(config, device).graph, image)
 
 
 def mlx_vlm(python: str, size: int) -> list[trace.Traced]:
