@@ -101,6 +101,7 @@ def test_a_gpu_s_operations_are_equal_to_torch_on_the_demo_checkpoint(demo_check
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for a CPU with g++")
 def test_compiled_as_a_whole_it_is_equal_to_torch():
+    """Minutes the first time; MLX keeps what it compiled."""
     assert relative_error(encoder_state_dict(SMALL, seed=3), SMALL, device="metal") < 1e-4
 
 
