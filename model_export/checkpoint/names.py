@@ -118,9 +118,14 @@ def bundle_specs(config: FastVLMConfig, *, tied: bool, layout: str) -> list[Tens
         prefix = next((app for app in names if spec.name.startswith(app)), None)
         name = spec.name if prefix is None else names[prefix] + spec.name.removeprefix(prefix)
         renamed.append(TensorSpec(spec.source, name, spec.shape))
+    return renamed + mlx_encoder_specs(config.vision)
+
+
+def mlx_encoder_specs(vision: VisionConfig) -> list[TensorSpec]:
+    """List every tensor of the encoder of an `mlx` bundle, in order."""
     # BatchNorm's counter is torch's own; the head, of no use to FastVLM, both loaders ask for.
-    encoder = [s for s in encoder_specs(config.vision) if not s.name.endswith(UNUSED_ENCODER[1])]
-    return renamed + [_mlx_encoder_spec(spec) for spec in encoder]
+    encoder = [s for s in encoder_specs(vision) if not s.name.endswith(UNUSED_ENCODER[1])]
+    return [_mlx_encoder_spec(spec) for spec in encoder]
 
 
 def in_encoder(spec: TensorSpec) -> bool:
