@@ -16,6 +16,7 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "scipy": "scipy",
     },
+    "json": {"llguidance": "llguidance"},
 }
 
 
