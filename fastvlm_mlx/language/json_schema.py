@@ -90,10 +90,14 @@ def _check_counts(schema: dict[str, Any]) -> None:
         level = [value for value in values if isinstance(value, dict | list)]
 
 
-def refused(reason: str) -> OptionError:
-    """The error of a schema that llguidance refuses, by the first line of what it says."""
-    # What follows is the name of an option that we don't have, or a trace.
-    reason = reason.split("\n", 1)[0].partition(". Enable ")[0]
+def refused(said: str) -> OptionError:
+    """The error of a schema that llguidance refuses, by what it says."""
+    first, *_, last = said.splitlines() * 2
+    # Of a pattern that it can't read the last line says why. What follows otherwise is a trace, or
+    # the name of an option that we don't have.
+    reason = first.partition(". Enable ")[0]
+    if first.endswith(":"):
+        reason = f"{first} {last.removeprefix('error: ')}"
     if reason.startswith("NoExtension"):
         reason = "no JSON meets it"
     elif len(reason) > 300:

@@ -18,6 +18,9 @@ SECONDS, MEMORY = 2, 2**30
 # Stacks that grammars are compiled on: the trial's is smaller, so what it takes never fails later.
 STACK, TRIAL_STACK = 64 * 2**20, 32 * 2**20
 
+# What a grammar may build of expressions, at once and for a token. llguidance's own limit of a
+# million lets one token take a second; an enumeration of 10,000 texts needs less than this.
+_FUEL = 200_000
 # The size is the whole process's, for threads that begin.
 _STACK_SIZE = threading.Lock()
 
@@ -39,7 +42,7 @@ def matcher(tokenizer: Any, schema: str) -> Any:
     import llguidance
 
     grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)
-    limits = llguidance.LLParserLimits(verbose_errors=False)
+    limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False)
     made = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if not made.is_error():
         # That nothing at all meets the schema may show no sooner than here.
