@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ def schema_text(schema: Any) -> str:
     # llguidance's own settings, by which a schema could do away with its rules.
     found.pop("x-guidance", None)
     _check_counts(found)
+    parts = list(_parts(found))
+    if not any(map(_is_joined, parts)):
+        for part in filter(_is_open, parts):
+            part["additionalProperties"] = False
     text = json.dumps(found)
     _try(text, str(Path(llguidance.__file__).parents[1]))
     return text
@@ -88,6 +93,36 @@ def _check_counts(schema: dict[str, Any]) -> None:
                 raise refused(f"minProperties is {count}, and at most 1 can be ensured")
         values = [v for e in level for v in (e.values() if isinstance(e, dict) else e)]
         level = [value for value in values if isinstance(value, dict | list)]
+
+
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema and all that is in it, but for what stands for values."""
+    if isinstance(schema, dict):
+        yield schema
+        for key, value in schema.items():
+            if key not in ("const", "default", "enum", "examples"):
+                yield from _parts(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _parts(value)
+
+
+def _is_joined(schema: dict[str, Any]) -> bool:
+    """Whether a value has to meet this and another schema, whose properties it may have as well."""
+    others = {"$ref", "anyOf", "oneOf"} & schema.keys()
+    return "allOf" in schema or (bool(others) and (len(others) > 1 or "properties" in schema))
+
+
+def _is_open(schema: dict[str, Any]) -> bool:
+    """Whether it names properties and says nothing of others. A model writes others without an end,
+    and an answer without them meets the schema just as well."""
+    named, required = schema.get("properties"), schema.get("required", [])
+    return (
+        isinstance(named, dict)
+        and not schema.keys() & {"additionalProperties", "patternProperties"}
+        and isinstance(required, list)
+        and all(isinstance(name, str) and name in named for name in required)
+    )
 
 
 def refused(said: str) -> OptionError:

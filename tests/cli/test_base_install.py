@@ -74,9 +74,10 @@ def test_the_environment_really_lacks_the_extra(base):
     assert set(base(code=tried).stdout.split()) == set(EXTRAS["export"]) - {"transformers"}
 
 
-def test_the_extra_is_the_one_of_pyproject():
-    listed = {Requirement(r).name for r in PROJECT["optional-dependencies"]["export"]}
-    assert set(EXTRAS["export"].values()) == listed
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_is_the_one_of_pyproject(extra):
+    listed = {Requirement(r).name for r in PROJECT["optional-dependencies"][extra]}
+    assert set(EXTRAS[extra].values()) == listed
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--device", "m4"]])
@@ -104,6 +105,14 @@ def test_only_the_plot_of_a_measurement_needs_the_extra(base, demo_bundle, tmp_p
     assert 'pip install "fastvlm-mlx[export]"' in said
     # What comes next is checked without it.
     assert "takes 256" in sentence(base("bench", demo_bundle, "--image-sizes", "300"))
+
+
+def test_an_answer_by_a_schema_needs_an_extra_of_its_own(base, tmp_path):
+    (tmp_path / "shapes.json").write_text('{"type": "boolean"}')
+    words = ["--image", "a.png", "--prompt", "Hm?", "--json-schema", tmp_path / "shapes.json"]
+    said = sentence(base("generate", tmp_path, *words))
+    assert "this needs llguidance of the `json` extra, which is not installed" in said
+    assert 'pip install "fastvlm-mlx[json]"' in said
 
 
 @pytest.mark.parametrize("verb", ["inspect", "plan"])

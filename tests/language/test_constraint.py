@@ -240,6 +240,23 @@ def test_a_schema_is_a_dict_a_text_or_a_model_and_keeps_its_order():
     assert list(json.loads(options[0].json_schema)["properties"]) == ["count", "shapes"]
 
 
+@pytest.mark.parametrize(
+    ("schema", "open_ones"),
+    [
+        ({"properties": {"a": {"properties": {"b": {}}}}}, 0),
+        ({"properties": {"a": {}}, "additionalProperties": True}, 1),
+        ({"properties": {"a": {}}, "required": ["b"]}, 1),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, 2),
+        ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]}, 2),
+        ({"enum": [{"properties": {"a": 1}}]}, 1),
+    ],
+)
+def test_properties_that_are_not_named_are_left_out_where_they_may_be(schema, open_ones):
+    text = json_schema.schema_text(schema)
+    assert text.count('"properties"') - text.count('"additionalProperties": false') == open_ones
+    assert json_schema.schema_text(text) == text
+
+
 def test_a_schema_can_t_do_away_with_the_rules(one):
     schema = {"x-guidance": {"lenient": True, "whitespace_pattern": ".*"}, "type": "boolean"}
     assert one.generate(None, "Hm?", json_schema=schema).text in ("true", "false")
