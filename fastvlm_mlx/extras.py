@@ -17,6 +17,7 @@ EXTRAS = {
         "scipy": "scipy",
     },
     "chat": {"prompt_toolkit": "prompt_toolkit"},
+    "json": {"llguidance": "llguidance"},
 }
 
 
