@@ -110,7 +110,7 @@ class TestAVerb:
             assert call.params
 
     def test_choices_and_defaults_are_those_of_the_options(self, shown, monkeypatch):
-        from fastvlm_mlx.cli.generate import COMPUTE_UNITS, MAX_PIXELS
+        from fastvlm_mlx.cli.options import COMPUTE_UNITS, MAX_PIXELS
         from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
         from fastvlm_mlx.vision.units import NAMES
 
