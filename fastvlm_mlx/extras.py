@@ -16,6 +16,8 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "scipy": "scipy",
     },
+    "parquet": {"pyarrow": "pyarrow"},
+    "ray": {"ray": "ray"},
 }
 
 
