@@ -6,6 +6,7 @@ down. What a worker that is lost was asked is asked of another.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,10 +46,12 @@ def answers(job: Job, names: Sequence[str], workers: int) -> Iterator[Row]:
 
     began = not ray.is_initialized()
     if began:
+        # Ray tells its makers of every cluster that it starts, unless this is 0.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(log_to_driver=False, logging_level="ERROR")
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         # A batch in a block: rows come back as soon as a batch has its answers.
         blocks = -(-len(names) // job.batch_size)
         asked = ray.data.from_items(
@@ -58,7 +61,7 @@ def answers(job: Job, names: Sequence[str], workers: int) -> Iterator[Row]:
             Asking,
             fn_constructor_args=(job,),
             batch_size=job.batch_size,
-            concurrency=workers,
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
         )
         for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
