@@ -196,6 +196,6 @@ def _report(tally: Tally, out: Path, *, as_json: bool) -> None:
     from fastvlm_mlx.errors import printable
 
     print(
-        f"{tally.images:,} images: {tally.done - tally.broken:,} answers and {tally.broken:,} "
-        f"errors in {printable(out)}"
+        f"{printable(out)}: {tally.done - tally.broken:,} of {tally.images:,} images answered, "
+        f"errors: {tally.broken:,}"
     )

@@ -74,9 +74,11 @@ def test_the_environment_really_lacks_the_extra(base):
     assert set(base(code=tried).stdout.split()) == set(EXTRAS["export"]) - {"transformers"}
 
 
-def test_the_extra_is_the_one_of_pyproject():
-    listed = {Requirement(r).name for r in PROJECT["optional-dependencies"]["export"]}
-    assert set(EXTRAS["export"].values()) == listed
+def test_the_extras_are_those_of_pyproject():
+    for extra, modules in EXTRAS.items():
+        listed = {Requirement(r).name for r in PROJECT["optional-dependencies"][extra]}
+        assert set(modules.values()) == listed
+        assert f"fastvlm-mlx[{extra}]" in PROJECT["optional-dependencies"]["dev"]
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--device", "m4"]])

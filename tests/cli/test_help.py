@@ -183,6 +183,10 @@ def test_a_mistake_is_told_before_torch_is_imported(
         ["plan", new],
         ["inspect", new],
         ["bench", new],
+        ["map", new, there, "--prompt", "Why?", "--out", new],
+        ["map", new, there, "--prompt", "Why?", "--out", f"{new}.jsonl"],
+        ["map", bundle, there, "--prompt", "Why?", "--out", f"{new}.jsonl"],
+        ["map", bundle, there, "--prompt", "Why?", "--out", f"{new}.jsonl", "--shard", "3/2"],
         ["bench", bundle, "--image-sizes", "300"],
         ["doctor", checkpoint],
     ]

@@ -138,7 +138,7 @@ class TestTheCommandLine:
         words = [job.bundle, job.folder, "--prompt", PROMPT, "--out", out, "--max-tokens", 2]
         (tmp_path / "mine.txt").touch()
         status, printed, said = run(*words)
-        assert (status, printed) == (1, f"12 images: 9 answers and 3 errors in {out}\n")
+        assert (status, printed) == (1, f"{out}: 9 of 12 images answered, errors: 3\n")
         assert all(name in said for name in BROKEN)
         status, printed, said = run(*words, "--json")
         assert said.splitlines() == ["12 of 12 images were done before"]
@@ -170,7 +170,7 @@ class TestTheCommandLine:
         assert status == 130
         assert "5 of 12 images are done; the same command goes on with the rest" in said
         assert len(read(out)) == 5
-        assert run(*words)[1].startswith("12 images: 9 answers and 3 errors")
+        assert run(*words)[1].endswith(": 9 of 12 images answered, errors: 3\n")
 
     def test_a_package_that_is_missing(self, run, job, tmp_path, monkeypatch):
         words = [job.bundle, job.folder, "--prompt", PROMPT, "--out"]
