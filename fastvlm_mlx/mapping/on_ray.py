@@ -8,26 +8,46 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.extras import needs_extra
+from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.mapping import rows
 from fastvlm_mlx.mapping.job import Job
 from fastvlm_mlx.mapping.rows import Row
 
 
 class Asking:
-    """A worker: batches of names in, batches of rows out, both as bytes."""
+    """A worker: batches of names in, batches of rows out, both as bytes.
+
+    What is wrong with the job comes out as a row would. Raised, Ray would take it for a fault of
+    its own, and tell it in many lines.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._model = job.load()
+        self._model: FastVLM | FastVLMError
+        try:
+            self._model = job.load()
+        except FastVLMError as error:
+            self._model = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        if isinstance(self._model, FastVLMError):
+            return _failed(self._model)
         names = [os.fsdecode(bytes(name)) for name in batch["name"]]
-        return {"row": [rows.line(row) for row in self._job.answers(self._model, names)]}
+        try:
+            lines = [rows.line(row) for row in self._job.answers(self._model, names)]
+        except FastVLMError as error:
+            return _failed(error)
+        return {"row": lines, "error": [b""] * len(lines)}
+
+
+def _failed(error: FastVLMError) -> dict[str, list[bytes]]:
+    return {"row": [b""], "error": [pickle.dumps(error)]}
 
 
 def answers(job: Job, names: Sequence[str], workers: int) -> Iterator[Row]:
@@ -38,7 +58,7 @@ def answers(job: Job, names: Sequence[str], workers: int) -> Iterator[Row]:
 
     Raises:
         OptionError: Ray is not installed.
-        FastVLMError: what a worker has raised; or Ray has failed.
+        FastVLMError: as `Job.load` and `Job.answers`; or Ray has failed.
     """
     with needs_extra():
         import ray
@@ -65,23 +85,16 @@ def answers(job: Job, names: Sequence[str], workers: int) -> Iterator[Row]:
             num_cpus=1,
         )
         for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-            for line in batch["row"]:
+            for line, failed in zip(batch["row"], batch["error"], strict=True):
+                if failed:
+                    # From a worker of ours.
+                    raise pickle.loads(failed)
                 yield rows.read(bytes(line))
     except ray.exceptions.RayError as error:
-        raise _told(error) from error
+        raise FastVLMError(
+            f"Ray can't go on ({type(error).__name__}): check the cluster, and give the same "
+            "command again, which goes on"
+        ) from error
     finally:
         if began:
             ray.shutdown()
-
-
-def _told(error: BaseException) -> FastVLMError:
-    """What a worker has raised on purpose, or a sentence on what else went wrong."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, FastVLMError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return FastVLMError(
-        f"Ray could not go on ({str(error).strip().splitlines()[-1]}): check the cluster, and give "
-        "the same command again, which goes on"
-    )

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from fastvlm_mlx.errors import DestinationError, ImageError, OptionError
-from fastvlm_mlx.language.batch import check_batch_size
 from fastvlm_mlx.mapping import images, journal
 from fastvlm_mlx.mapping.images import Found
 from fastvlm_mlx.mapping.job import Job
@@ -76,8 +76,8 @@ def map_folder(
             `FastVLM.batch`.
     """
     path = _destination(out)
-    if ray is not None:
-        check_batch_size(ray)
+    if ray is not None and not (isinstance(ray, Integral) and ray >= 1):
+        raise OptionError(f"--ray is {ray!r}: expected a number of workers, 1 or more")
     parquet = path.suffix.lower() == PARQUET
     rows_path = path.with_name(f"{path.name}{JSONL}") if parquet else path
     if parquet:

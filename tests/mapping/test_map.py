@@ -202,7 +202,9 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(job, tmp_path, changes, out,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_option_that_is_none(job):
+def test_an_option_that_is_none(job, tmp_path):
+    with pytest.raises(OptionError, match="--ray is 0: expected a number of workers"):
+        map_folder(job, tmp_path / "a.jsonl", ray=0)
     for name, value in (("batch_size", 0), ("max_pixels", 0), ("patterns", ("",))):
         with pytest.raises(OptionError):
             replace(job, **{name: value})
