@@ -18,6 +18,8 @@ EXTRAS = {
     },
     "chat": {"prompt_toolkit": "prompt_toolkit"},
     "json": {"llguidance": "llguidance"},
+    "parquet": {"pyarrow": "pyarrow"},
+    "ray": {"ray": "ray"},
 }
 
 

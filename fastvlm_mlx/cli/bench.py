@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastvlm_mlx.cli.common import OUTPUT, BundlePath, Json, option, print_json
-from fastvlm_mlx.cli.generate import COMPUTE_UNITS, ENCODER_COMPUTES
+from fastvlm_mlx.cli.options import COMPUTE_UNITS, ENCODER_COMPUTES
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.measure import Comparison, Row

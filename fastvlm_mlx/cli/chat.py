@@ -11,7 +11,15 @@ import typer
 
 from fastvlm_mlx.cli import chat_input
 from fastvlm_mlx.cli.common import BundlePath, install, option
-from fastvlm_mlx.cli.generate import COMPUTE_UNITS, ENCODER_COMPUTES, IMAGE, SAMPLING
+from fastvlm_mlx.cli.options import (
+    ComputeUnits,
+    EncoderCompute,
+    ImageSize,
+    MaxTokens,
+    Seed,
+    Temperature,
+    TopP,
+)
 from fastvlm_mlx.errors import FastVLMError, OptionError, printable
 
 if TYPE_CHECKING:
@@ -48,52 +56,13 @@ def chat(
         Path | None,
         option("Go on with a saved conversation.", "--load", group=CONVERSATION, value="FILE"),
     ] = None,
-    max_tokens: Annotated[
-        int, option("End an answer after this many tokens.", group=SAMPLING, value="N")
-    ] = 256,
-    temperature: Annotated[
-        float,
-        option(
-            "How freely tokens are drawn; 0 always takes the likeliest.", group=SAMPLING, value="T"
-        ),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        option(
-            "Draw from the likeliest tokens that together have this probability.",
-            group=SAMPLING,
-            value="P",
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int | None, option("Make sampled answers repeatable.", group=SAMPLING, value="N")
-    ] = None,
-    compute_units: Annotated[
-        str,
-        option(
-            "Where Core ML runs the encoder, on macOS only; auto takes the fastest that is exact "
-            "enough.",
-            group=IMAGE,
-            choices=COMPUTE_UNITS,
-        ),
-    ] = "auto",
-    encoder_compute: Annotated[
-        str,
-        option(
-            "What torch computes the encoder in, on Linux; auto is float32.",
-            group=IMAGE,
-            choices=ENCODER_COMPUTES,
-        ),
-    ] = "auto",
-    image_size: Annotated[
-        int | None,
-        option(
-            "The input size in pixels, one of those that the bundle's encoder takes.",
-            group=IMAGE,
-            value="PIXELS",
-            default="the bundle's own",
-        ),
-    ] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    compute_units: ComputeUnits = "auto",
+    encoder_compute: EncoderCompute = "auto",
+    image_size: ImageSize = None,
 ) -> None:
     """Type a question; the path of an image in it, typed or dropped onto the terminal, asks about
     that image. /help shows what else can be typed. Lines that are piped in are answered one by one,

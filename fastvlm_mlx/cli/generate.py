@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, BinaryIO
 
 from fastvlm_mlx.cli.common import BundlePath, Json, option, print_json
+from fastvlm_mlx.cli.options import (
+    ComputeUnits,
+    Crop,
+    EncoderCompute,
+    ImageSize,
+    JsonSchema,
+    MaxPixels,
+    MaxTokens,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 from fastvlm_mlx.errors import ImageError
 
-QUESTION, SAMPLING, IMAGE = "Question", "Sampling", "Image and encoder"
-# As `vision.units` and `image.decode` have them, which take as long to import as all of the help.
-COMPUTE_UNITS = ("auto", "all", "cpu", "gpu", "ne")
-ENCODER_COMPUTES = ("auto", "float32", "bfloat16")
-MAX_PIXELS = 178_956_970
+QUESTION = "Question"
 
 
 def generate(
@@ -29,101 +40,20 @@ def generate(
     prompt: Annotated[
         list[str], option("What to ask about the image.", group=QUESTION, value="TEXT")
     ],
-    max_tokens: Annotated[
-        int, option("End an answer after this many tokens.", group=SAMPLING, value="N")
-    ] = 256,
-    temperature: Annotated[
-        float,
-        option(
-            "How freely tokens are drawn; 0 always takes the likeliest.", group=SAMPLING, value="T"
-        ),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        option(
-            "Draw from the likeliest tokens that together have this probability.",
-            group=SAMPLING,
-            value="P",
-        ),
-    ] = 1.0,
-    top_k: Annotated[
-        int,
-        option(
-            "Draw from this many of the likeliest tokens; 0 draws from all.",
-            group=SAMPLING,
-            value="N",
-        ),
-    ] = 0,
-    min_p: Annotated[
-        float,
-        option(
-            "Leave out tokens that have less than this share of the likeliest's probability.",
-            group=SAMPLING,
-            value="P",
-        ),
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float | None,
-        option("Above 1 it makes recent tokens less likely.", group=SAMPLING, value="X"),
-    ] = None,
-    seed: Annotated[
-        int | None, option("Make sampled answers repeatable.", group=SAMPLING, value="N")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, option("End the answer before this text.", group=SAMPLING, value="TEXT")
-    ] = None,
-    json_schema: Annotated[
-        Path | None,
-        option(
-            "Answer in JSON that meets the schema in this file. Needs [json].",
-            group=SAMPLING,
-            value="FILE",
-        ),
-    ] = None,
-    compute_units: Annotated[
-        str,
-        option(
-            "Where Core ML runs the encoder, on macOS only: ne is the Neural Engine, all leaves it "
-            "to Core ML, and auto measures them and takes the fastest that is exact enough.",
-            group=IMAGE,
-            choices=COMPUTE_UNITS,
-        ),
-    ] = "auto",
-    encoder_compute: Annotated[
-        str,
-        option(
-            "What torch computes the encoder in, on Linux; auto is float32, and bfloat16 is faster "
-            "and less exact.",
-            group=IMAGE,
-            choices=ENCODER_COMPUTES,
-        ),
-    ] = "auto",
-    image_size: Annotated[
-        int | None,
-        option(
-            "The input size in pixels, one of those that the bundle's encoder takes.",
-            group=IMAGE,
-            value="PIXELS",
-            default="the bundle's own",
-        ),
-    ] = None,
-    crop: Annotated[
-        bool,
-        option(
-            "Crop the image to its centre, as Apple's demo app does, and do not pad it.",
-            "--crop",
-            group=IMAGE,
-        ),
-    ] = False,
-    max_pixels: Annotated[
-        int | None,
-        option(
-            "Refuse an image that has more pixels.",
-            group=IMAGE,
-            value="N",
-            default=f"{MAX_PIXELS:,}",
-        ),
-    ] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    json_schema: JsonSchema = None,
+    compute_units: ComputeUnits = "auto",
+    encoder_compute: EncoderCompute = "auto",
+    image_size: ImageSize = None,
+    crop: Crop = False,
+    max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.

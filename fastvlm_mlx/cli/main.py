@@ -47,6 +47,13 @@ RUNTIME = (
         "fastvlm_mlx.cli.chat",
     ),
     Verb(
+        "map",
+        "Run",
+        "Ask one question about every image of a folder.",
+        'fastvlm map my-bundle images --prompt "Describe the image." --out captions.jsonl',
+        "fastvlm_mlx.cli.map",
+    ),
+    Verb(
         "bench",
         "Run",
         "Measure how fast a bundle answers, stage by stage.",

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +39,10 @@ SEVERAL_IMAGES = (
 )
 # In these huggingface_hub may draw bars of its own, with bytes and speed: none of ours meanwhile.
 HUB_STAGES = ("checkpoint", "upload")
+# Seconds between two lines of a count where there is no terminal.
+COUNT_S = 30.0
+# A rate that was measured for a shorter time says little.
+RATE_S = 5.0
 
 
 @contextmanager
@@ -87,6 +98,50 @@ def _lines() -> Callable[[str, float | None], None]:
             note(f"{time.perf_counter() - started:6.1f} s  {stage}")
 
     return show
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for how many of how many are done, which shows the rate and the time that is
+    left: as a bar on a terminal, and elsewhere as a line now and then. It is called first before
+    anything is done."""
+    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    progress = Progress(*columns, console=_stderr)
+    calls, told = 0, time.perf_counter()
+    first = (0, 0.0)
+    task: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal calls, told, first, task
+        calls, now = calls + 1, time.perf_counter()
+        # With the first one all is loaded, and the clock begins.
+        if calls <= 2:
+            first = (done, now)
+        text = f"{what}{_rate(done - first[0], now - first[1], total - done)}"
+        if _stderr.is_terminal:
+            if task is None:
+                progress.start()
+                task = progress.add_task(text, total=total)
+            progress.update(task, completed=done, description=text)
+        elif now - told >= COUNT_S:
+            told = now
+            note(f"{done:,} of {total:,} {text}")
+
+    try:
+        yield show
+    finally:
+        if task is not None:
+            progress.stop()
+
+
+def _rate(done: int, seconds: float, left: int) -> str:
+    """How fast something goes, and how long what is left takes."""
+    if not done or not left or seconds < RATE_S:
+        return ""
+    minutes = left * seconds / done / 60
+    remaining = f"{minutes:,.0f} min" if minutes < 120 else f"{minutes / 60:,.1f} h"
+    remaining = "less than a minute" if minutes < 1 else remaining
+    return f", {60 * done / seconds:,.0f} a minute, {remaining} left"
 
 
 def note(text: str) -> None:

@@ -136,21 +136,41 @@ class Answers:
         return self
 
     def __next__(self) -> GenerationResult:
+        found = self._next(in_order=True)
+        if found is None:
+            raise StopIteration
+        if isinstance(found[1], BaseException):
+            raise found[1]
+        return found[1]
+
+    def completed(self) -> Iterator[tuple[int, GenerationResult | FastVLMError]]:
+        """The answers as they end, each with the number of its question, which begin at 0.
+
+        No answer waits for a longer one that was asked for before it. What is wrong with one
+        question comes in place of its answer. It is meant instead of iterating, not beside it.
+        """
+        while (found := self._next(in_order=False)) is not None:
+            index, done = found
+            if isinstance(done, BaseException) and not isinstance(done, FastVLMError):
+                raise done
+            yield index, done
+
+    def _next(self, *, in_order: bool) -> tuple[int, GenerationResult | BaseException] | None:
+        """The next answer or what was wrong, with its question's number; None if all were given."""
         self._worker.check()
+        done = self._table.done
         with self._turn:
             while not self._over:
-                if self._given in self._table.done:
-                    done = self._table.done.pop(self._given)
+                if done and (not in_order or self._given in done):
+                    index = self._given if in_order else next(iter(done))
                     self._given += 1
-                    if isinstance(done, BaseException):
-                        raise done
-                    return done
+                    return index, done.pop(index)
                 self._prepare()
                 if self._table.active or self._table.ready:
                     self._step()
                 elif self._given == self._begun:
                     self.close()
-        raise StopIteration
+        return None
 
     def _prepare(self) -> None:
         """Have the next images made ready, and take those that are; wait for one if need be."""

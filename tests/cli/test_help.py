@@ -110,7 +110,7 @@ class TestAVerb:
             assert call.params
 
     def test_choices_and_defaults_are_those_of_the_options(self, shown, monkeypatch):
-        from fastvlm_mlx.cli.generate import COMPUTE_UNITS, MAX_PIXELS
+        from fastvlm_mlx.cli.options import COMPUTE_UNITS, MAX_PIXELS
         from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
         from fastvlm_mlx.vision.units import NAMES
 
@@ -183,6 +183,10 @@ def test_a_mistake_is_told_before_torch_is_imported(
         ["plan", new],
         ["inspect", new],
         ["bench", new],
+        ["map", new, there, "--prompt", "Why?", "--out", new],
+        ["map", new, there, "--prompt", "Why?", "--out", f"{new}.jsonl"],
+        ["map", bundle, there, "--prompt", "Why?", "--out", f"{new}.jsonl"],
+        ["map", bundle, there, "--prompt", "Why?", "--out", f"{new}.jsonl", "--shard", "3/2"],
         ["bench", bundle, "--image-sizes", "300"],
         ["doctor", checkpoint],
     ]

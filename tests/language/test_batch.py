@@ -94,6 +94,24 @@ def test_what_is_wrong_with_one_image_is_raised_in_its_place(model, tmp_path):
     assert next(answers, None) is None
 
 
+def test_completed_gives_each_answer_as_it_ends(model, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no image")
+    images = [IMAGES[0], damaged, *IMAGES[1:]]
+    prompts = [PROMPTS[0], "What is it?", *PROMPTS[1:]]
+    ordered = model.batch(images, prompts, batch_size=4, max_tokens=12)
+    expected = [next(ordered).tokens]
+    with pytest.raises(ImageError):
+        next(ordered)
+    expected += [ImageError, *(answer.tokens for answer in ordered)]
+    found = list(model.batch(images, prompts, batch_size=4, max_tokens=12).completed())
+    assert sorted(index for index, _ in found) == list(range(len(images)))
+    # A long answer holds up none that is shorter.
+    assert [index for index, _ in found] != list(range(len(images)))
+    for index, answer in found:
+        assert getattr(answer, "tokens", type(answer)) == expected[index]
+
+
 @pytest.mark.parametrize(("images", "prompts"), [(2, 3), (3, 2)])
 def test_as_many_prompts_as_images(model, images, prompts):
     answers = model.batch(IMAGES[:images], PROMPTS[:prompts], max_tokens=2)

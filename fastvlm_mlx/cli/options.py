@@ -1,0 +1,106 @@
+"""Options that more than one verb declares: how to sample, and how an image is encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from fastvlm_mlx.cli.common import option
+
+SAMPLING, IMAGE = "Sampling", "Image and encoder"
+# As `vision.units` and `image.decode` have them, which take as long to import as all of the help.
+COMPUTE_UNITS = ("auto", "all", "cpu", "gpu", "ne")
+ENCODER_COMPUTES = ("auto", "float32", "bfloat16")
+MAX_PIXELS = 178_956_970
+
+MaxTokens = Annotated[
+    int, option("End an answer after this many tokens.", group=SAMPLING, value="N")
+]
+Temperature = Annotated[
+    float,
+    option("How freely tokens are drawn; 0 always takes the likeliest.", group=SAMPLING, value="T"),
+]
+TopP = Annotated[
+    float,
+    option(
+        "Draw from the likeliest tokens that together have this probability.",
+        group=SAMPLING,
+        value="P",
+    ),
+]
+TopK = Annotated[
+    int,
+    option(
+        "Draw from this many of the likeliest tokens; 0 draws from all.",
+        group=SAMPLING,
+        value="N",
+    ),
+]
+MinP = Annotated[
+    float,
+    option(
+        "Leave out tokens that have less than this share of the likeliest's probability.",
+        group=SAMPLING,
+        value="P",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    option("Above 1 it makes recent tokens less likely.", group=SAMPLING, value="X"),
+]
+Seed = Annotated[int | None, option("Make sampled answers repeatable.", group=SAMPLING, value="N")]
+Stop = Annotated[
+    list[str] | None, option("End the answer before this text.", group=SAMPLING, value="TEXT")
+]
+JsonSchema = Annotated[
+    Path | None,
+    option(
+        "Answer in JSON that meets the schema in this file. Needs [json].",
+        group=SAMPLING,
+        value="FILE",
+    ),
+]
+ComputeUnits = Annotated[
+    str,
+    option(
+        "Where Core ML runs the encoder, on macOS only: ne is the Neural Engine, all leaves it "
+        "to Core ML, and auto measures them and takes the fastest that is exact enough.",
+        group=IMAGE,
+        choices=COMPUTE_UNITS,
+    ),
+]
+EncoderCompute = Annotated[
+    str,
+    option(
+        "What torch computes the encoder in, on Linux; auto is float32, and bfloat16 is faster "
+        "and less exact.",
+        group=IMAGE,
+        choices=ENCODER_COMPUTES,
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    option(
+        "The input size in pixels, one of those that the bundle's encoder takes.",
+        group=IMAGE,
+        value="PIXELS",
+        default="the bundle's own",
+    ),
+]
+Crop = Annotated[
+    bool,
+    option(
+        "Crop the image to its centre, as Apple's demo app does, and do not pad it.",
+        "--crop",
+        group=IMAGE,
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    option(
+        "Refuse an image that has more pixels.",
+        group=IMAGE,
+        value="N",
+        default=f"{MAX_PIXELS:,}",
+    ),
+]
