@@ -221,7 +221,8 @@ def obtain(key: Key, entry: Entry, make: Callable[[Path, Path], None], *, waitin
         try:
             with writing():
                 _clear(place)
-                model.parent.mkdir(mode=0o700, parents=True)
+                place.mkdir(mode=0o700, exist_ok=True)
+                model.parent.mkdir(mode=0o700)
                 make(model, partial)
                 entry = replace(
                     entry,

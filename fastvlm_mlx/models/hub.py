@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ def bundle(repository: Repository) -> cache.Entry:
             )
         _check(repository, partial)
         Bundle.open(partial)
+        # huggingface_hub's own books.
+        shutil.rmtree(partial / ".cache", ignore_errors=True)
         partial.rename(target)
 
     waiting = f"another process downloads {repository.name}; waiting for it, Ctrl-C ends that"
