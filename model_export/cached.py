@@ -68,12 +68,13 @@ def _exported(found: Found, *, options: ExportOptions, progress: Progress | None
     planned = cache.Entry(
         name,
         BUNDLE,
-        f"exported from {_origin(found, decided)} by fastvlm-mlx {__version__}",
+        f"exported from {_origin(found)} by fastvlm-mlx {__version__}",
         "",
         0,
         0.0,
         reference=found.hub_id,
         revision=found.revision,
+        commit=str(decided["hub"]).rpartition("@")[2] if "hub" in decided else None,
         made_with=recipe,
     )
 
@@ -125,10 +126,10 @@ def _source(found: Found) -> tuple[str | Path, Any]:
     return source.hub_id or reference, identity(source)
 
 
-def _origin(found: Found, decided: Any) -> str:
+def _origin(found: Found) -> str:
     if found.published is not None:
         return found.published.origin
-    return str(decided["hub"]) if found.hub_id else found.name
+    return f"{found.hub_id} on the hub" if found.hub_id else found.name
 
 
 def _check_extra(name: str) -> None:

@@ -74,7 +74,8 @@ class Entry:
         origin: where it comes from and how it was made, in words.
         directory: its own, relative to the entry's.
         bytes, seconds: what it takes on the disk, and how long it took to make.
-        reference, revision: the hub id and the revision that were asked for.
+        reference, revision, commit: the hub id and the revision that were asked for, and the
+            commit that this was.
         made_with: tells what made it where that is more than a download; see `latest`.
         used: when it was used last, in seconds since 1970.
     """
@@ -87,6 +88,7 @@ class Entry:
     seconds: float
     reference: str | None = None
     revision: str | None = None
+    commit: str | None = None
     made_with: str = ""
     place: str = field(default="", kw_only=True)
     used: float = field(default=0.0, kw_only=True)

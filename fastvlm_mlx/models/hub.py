@@ -113,12 +113,13 @@ def bundle(repository: Repository) -> cache.Entry:
     planned = cache.Entry(
         repository.name,
         BUNDLE,
-        f"{at} on the hub",
+        f"{repository.name} on the hub",
         "",
         0,
         0.0,
         reference=repository.name,
         revision=repository.revision,
+        commit=repository.commit,
     )
 
     def make(target: Path, partial: Path) -> None:

@@ -32,6 +32,7 @@ class Row:
     path: Path | None = None
     place: Path | None = None
     used: float | None = None
+    commit: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         used = None if self.used is None else datetime.fromtimestamp(int(self.used), UTC)
@@ -39,6 +40,7 @@ class Row:
             "name": self.names[0],
             "kind": self.what,
             "origin": self.origin,
+            "commit": self.commit,
             "cached": self.place is not None and self.what != INTERRUPTED,
             "bytes": self.bytes,
             "path": None if self.path is None else str(self.path),
@@ -100,7 +102,16 @@ def _of_entry(entry: cache.Entry) -> Row:
         names.append(entry.reference)
     place = Path(entry.place)
     names.append(place.name)
-    return Row(tuple(names), entry.what, entry.origin, entry.bytes, entry.path, place, entry.used)
+    return Row(
+        tuple(names),
+        entry.what,
+        entry.origin,
+        entry.bytes,
+        entry.path,
+        place,
+        entry.used,
+        entry.commit,
+    )
 
 
 def _is_called(row: Row, name: str) -> bool:

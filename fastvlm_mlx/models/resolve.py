@@ -142,5 +142,7 @@ def latest(hub_id: str, revision: str | None, made_with: str = "") -> Path | Non
     entry = cache.latest(hub_id, revision, made_with)
     if entry is None:
         return None
-    tell(f"the hub can't be reached: using {entry.name} as it is in the cache, {entry.origin}")
+    tell(
+        f"the hub can't be reached: using {entry.name} as it is in the cache, commit {entry.commit}"
+    )
     return entry.path
