@@ -68,7 +68,12 @@ def look(name: str, revision: str | None) -> Repository:
             file.rfilename: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None)
             for file in info.siblings or ()
         }
-        return Repository(name, revision, str(info.sha), files)
+    for file in files:
+        if file.startswith("/") or ".." in file.split("/"):
+            raise CheckpointError(
+                f"{name} lists {file}, which leads out of its directory: choose another repository"
+            )
+    return Repository(name, revision, str(info.sha), files)
 
 
 def holds_bundle(repository: Repository) -> bool:

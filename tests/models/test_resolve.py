@@ -272,6 +272,13 @@ class TestTheHub:
         with pytest.raises(CheckpointError, match="has no revision v2"):
             resolve("me/empty@v2")
 
+    def test_names_that_lead_elsewhere(self, asked_hub, tmp_path):
+        (tmp_path / "precious").touch()
+        asked_hub.repositories["me/odd"] = {"manifest.json": b"{}", "../../../precious": b"x"}
+        with pytest.raises(CheckpointError, match="which leads out of its directory"):
+            resolve("me/odd")
+        assert (tmp_path / "precious").exists()
+
     def test_weights_that_are_none(self, asked_hub):
         asked_hub.repositories["me/odd"] = {"config.json": b"{}", "model.safetensors": b"odd"}
         with pytest.raises(CheckpointError, match="is no safetensors file"):
