@@ -88,8 +88,13 @@ def resolve(model: str | Path, export: Exporter = refuse) -> Path:
         if one.hub is not None:
             return _on_hub(one.name, one.hub, None, export)
         return archive.entry(one).path if one.what == BUNDLE else export(Found(one.name, None, one))
+    if is_url(model):
+        raise BundleError(
+            f"{model} is a URL: expected a model's directory, or a hub id such as "
+            "apple/FastVLM-0.5B"
+        )
     match = HUB_ID.fullmatch(str(model))
-    if match is None or is_url(model) or not is_elsewhere(model):
+    if match is None or not is_elsewhere(model):
         raise BundleError(
             f"{model} does not exist: expected the directory of a bundle or a checkpoint, a hub id "
             f"such as apple/FastVLM-0.5B, or one of {', '.join(PUBLISHED)}"
@@ -119,7 +124,7 @@ def _directory(path: Path, export: Exporter) -> Path:
         return export(Found(str(path.resolve()), path=path))
     below = what_is_below(path)
     raise BundleError(
-        f"{path} holds {below}: give the one that is meant"
+        f"{path} holds no config.json but {below}: give the one that is meant"
         if below
         else f"{path} holds no config.json: expected the directory of a bundle or a checkpoint"
     )

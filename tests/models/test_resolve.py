@@ -130,7 +130,7 @@ class TestDirectories:
         ("model", "words"),
         [
             ("nowhere/at/all", "does not exist: expected .* a hub id .* or one of fastvlm-0.5b,"),
-            ("https://example.org/model", "does not exist: expected"),
+            ("https://example.org/model", "is a URL: expected"),
             ("tests/nowhere", "does not exist: expected"),
             ("tests", "tests holds no config.json: expected"),
             ("README.md", "is a file: expected"),
@@ -147,7 +147,7 @@ class TestDirectories:
         for name in ("one", "two"):
             (tmp_path / "several" / name).mkdir(parents=True)
             shutil.copy(demo_bundle / "manifest.json", tmp_path / "several" / name)
-        with pytest.raises(BundleError, match="holds the bundles one, two: give the one"):
+        with pytest.raises(BundleError, match="but the bundles one, two: give the one"):
             cached.resolve(tmp_path / "several")
 
     def test_what_exists_wins_over_names(self, demo_bundle, tmp_path, monkeypatch):
