@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.kind import (
 from fastvlm_mlx.errors import BundleError, CheckpointError, HubUnreachableError
 from fastvlm_mlx.machine import tell
 from fastvlm_mlx.models import archive, cache, hub
-from fastvlm_mlx.models.names import BUNDLE, PUBLISHED, Published, published
+from fastvlm_mlx.models.names import BUNDLE, Published, published
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def resolve(model: str | Path, export: Exporter = refuse) -> Path:
     if match is None or not is_elsewhere(model):
         raise BundleError(
             f"{model} does not exist: expected the directory of a bundle or a checkpoint, a hub id "
-            f"such as apple/FastVLM-0.5B, or one of {', '.join(PUBLISHED)}"
+            "such as apple/FastVLM-0.5B, or a name that `fastvlm models` lists"
         )
     return _on_hub(str(model), match[1], match[2], export)
 
