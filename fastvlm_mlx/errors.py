@@ -29,6 +29,10 @@ class CheckpointError(FastVLMError):
     """A source checkpoint that can't be read, or whose tensors are not what its config says."""
 
 
+class HubUnreachableError(CheckpointError):
+    """A model on the hub, which gives no answer or is not to be asked."""
+
+
 class OptionError(FastVLMError):
     """An option, or a combination of options, that can't be honoured."""
 
@@ -50,7 +54,15 @@ class EncoderError(FastVLMError):
 
 
 class GateError(FastVLMError):
-    """A numeric gate that the export did not pass."""
+    """A numeric gate that the export did not pass.
+
+    Attributes:
+        failed: the gates that failed, with their figures and limits; empty if none is one of them.
+    """
+
+    def __init__(self, text: str, failed: str = ""):
+        super().__init__(text)
+        self.failed = failed
 
 
 class DestinationError(FastVLMError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from fastvlm_mlx.errors import OptionError
 
@@ -26,6 +27,11 @@ EXTRAS = {
 def install(extra: str) -> str:
     """The command that installs an extra."""
     return f'pip install "fastvlm-mlx[{extra}]"'
+
+
+def missing(extra: str) -> list[str]:
+    """The packages of an extra that are not installed. None of them is imported."""
+    return [package for module, package in EXTRAS[extra].items() if find_spec(module) is None]
 
 
 @contextmanager

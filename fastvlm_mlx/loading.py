@@ -21,6 +21,7 @@ from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, check_max_pixels
 from fastvlm_mlx.language.kept import DEFAULT_LIMIT, check_limit
 from fastvlm_mlx.language.worker import Worker
+from fastvlm_mlx.models.resolve import is_elsewhere, resolve
 
 
 def load(
@@ -35,6 +36,10 @@ def load(
     encoder_compute: str = "auto",
 ) -> FastVLM:
     """Load a bundle: one of ours of either layout, Apple's (`app`) or mlx-vlm's (`mlx`).
+
+    Where there is no directory of that name, `path` may be the hub id of a bundle or the name of a
+    published one, which is downloaded once into the user's cache. What makes a bundle of a
+    checkpoint is `model_export.resolve`.
 
     The projector's and the language model's weights are read here; the encoder is made at the first
     image, or when `encoder` is first asked for. That a package is whole, declares an
@@ -59,6 +64,7 @@ def load(
 
     Raises:
         BundleError, ConfigError: the bundle is incomplete, or changed since its export.
+        CheckpointError: it is a checkpoint on the hub, or can't be downloaded.
         EncoderError: its package is damaged, or no encoder's.
         OptionError: compute units or a type to compute in that are unknown, or that nothing here
             has; a size that the encoder does not take; or a limit that is no number of pixels or
@@ -67,7 +73,7 @@ def load(
     started = time.perf_counter()
     max_pixels = check_max_pixels(max_pixels)
     kept_bytes = check_limit(kept_bytes)
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(_here(path))
     check_bundle_compute_units(bundle, compute_units)
     check_bundle_encoder_compute(bundle, encoder_compute)
     # First, what needs no reading of weights to be missing.
@@ -100,3 +106,11 @@ def load(
         encoder_compute=encoder_compute,
         _loading_s=[time.perf_counter() - started],
     )
+
+
+def _here(path: str | Path) -> str | Path:
+    """A bundle that is here, or on the hub under that id. What is neither is told where a bundle
+    is opened."""
+    if is_elsewhere(path):
+        return resolve(path)
+    return path

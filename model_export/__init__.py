@@ -8,6 +8,7 @@ convert             turn an mlx bundle into an app bundle
 verify              repeat a bundle's checks, and compare it with its checkpoint
 compare             measure sizes and losses of bundles and checkpoints, side by side
 plan                predict memory and time on a device, before anything is exported
+resolve             the bundle of a checkpoint or a published model, exported once into a cache
 
 ExportOptions       what an export is asked for, in these groups:
 EncoderOptions        the vision encoder: precision, input sizes, deployment target
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from model_export import presets
     from model_export.api import CompareResult, DevicePlan, compare, plan, verify
+    from model_export.cached import resolve
     from model_export.checkpoint.checkpoint import Checkpoint
     from model_export.conversion import convert
     from model_export.gates.gate import Gate
@@ -56,6 +58,7 @@ _HOME = {
     "verify": "api",
     "compare": "api",
     "plan": "api",
+    "resolve": "cached",
     "CompareResult": "api",
     "DevicePlan": "api",
     "ExportResult": "results",
@@ -88,6 +91,7 @@ __all__ = [
     "export",
     "plan",
     "presets",
+    "resolve",
     "verify",
 ]
 

@@ -112,9 +112,10 @@ def _with_merged_hashes(spec: BundleSpec, bundle: Bundle, written: WrittenLLM) -
 
 
 def _refusal(failed: list[Gate], count: int, kept: Path, advice: str) -> GateError:
+    figures = "; ".join(gate.sentence() for gate in failed)
     return GateError(
-        f"the bundle failed {len(failed)} of its {count} gates ("
-        + "; ".join(gate.sentence() for gate in failed)
-        + f") and is kept at {kept}: rename it to use it as it is, judge it again with `fastvlm "
-        f"verify {kept} --checkpoint …` and limits of your own, or {advice}"
+        f"the bundle failed {len(failed)} of its {count} gates ({figures}) and is kept at "
+        f"{kept}: rename it to use it as it is, judge it again with `fastvlm verify {kept} "
+        f"--checkpoint …` and limits of your own, or {advice}",
+        figures,
     )

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -63,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self.reply(200, entries)
         else:
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [sibling(name, data) for name, data in files.items()]
             private = repository in self.server.private
             info = {"id": repository, "sha": COMMIT, "siblings": siblings, "private": private}
             self.reply(200, info)
@@ -75,7 +76,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.command == "GET":
             self.server.served.append(name)
-        self.reply(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
+            first, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            self.reply(206, data[first : last + 1], headers)
+        else:
+            self.reply(200, data, headers)
 
     def do_POST(self):
         parts, body = self.parts(), self.body()
@@ -197,3 +205,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
+
+
+def sibling(name, data):
+    """A file as a list with `blobs=True` shows it."""
+    large = {"lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 134}}
+    return {
+        "rfilename": name,
+        "size": len(data),
+        "blobId": git_hash(data),
+        **(large if name.endswith(LARGE) else {}),
+    }

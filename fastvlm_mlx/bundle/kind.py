@@ -16,7 +16,7 @@ LANGUAGE = "language_model."
 # Files that make a directory a checkpoint's where there is no whole model.
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # An owner and a name, as on the hub, and a revision.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # Of the files that either is made of.
 _SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".mlpackage"})
 _LISTED = 5
@@ -78,7 +78,7 @@ def what_is_below(path: Path) -> str | None:
 
 def is_like_a_hub_id(path: Path) -> bool:
     """Whether something that does not exist here may be a hub id, and is hardly a path misspelt."""
-    return _HUB_ID.fullmatch(str(path)) is not None and not path.parent.exists()
+    return HUB_ID.fullmatch(str(path)) is not None and not path.parent.exists()
 
 
 def tensor_names(path: Path) -> Iterator[str]:

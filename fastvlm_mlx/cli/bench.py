@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastvlm_mlx.cli.common import OUTPUT, BundlePath, Json, option, print_json
+import typer
+
+from fastvlm_mlx.cli.common import OUTPUT, Json, Model, option, print_json, resolve
 from fastvlm_mlx.cli.options import COMPUTE_UNITS, ENCODER_COMPUTES
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ ASKED, MEASURED = "What is asked", "How it is measured"
 
 
 def bench(
-    bundle: BundlePath,
+    call: typer.Context,
+    model: Model,
     image: Annotated[
         Path | None,
         option(
@@ -58,11 +61,11 @@ def bench(
         int, option("Run so often before that, without measuring.", group=MEASURED, value="N")
     ] = 1,
     against: Annotated[
-        Path | None,
+        str | None,
         option(
-            "Measure another bundle in turns with this one, and compare them.",
+            "Measure another model in turns with this one, and compare them.",
             group=MEASURED,
-            value="BUNDLE",
+            value="MODEL",
         ),
     ] = None,
     compute_units: Annotated[
@@ -102,8 +105,11 @@ def bench(
     from fastvlm_mlx.cli import show
 
     sizes = settings.numbers("--image-sizes", image_sizes) if image_sizes is not None else (None,)
+    if plot is not None:
+        plotting.check(plot)
+    bundles = tuple(resolve(call, one) for one in (model, against) if one is not None)
     plan = settings.Plan(
-        bundles=(bundle, against) if against else (bundle,),
+        bundles=bundles,
         image=image,
         image_sizes=sizes,
         prompt_tokens=settings.numbers("--prompt-tokens", prompt_tokens),
@@ -113,8 +119,6 @@ def bench(
         warmup=warmup,
         encoder_compute=encoder_compute,
     )
-    if plot is not None:
-        plotting.check(plot)
     measure.check(plan)
     # Before, so that the load average is that of the others.
     described = environment.describe()

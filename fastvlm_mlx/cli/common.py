@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 # The verbs take them from here.
 from fastvlm_mlx.extras import EXTRAS as EXTRAS
 from fastvlm_mlx.extras import install as install
+from fastvlm_mlx.extras import missing
 from fastvlm_mlx.extras import needs_extra as needs_extra
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.cli.verbs import Additions
 
 # The groups of options that more than one verb has.
 OUTPUT = "Output"
@@ -63,9 +66,33 @@ BundlePath = Annotated[
 ]
 
 
+Model = Annotated[
+    str,
+    argument(
+        "MODEL",
+        "The directory of a bundle, which `fastvlm export` makes, or of a checkpoint; a hub id of "
+        "either; or a name that `fastvlm models` lists.",
+    ),
+]
+
+
+def resolve(call: typer.Context, model: str) -> Path:
+    """The directory of the bundle that a verb was given: downloaded if it is on the hub, and
+    exported once if it is a checkpoint.
+
+    Raises:
+        BundleError, CheckpointError: it is neither, or can't be downloaded.
+        OptionError: it is a checkpoint, and the `export` extra is missing.
+        GateError: the export failed its check.
+        DestinationError: the cache can't be written.
+    """
+    additions: Additions = call.obj
+    return additions.resolve(model)
+
+
 def missing_extra() -> list[str]:
     """The packages of the `export` extra that are not installed. None of them is imported."""
-    return [package for module, package in EXTRAS["export"].items() if find_spec(module) is None]
+    return missing("export")
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Annotated, BinaryIO
 
-from fastvlm_mlx.cli.common import BundlePath, Json, option, print_json
+import typer
+
+from fastvlm_mlx.cli.common import Json, Model, option, print_json, resolve
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,
@@ -28,7 +30,8 @@ QUESTION = "Question"
 
 
 def generate(
-    bundle: BundlePath,
+    call: typer.Context,
+    model: Model,
     image: Annotated[
         list[str],
         option(
@@ -88,15 +91,17 @@ def generate(
     if image.count("-") > 1:
         raise ImageError("--image - is given twice, and standard input holds one image: give files")
     sources: list[ImageSource] = [_stdin() if each == "-" else each for each in image]
+    # Before an export, which takes minutes.
+    decoded = [load_image(source, max_pixels=limit) for source in sources]
+    bundle = resolve(call, model)
     if Bundle.open(bundle).manifest is None:
         show.note(
             f"warning: {bundle} has no {MANIFEST}, so its files can't be checked; only bundles of "
             "Apple and of mlx-vlm come without one"
         )
-    decoded = [load_image(source, max_pixels=limit) for source in sources]
     if len(decoded) > 1:
         show.note(f"warning: {show.SEVERAL_IMAGES}")
-    model = load(
+    loaded = load(
         bundle,
         compute_units=compute_units,
         image_size=image_size,
@@ -105,20 +110,20 @@ def generate(
         encoder_compute=encoder_compute,
     )
     answers = []
-    for generation in model.ask(decoded, prompt, options):
+    for generation in loaded.ask(decoded, prompt, options):
         for piece in generation:
             if not as_json:
                 print(show.answer(piece), end="", flush=True)
         answers.append(generation.result)
         if not as_json:
             print(flush=True)
-            print(show.timing_line(generation.result, model.encoder.backend), file=sys.stderr)
+            print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
     if as_json:
         print_json(
             {
-                "model": str(bundle),
+                "model": model,
                 **({"image": image[0]} if len(image) == 1 else {"images": image}),
-                "encoder": model.encoder.backend,
+                "encoder": loaded.encoder.backend,
                 "answers": [answer.to_dict() for answer in answers],
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
             }

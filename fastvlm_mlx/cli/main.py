@@ -60,6 +60,13 @@ RUNTIME = (
         "fastvlm bench my-bundle --image photo.jpg",
         "fastvlm_mlx.cli.bench",
     ),
+    Verb(
+        "models",
+        "Run",
+        "List the models that are known and cached, or remove some from the cache.",
+        "fastvlm models --remove fastvlm-0.5b",
+        "fastvlm_mlx.cli.models",
+    ),
 )
 INTERRUPTED = 130
 

@@ -67,11 +67,14 @@ class Additions:
     Attributes:
         checkpoint_facts: what `inspect` shows of a directory that is no bundle.
         exporter: what `doctor` asks of the exporter.
+        resolve: the directory of the bundle that a directory, a hub id or a name stands for; of a
+            checkpoint the one that it is exported to, once.
     """
 
     verbs: tuple[Verb, ...]
     checkpoint_facts: Callable[[Path], dict[str, Any]]
     exporter: Callable[[], Exporter]
+    resolve: Callable[[str], Path]
 
 
 class VerbCommand(TyperCommand):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from fastvlm_mlx.bundle.files import is_url, left_behind
+from fastvlm_mlx.bundle.kind import HUB_ID
 from fastvlm_mlx.errors import CheckpointError, OptionError
+from fastvlm_mlx.models import archive
+from fastvlm_mlx.models.hub import in_one_sentence
+from fastvlm_mlx.models.names import CHECKPOINT, Published, published
 
-HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # Of the repository's top directory; a `.bin` of full weights only where there are no safetensors.
 SMALL_FILES = (
     "config.json",
@@ -35,10 +37,15 @@ def is_hub_id(reference: str) -> bool:
     return HUB_ID.fullmatch(reference) is not None
 
 
+def is_elsewhere(reference: str) -> bool:
+    """Whether it would be downloaded, if no directory here has that name."""
+    return is_hub_id(reference) or published(reference) is not None
+
+
 def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """Return the directory of a checkpoint, and `owner/name@commit` if it came from the hub.
 
-    A path that exists here wins over a hub id.
+    A path that exists here wins over a hub id and over the name of a published model.
 
     Raises:
         CheckpointError: no such path, or no such repository, or it can't be downloaded.
@@ -54,7 +61,7 @@ def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, st
             f"{reference} is a URL: expected a checkpoint directory, or a hub id such as "
             "apple/FastVLM-0.5B"
         )
-    match = HUB_ID.fullmatch(str(reference))
+    match, one = HUB_ID.fullmatch(str(reference)), published(reference)
     try:
         path = Path(reference).expanduser()
         exists = path.exists()
@@ -62,6 +69,8 @@ def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, st
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it is no path"
         raise CheckpointError(f"{reference} can't be opened as a path ({reason})") from error
+    if one is not None and not exists:
+        return _published(one, revision)
     if exists or match is None:
         if not exists:
             raise CheckpointError(
@@ -81,10 +90,25 @@ def locate(reference: str | Path, revision: str | None = None) -> tuple[Path, st
     return snapshot, f"{repository}@{snapshot.name}"
 
 
+def _published(model: Published, revision: str | None) -> tuple[Path, str | None]:
+    if model.hub is not None:
+        return locate(model.hub, revision)
+    if model.what != CHECKPOINT:
+        raise CheckpointError(
+            f"{model.name} is a bundle: expected a checkpoint, the bundle itself runs with "
+            f"`fastvlm generate {model.name}`"
+        )
+    if revision is not None:
+        raise OptionError(
+            f"--revision {revision} is given and {model.name} is an archive: leave it out, or name "
+            "a hub id"
+        )
+    return archive.entry(model).path, None
+
+
 def _download(repository: str, revision: str | None) -> Path:
     """The snapshot in huggingface_hub's cache: what an export reads of it, resumed if cut."""
-    import httpx2
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     def fetch(patterns: tuple[str, ...]) -> Path:
         return Path(
@@ -96,34 +120,8 @@ def _download(repository: str, revision: str | None) -> Path:
             )
         )
 
-    name = repository + (f" at revision {revision}" if revision else "")
-    try:
+    with in_one_sentence(repository, revision):
         snapshot = fetch((*SMALL_FILES, *WEIGHTS))
         if all(left_behind(file.name) for file in snapshot.glob("*.safetensors")):
             snapshot = fetch((*SMALL_FILES, *WEIGHTS, *PICKLED_WEIGHTS))
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} is gated on the hub: accept its terms there and log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"the hub's {repository} has no revision {revision}: expected a branch, a tag or a "
-            "commit of it"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repository} is neither a directory here nor a repository on the hub: correct the "
-            "name, or log in with `hf auth login` if it is private"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is no directory here and not whole in the hub's cache, and the hub can't be "
-            "reached: go online once to download it, or give a directory"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, httpx2.HTTPError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{name} can't be downloaded from the hub ({reason}): run the same command again, it "
-            "resumes"
-        ) from error
     return snapshot

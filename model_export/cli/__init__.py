@@ -101,4 +101,12 @@ def _exporter() -> Exporter:
     return exporter()
 
 
-ADDITIONS = Additions(VERBS, _checkpoint_facts, _exporter)
+def _resolve(model: str) -> Path:
+    from fastvlm_mlx.cli import show
+    from model_export.cached import resolve
+
+    with show.stages() as progress:
+        return resolve(model, progress)
+
+
+ADDITIONS = Additions(VERBS, _checkpoint_facts, _exporter, _resolve)

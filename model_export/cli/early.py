@@ -10,7 +10,7 @@ from pathlib import Path
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.kind import is_bundle
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.hub import is_hub_id
+from model_export.checkpoint.hub import is_elsewhere
 from model_export.destination.destination import check_replaceable, resolve
 from model_export.language import recipes
 from model_export.options import ExportOptions
@@ -40,9 +40,9 @@ def check_checkpoint(
     Raises:
         CheckpointError, ConfigError, OptionError: as `Checkpoint`.
     """
-    hub_ids = [name for name in (reference, base) if name is not None and is_hub_id(name)]
+    elsewhere = [name for name in (reference, base) if name is not None and is_elsewhere(name)]
     # A path that exists wins over a hub id.
-    if not all(_exists(name) for name in hub_ids):
+    if not all(_exists(name) for name in elsewhere):
         return None
     return Checkpoint(reference, base=base, revision=revision, image_size=image_size)
 

@@ -26,7 +26,7 @@ def base(tmp_path_factory):
     # Torch is a base dependency on Linux alone.
     required = map(Requirement, PROJECT["dependencies"])
     link(closure(r for r in required if r.name != "torch"), packages)
-    environment = os.environ | {
+    environment = {
         "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}",
         "HF_HUB_OFFLINE": "1",
     }
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
             capture_output=True,
             text=True,
             check=False,
-            env=environment,
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,
         )
 
@@ -153,6 +153,18 @@ def test_every_verb_is_listed_and_what_needs_the_extra_says_so(base):
     assert words.count("Needs [export].") == len(needing)
     assert 'pip install "fastvlm-mlx[export]"' in words
     assert base("export", "-h").stdout.startswith("Usage: fastvlm export ")
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench"])
+def test_a_checkpoint_in_place_of_a_bundle_names_the_extra(
+    base, demo_checkpoint, tmp_path, monkeypatch, verb
+):
+    monkeypatch.setitem(os.environ, "FASTVLM_CACHE", str(tmp_path / "cache"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    words = ["--image", tmp_path / "a.png"] + ["--prompt", "Hm?"] * (verb == "generate")
+    said = sentence(base(verb, demo_checkpoint, *words))
+    assert "is a checkpoint, and exporting it needs" in said
+    assert said.endswith('run pip install "fastvlm-mlx[export]", or give a bundle')
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs the encoder there")

@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from fastvlm_mlx.cli import main
+
+IMAGE = Path(__file__).parents[1] / "golden" / "images" / "clear.png"
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def refused(monkeypatch, capsys):
 def words_of(verb, path, out):
     """A command line of the verb with `path` where its bundle or checkpoint belongs."""
     more = {
-        "generate": ["--image", "a.png", "--prompt", "Hm?"],
+        "generate": ["--image", IMAGE, "--prompt", "Hm?"],
         "export": [out],
         "convert": [out, "--layout", "app"],
         "install": [out],
@@ -43,7 +46,7 @@ def words_of(verb, path, out):
     return [verb, path, *more.get(verb, [])]
 
 
-OF_BUNDLES = ("generate", "verify", "convert", "install", "push")
+OF_BUNDLES = ("verify", "convert", "install", "push")
 OF_CHECKPOINTS = ("export", "sweep")
 
 
@@ -112,7 +115,9 @@ class TestOneDirectoryAbove:
         (tmp_path / "above" / "scene.png").touch()
         return tmp_path / "above"
 
-    @pytest.mark.parametrize("verb", ["inspect", "plan", "compare", *OF_BUNDLES, *OF_CHECKPOINTS])
+    @pytest.mark.parametrize(
+        "verb", ["inspect", "plan", "compare", "generate", *OF_BUNDLES, *OF_CHECKPOINTS]
+    )
     def test_bundles(self, refused, above, tmp_path, verb):
         said = refused(*words_of(verb, above, tmp_path / "out"))
         assert (
@@ -138,10 +143,10 @@ class TestHubIds:
         (tmp_path / "out").mkdir()
         assert refused("verify", "out/bundel").startswith("out/bundel does not exist: expected a")
 
-    @pytest.mark.parametrize("verb", ["verify", "export"])
+    @pytest.mark.parametrize("verb", ["generate", "verify", "export"])
     def test_a_url(self, refused, tmp_path, verb):
         said = refused(*words_of(verb, "https://example.org/apple/FastVLM-0.5B", tmp_path / "out"))
-        assert "FastVLM-0.5B is a URL: expected a " in said
+        assert "FastVLM-0.5B is a URL: expected a" in said
 
 
 def test_an_image_s_url(refused, demo_bundle):

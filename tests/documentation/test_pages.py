@@ -108,6 +108,7 @@ def reader(tmp_path_factory):
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "hub"),
+        "FASTVLM_CACHE": str(folder / "cache"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "",
         "NO_PROXY": "127.0.0.1",
