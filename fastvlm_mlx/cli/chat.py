@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvlm_mlx.cli import chat_input
-from fastvlm_mlx.cli.common import BundlePath, install, option
+from fastvlm_mlx.cli.common import Model, install, option, resolve
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     EncoderCompute,
@@ -38,7 +38,8 @@ COMMANDS = {
 
 
 def chat(
-    bundle: BundlePath,
+    call: typer.Context,
+    model: Model,
     image: Annotated[
         list[str] | None,
         option("Ask the first question about this image.", group=CONVERSATION, value="FILE"),
@@ -82,16 +83,16 @@ def chat(
         )
     for path in image or ():
         load_image(path)
-    model = load(
-        bundle,
+    loaded = load(
+        resolve(call, model),
         compute_units=compute_units,
         encoder_compute=encoder_compute,
         image_size=image_size,
     )
     if saved is None:
-        talk = Conversation(model, system=system, options=options)
+        talk = Conversation(loaded, system=system, options=options)
     else:
-        talk = Conversation.load(model, saved, options)
+        talk = Conversation.load(loaded, saved, options)
     if Session(talk, image or []).run():
         raise typer.Exit(2)
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.common import OUTPUT, BundlePath, Json, argument, option, print_json
+from fastvlm_mlx.cli.common import OUTPUT, Json, Model, argument, option, print_json, resolve
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,
     EncoderCompute,
     ImageSize,
+    JsonSchema,
     MaxPixels,
     MaxTokens,
     MinP,
@@ -38,7 +39,8 @@ BATCH_SIZE = 16
 
 
 def map(
-    bundle: BundlePath,
+    call: typer.Context,
+    model: Model,
     folder: Annotated[
         Path, argument("FOLDER", "The folder of the images; folders in it are looked through too.")
     ],
@@ -69,6 +71,7 @@ def map(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
     compute_units: ComputeUnits = "auto",
     encoder_compute: EncoderCompute = "auto",
     image_size: ImageSize = None,
@@ -99,6 +102,7 @@ def map(
     the image. A run that was interrupted or killed is gone on with by the same command. The exit
     status is 1 if an image or a folder could not be read."""
     from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
+    from fastvlm_mlx.language.json_schema import read_schema
     from fastvlm_mlx.language.sampling import SamplingOptions
     from fastvlm_mlx.mapping import Job, map_folder
     from fastvlm_mlx.mapping.images import Shard
@@ -112,9 +116,10 @@ def map(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        json_schema=None if json_schema is None else read_schema(json_schema),
     )
     job = Job(
-        bundle,
+        resolve(call, model),
         folder,
         prompt,
         options,
