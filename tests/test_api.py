@@ -2,6 +2,7 @@
 
 import fractions
 import io
+import json
 import subprocess
 import sys
 import time
@@ -60,10 +61,12 @@ class TestOptions:
             options, said = None, str(error)
         if options is None:
             assert said.startswith(f"--{name.replace('_', '-')} ")
-            assert "expected" in said
+            assert "expected" in said or "give the JSON of a schema" in said
             assert len(said) < 200
         elif name == "stop":
             assert options.stop == ((value,) if isinstance(value, str) else tuple(value))
+        elif name == "json_schema":
+            assert options.json_schema == (None if value is None else json.dumps(value))
         else:
             taken = getattr(options, name)
             assert type(taken) in (int, float, type(None))

@@ -177,8 +177,8 @@ def test_an_image_s_url(refused, demo_bundle):
         ("generate b --temp 0.7", "--temp is no option of `fastvlm generate`: use --temperature, "),
         ("generate b --verbose", "--verbose is no option of `fastvlm generate`: see `fastvlm gen"),
         (
-            "generate b --image a.png --image=b.png --prompt Hm?",
-            "--image is given 2 times: expected once, leave all but one out",
+            "generate b --image a.png --seed 1 --seed=2 --prompt Hm?",
+            "--seed is given 2 times: expected once, leave all but one out",
         ),
         (
             "plan a --llm-bpw 4.5 --llm-bits 4",
