@@ -34,7 +34,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories, self.private, self.large, self.failing = {}, set(), {}, {}
         self.served, self.puts, self.commits = [], [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class _Handler(BaseHTTPRequestHandler):
