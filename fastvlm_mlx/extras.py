@@ -16,6 +16,12 @@ EXTRAS = {
         "matplotlib": "matplotlib",
         "scipy": "scipy",
     },
+    "serve": {
+        "starlette": "starlette",
+        "uvicorn": "uvicorn",
+        "h11": "h11",
+        "prometheus_client": "prometheus_client",
+    },
 }
 
 

@@ -46,6 +46,13 @@ RUNTIME = (
         "fastvlm bench my-bundle --image photo.jpg",
         "fastvlm_mlx.cli.bench",
     ),
+    Verb(
+        "serve",
+        "Run",
+        "Serve a bundle to clients of OpenAI's API.",
+        "fastvlm serve my-bundle --port 8080",
+        "fastvlm_mlx.cli.serve",
+    ),
 )
 INTERRUPTED = 130
 

@@ -18,7 +18,7 @@ from fastvlm_mlx.language.batch import Asked
 from fastvlm_mlx.language.generate import GenerationResult
 from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.serve.errors import ApiError, answer_to
-from fastvlm_mlx.serve.exchange import Answers, ClientGone, Places, unless_gone
+from fastvlm_mlx.serve.exchange import Answers, ClientGoneError, Places, unless_gone
 from fastvlm_mlx.serve.fetch import Fetcher
 from fastvlm_mlx.serve.images import fetched
 from fastvlm_mlx.serve.limits import Settings
@@ -99,7 +99,7 @@ class Service:
             if wanted.stream:
                 return _Events(answers, first, shaped(wanted), wanted.n, record)
             results = await unless_gone(request.receive, _all(answers, first, wanted.n, record))
-        except ClientGone:
+        except ClientGoneError:
             answers.close()
             record.gone = True
             return Response(status_code=_GONE)

@@ -1,4 +1,4 @@
-"""What a client is told when a request can't be answered: a status, and OpenAI's form of an error."""
+"""What a client is told in place of an answer: a status, and an error in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def answer_to(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     codes = {ImageError: "invalid_image", PromptError: "invalid_prompt", OptionError: None}
-    if type(error) in codes:
-        return ApiError(str(error), 400, param="messages", code=codes[type(error)])
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            return ApiError(str(error), 400, code=code)
     # Of the bundle or this machine, or a bug: nobody else's business.
     logging.getLogger("fastvlm").error("the server failed", exc_info=error)
     return ApiError(

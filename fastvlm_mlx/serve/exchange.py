@@ -1,4 +1,4 @@
-"""A request on its way: its place, its answers as they come, and what becomes of both at the end."""
+"""A request on its way: its places, and its answers as they come."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 _FIRST_GUESS = 2.0
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client does not wait any more."""
 
 
@@ -111,12 +111,12 @@ class Answers:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns or raises. Raises ClientGone: the client went away meanwhile."""
+    """What `work` returns or raises. Raises ClientGoneError: the client went away meanwhile."""
     doing, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
-            raise ClientGone
+            raise ClientGoneError
         return doing.result()
     finally:
         for task in (doing, watching):

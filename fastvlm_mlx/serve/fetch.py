@@ -28,7 +28,9 @@ _MAX_REDIRECTS = 3
 _MAX_URL = 2_000
 _CHUNK = 1 << 16
 # Through these an address of IPv4 is reached, whichever it is.
-_CARRIERS = [IPv6Network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
+_CARRIERS = [
+    IPv6Network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+]
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -177,7 +179,12 @@ class Fetcher:
         connection = h11.Connection(h11.CLIENT)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         host = parts.netloc
-        headers = [("Host", host), ("User-Agent", "fastvlm"), ("Accept", "image/*"), ("Connection", "close")]
+        headers = [
+            ("Host", host),
+            ("User-Agent", "fastvlm"),
+            ("Accept", "image/*"),
+            ("Connection", "close"),
+        ]
         request = h11.Request(method="GET", target=target, headers=headers)
         writer.write(connection.send(request) or b"")
         writer.write(connection.send(h11.EndOfMessage()) or b"")

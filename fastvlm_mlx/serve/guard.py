@@ -77,7 +77,11 @@ class Guard:
                 403,
                 code="origin_not_allowed",
             )
-        if settings.api_key is not None and scope["path"] not in _OPEN and not _preflight(scope, headers):
+        if (
+            settings.api_key is not None
+            and scope["path"] not in _OPEN
+            and not _preflight(scope, headers)
+        ):
             self._check_key(headers, settings.api_key)
 
     def _check_key(self, headers: Mapping[str, str], key: str) -> None:

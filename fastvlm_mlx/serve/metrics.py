@@ -18,7 +18,10 @@ class Metrics:
     def __init__(self, places: Places):
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "fastvlm_requests", "Requests by path and status.", ["path", "status"], registry=registry
+            "fastvlm_requests",
+            "Requests by path and status.",
+            ["path", "status"],
+            registry=registry,
         )
         self._tokens = Counter(
             "fastvlm_tokens",

@@ -144,9 +144,7 @@ def read_chat(body: bytes, settings: Settings) -> Wanted:
     check_unsupported(found, _UNSUPPORTED)
     asked = convert(found, ChatRequest)
     check_format(asked.response_format, "response_format")
-    turns = [
-        Turn(message.role, _parts(message.content)) for message in asked.messages
-    ]
+    turns = [Turn(message.role, _parts(message.content)) for message in asked.messages]
     most = asked.max_tokens
     if asked.max_completion_tokens is not None:
         most = asked.max_completion_tokens
@@ -210,7 +208,9 @@ def _parts(content: str | list[TextPart | ImagePart]) -> list[str | ImageRef]:
     if isinstance(content, str):
         return [content]
     return [
-        part.text if isinstance(part, TextPart) else ImageRef(part.image_url.url, part.image_url.detail)
+        part.text
+        if isinstance(part, TextPart)
+        else ImageRef(part.image_url.url, part.image_url.detail)
         for part in content
     ]
 

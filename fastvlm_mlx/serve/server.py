@@ -7,8 +7,9 @@ import socket
 import uvicorn
 
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.serve.app import application
 from fastvlm_mlx.serve.api import Service
+from fastvlm_mlx.serve.app import application
+from fastvlm_mlx.serve.app import service as service
 from fastvlm_mlx.serve.limits import Settings
 from fastvlm_mlx.serve.protocol import protocol
 
