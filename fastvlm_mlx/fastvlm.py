@@ -32,8 +32,9 @@ from fastvlm_mlx.language.generate import (
     generate,
 )
 from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, content_hash
+from fastvlm_mlx.language.messages import user_message
 from fastvlm_mlx.language.model import RunningModel
-from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.language.prompt import check_prompt, encode_messages
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.language.worker import Worker
@@ -41,6 +42,10 @@ from fastvlm_mlx.vision import VisionEncoder
 
 # An image as it may be asked about: itself, or its features.
 Askable = ImageSource | ImageFeatures
+# What one prompt may be about.
+Images = Askable | Sequence[Askable] | None
+# An image that is ready for the encoder, as `FastVLM._pixels` returns it; or its features.
+Ready = ImageFeatures | tuple[np.ndarray, bytes, float]
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class FastVLM:
 
     def stream(
         self,
-        image: Askable | None,
+        image: Images,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
@@ -177,21 +182,19 @@ class FastVLM:
         """Answer piece by piece: iterate over the generation, then read its `result`.
 
         Args:
-            image: an image, the features of one, or None for a question without an image.
+            image: an image, the features of one, or None for a question without an image. Of a
+                list every image is put before the prompt, each on a line; FastVLM was trained with
+                one.
             options: how to sample; or its fields as keywords (`max_tokens=64`).
 
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
         """
-        question = self._question(prompt, image is not None, resolve_options(options, sampling))
-        if image is None or isinstance(image, ImageFeatures):
-            return self._answer(question, image, Timings())
-        features = self.encode(image)
-        return self._answer(question, features, features.timings)
+        return self.chat(_asked(image, prompt), options, **sampling)
 
     def generate(
         self,
-        image: Askable | None,
+        image: Images,
         prompt: str,
         options: SamplingOptions | None = None,
         **sampling: Any,
@@ -199,14 +202,53 @@ class FastVLM:
         """Answer in one piece. Arguments and errors are those of `stream`."""
         return self.stream(image, prompt, options, **sampling).result
 
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Answer the last of several messages, as `stream` does.
+
+        Args:
+            messages: `{"role": "user", "content": "…"}` with the roles system, user and assistant;
+                a content may be a list of parts, `{"type": "text", "text": "…"}` and
+                `{"type": "image", "image": image}`, and an image stands where its part does.
+
+        Raises:
+            ImageError, PromptError, OptionError: before anything is computed.
+        """
+        return self.begin(messages, options, **sampling)[0]
+
+    def begin(
+        self,
+        messages: Sequence[dict[str, Any]],
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> tuple[Generation, list[ImageFeatures]]:
+        """As `chat`; with the features of the images, in whose place they may be given again."""
+        question = self._question(messages, resolve_options(options, sampling))
+        features, spent = self._features(question.encoded.images)
+        return self._answer(question, features, spent), features
+
+    def _features(self, images: Sequence[Any]) -> tuple[list[ImageFeatures], Timings]:
+        """The features of each image, and what encoding those took that had none."""
+        for image in images:
+            if isinstance(image, ImageFeatures):
+                self._check(image)
+        features = [i if isinstance(i, ImageFeatures) else self.encode(i) for i in images]
+        new = [f.timings for f, i in zip(features, images, strict=True) if f is not i]
+        return features, Timings.of_images(new)
+
     def ask(
         self,
-        image: Askable,
+        image: Images,
         prompts: Sequence[str],
         options: SamplingOptions | None = None,
         **sampling: Any,
     ) -> Iterator[Generation]:
-        """Ask several questions about one image, which is encoded once, in the first one's time.
+        """Ask several questions about an image, or about several, which are encoded once, in the
+        first question's time.
 
         Raises:
             PromptError: no prompts, or one text in place of several; and as `stream`.
@@ -215,20 +257,17 @@ class FastVLM:
             found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
         options = resolve_options(options, sampling)
-        questions = [self._question(prompt, True, options) for prompt in prompts]
+        return self._answers([self._question(_asked(image, each), options) for each in prompts])
 
-        return self._answers(image, questions)
-
-    def _answers(self, image: Askable, questions: list[Question]) -> Iterator[Generation]:
-        features = image if isinstance(image, ImageFeatures) else self.encode(image)
-        spent = Timings() if features is image else features.timings
+    def _answers(self, questions: list[Question]) -> Iterator[Generation]:
+        features, spent = self._features(questions[0].encoded.images)
         for question in questions:
             yield self._answer(question, features, spent)
             spent = Timings()
 
     def batch(
         self,
-        images: Iterable[Askable | None],
+        images: Iterable[Images],
         prompts: str | Iterable[str],
         options: SamplingOptions | None = None,
         *,
@@ -241,7 +280,7 @@ class FastVLM:
         its answer has come, an image is not to be changed.
 
         Args:
-            images: of each question its image, the features of one, or None.
+            images: of each question its image, the features of one, a list of them, or None.
             prompts: one for each image, or one text for all.
             batch_size: how many answers are decoded together, 1 or more.
 
@@ -257,7 +296,7 @@ class FastVLM:
         options.check_vocabulary(self.config.text.vocab_size)
         size = check_batch_size(batch_size)
         asked = (
-            Asked(partial(self._prepare, image, prompt, options), self._begin)
+            Asked(partial(self._ask_about, image, prompt, options), self._begin)
             for image, prompt in pairs(images, prompts)
         )
         return Answers(self.worker, self.model, lambda: self._kept, asked, size)
@@ -275,66 +314,73 @@ class FastVLM:
         return Schedule(self.worker, self.model, lambda: self._kept, size)
 
     def asked(self, messages: Sequence[dict[str, Any]], options: SamplingOptions) -> Asked:
-        """A conversation for a schedule, which is looked at when its turn comes."""
-        *_, last = messages
-        parts = last["content"]
-        images = [part["image"] for part in parts if part["type"] == "image"]
-        prompt = "".join(part["text"] for part in parts if part["type"] == "text")
-        image = images[0] if images else None
-        return Asked(partial(self._prepare, image, prompt, options), self._begin)
+        """A conversation as `chat` takes it, for a schedule: it is looked at when its turn comes."""
+        return Asked(partial(self._prepare, messages, options), self._begin)
+
+    def _ask_about(
+        self, image: Images, prompt: str, options: SamplingOptions
+    ) -> tuple[Question, list[Ready]]:
+        return self._prepare(_asked(image, prompt), options)
 
     def _prepare(
-        self, image: Askable | None, prompt: str, options: SamplingOptions
-    ) -> tuple[Question, ImageFeatures | tuple[np.ndarray, bytes, float] | None]:
-        question = self._question(prompt, image is not None, options)
-        if image is None or isinstance(image, ImageFeatures):
-            return question, image
-        return question, self._pixels(image)
+        self, messages: Sequence[dict[str, Any]], options: SamplingOptions
+    ) -> tuple[Question, list[Ready]]:
+        """What can be done on any thread."""
+        question = self._question(messages, options)
+        images = question.encoded.images
+        return question, [i if isinstance(i, ImageFeatures) else self._pixels(i) for i in images]
 
-    def _begin(
-        self, prepared: tuple[Question, ImageFeatures | tuple[np.ndarray, bytes, float] | None]
-    ) -> Answer:
-        question, image = prepared
-        if isinstance(image, tuple):
-            features = self._look(*image)
-            return self._make(question, features, features.timings)
-        self._check(image)
-        return self._make(question, image, Timings())
+    def _begin(self, prepared: tuple[Question, list[Ready]]) -> Answer:
+        """The answer to what was prepared. On the thread that computes."""
+        question, images = prepared
+        for image in images:
+            if isinstance(image, ImageFeatures):
+                self._check(image)
+        features = [i if isinstance(i, ImageFeatures) else self._look(*i) for i in images]
+        new = [f.timings for f, i in zip(features, images, strict=True) if f is not i]
+        return self._make(question, features, Timings.of_images(new))
 
-    def _question(self, prompt: str, with_image: bool, options: SamplingOptions) -> Question:
+    def _question(self, messages: Sequence[dict[str, Any]], options: SamplingOptions) -> Question:
         started = time.perf_counter()
-        ids = encode_prompt(
+        text = self.config.text
+        encoded = encode_messages(
             self.tokenizer,
-            prompt,
+            messages,
             image_token_id=self.config.image_token_index,
-            num_image_tokens=self.num_tokens if with_image else 0,
-            context=self.config.text.max_position_embeddings,
+            num_image_tokens=self.num_tokens,
+            context=text.max_position_embeddings,
         )
-        check_room(self.config.text, ids)
-        options.check_vocabulary(self.config.text.vocab_size)
-        return Question(prompt, ids, options, time.perf_counter() - started)
+        check_room(text, encoded)
+        options.check_vocabulary(text.vocab_size)
+        return Question(encoded, options, time.perf_counter() - started)
 
     def _answer(
-        self, question: Question, features: ImageFeatures | None, spent: Timings
+        self, question: Question, features: list[ImageFeatures], spent: Timings
     ) -> Generation:
-        self._check(features)
+        for each in features:
+            self._check(each)
         make = partial(self._make, question, features, spent)
         return Generation(self.worker, generate(make, self._kept))
 
-    def _check(self, features: ImageFeatures | None) -> None:
-        if features is not None:
-            shape = (self.num_tokens, self.config.text.hidden_size)
-            check_features(features, self.worker.run(lambda: self._fingerprint), shape)
+    def _check(self, features: ImageFeatures) -> None:
+        shape = (self.num_tokens, self.config.text.hidden_size)
+        check_features(features, self.worker.run(lambda: self._fingerprint), shape)
 
-    def _make(self, question: Question, features: ImageFeatures | None, spent: Timings) -> Answer:
+    def _make(self, question: Question, features: list[ImageFeatures], spent: Timings) -> Answer:
         return Answer(
             self.model,
             self.tokenizer,
             question,
-            None if features is None else features.projected,
+            [each.projected for each in features],
             eos_token_ids=self.eos_token_ids,
             spent=replace(spent, load_s=self.load_s),
         )
+
+
+def _asked(image: Images, prompt: str) -> list[dict[str, Any]]:
+    """One question as messages, and about which images."""
+    images = image if isinstance(image, list | tuple) else [] if image is None else [image]
+    return [user_message(check_prompt(prompt), images)]
 
 
 def _copied(features: ImageFeatures) -> ImageFeatures:

@@ -89,6 +89,14 @@ def mlx_bundle(shared: Shared) -> Path:
     return shared.get("mlx", "bundle", lambda out: export(DEMO, out, options))
 
 
+@pytest.fixture(scope="session")
+def exact_bundle(shared: Shared) -> Path:
+    """The golden checkpoint exported with nothing rounded. Not to be written to."""
+    options = ExportOptions.of(llm_bits=16, dtype="float32", encoder_precision="fp32")
+    source = TESTS / "golden" / "apple"
+    return shared.get("exact", "bundle", lambda out: export(source, out, options))
+
+
 @pytest.fixture
 def bundle_copy(demo_bundle: Path, tmp_path: Path) -> Path:
     """A bundle to damage."""

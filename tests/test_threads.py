@@ -99,7 +99,7 @@ def test_a_model_loaded_in_a_thread_that_has_ended(demo_bundle, model, image):
     assert found.tokens == model.generate(image, LONG, max_tokens=8).tokens
     # Its parts, too, are anyone's.
     ids = mx.array(model.tokenizer.encode("a star").ids)
-    assert loaded[0].model.embed_inputs(ids, None).shape[0] == len(ids)
+    assert loaded[0].model.embed_inputs(ids).shape[0] == len(ids)
 
 
 def test_interleaved_streams_give_what_they_give_alone(model, image):

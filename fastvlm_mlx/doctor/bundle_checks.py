@@ -254,7 +254,7 @@ def _distributions(bundle: Bundle, ids: list[int]) -> np.ndarray:
     """Logarithms of the next token's probabilities, float32 [L, V]."""
     model = evaluated_model(bundle)
     tokens = mx.array(ids)
-    embedded = model.embed_inputs(tokens, None)
+    embedded = model.embed_inputs(tokens)
     logits = model.language_model(tokens[None], input_embeddings=embedded[None])[0]
     logits = logits.astype(mx.float32)
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.language.decode import Continuation, decode
 from fastvlm_mlx.language.detokenizer import Text
 from fastvlm_mlx.language.kept import Kept, Prompt, Span, content_hash, cut, keys
-from fastvlm_mlx.language.prompt import TURN_START
+from fastvlm_mlx.language.prompt import TURN_START, Encoded
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
 from fastvlm_mlx.language.wired_memory import wired
 from fastvlm_mlx.language.worker import Worker
@@ -57,6 +57,19 @@ class Timings:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     tokens_per_s: float = 0.0
+
+    @classmethod
+    def of_images(cls, each: Iterable[Timings]) -> Timings:
+        """What several images took together."""
+        total = cls()
+        for one in each:
+            total = replace(
+                total,
+                preprocess_s=total.preprocess_s + one.preprocess_s,
+                encode_s=total.encode_s + one.encode_s,
+                project_s=total.project_s + one.project_s,
+            )
+        return total
 
 
 @dataclass(frozen=True)
@@ -167,10 +180,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as token ids with the placeholders, and the seconds that this took."""
+    """A conversation as token ids with the placeholders, and the seconds that this took."""
 
-    prompt: str
-    ids: list[int]
+    encoded: Encoded
     options: SamplingOptions
     prompt_s: float
 
@@ -189,33 +201,32 @@ class Answer:
         model: RunningModel,
         tokenizer: Tokenizer,
         question: Question,
-        projected: mx.array | None,
+        projected: Sequence[mx.array],
         *,
         eos_token_ids: frozenset[int],
         spent: Timings,
     ):
         """
         Args:
-            question: its ids with N placeholders where the image goes.
-            projected: the image, [N, D], or None.
+            question: its ids with N placeholders where an image goes.
+            projected: its images, [N, D] each.
             eos_token_ids: end the answer.
-            spent: seconds the image has cost so far; they count towards `ttft_s`.
+            spent: seconds the images have cost so far; they count towards `ttft_s`.
 
         Raises:
             PromptError: the prompt does not fit the context.
         """
         options, text = question.options, model.config.text
         self._started = self._first = self._last = time.perf_counter() - question.prompt_s
-        room = check_room(text, question.ids)
+        room = check_room(text, question.encoded)
         options.check_vocabulary(text.vocab_size)
         self.continued = Continuation(
-            _prompt(model, tokenizer, question.ids, projected),
+            _prompt(model, tokenizer, question.encoded, projected),
             max_tokens=min(options.max_tokens, room),
             sampler=Sampler(options, text.vocab_size),
             processors=processors(options),
         )
         self.model, self._question, self._spent = model, question, spent
-        self._image_tokens = 0 if projected is None else projected.shape[0]
         self._eos_token_ids = eos_token_ids
         self._text = Text(tokenizer, options.stop)
         self._tokens: list[int] = []
@@ -246,14 +257,15 @@ class Answer:
 
     def result(self) -> GenerationResult:
         """After its end, and after `flush`."""
-        spent, decode_s = self._spent, self._last - self._first
+        encoded, spent = self._question.encoded, self._spent
+        decode_s = self._last - self._first
         prefill_s = self._first - self._started
         return GenerationResult(
-            prompt=self._question.prompt,
+            prompt=encoded.prompt,
             text=self._text.shown,
             tokens=tuple(self._tokens),
-            prompt_tokens=len(self._question.ids),
-            image_tokens=self._image_tokens,
+            prompt_tokens=len(encoded.ids),
+            image_tokens=sum(map(len, encoded.places)),
             cached_tokens=self.continued.cached_tokens,
             generation_tokens=self._count,
             finish_reason=self._finish_reason,
@@ -270,16 +282,19 @@ class Answer:
 
 
 def _prompt(
-    model: RunningModel, tokenizer: Tokenizer, ids: list[int], projected: mx.array | None
+    model: RunningModel, tokenizer: Tokenizer, encoded: Encoded, projected: Sequence[mx.array]
 ) -> Prompt:
-    images = []
-    if projected is not None:
-        mx.eval(projected)
-        start = ids.index(model.config.image_token_index)
-        images.append(Span(start, start + projected.shape[0], content_hash(projected)))
+    mx.eval(*projected)
+    ids, images = (
+        encoded.ids,
+        [
+            Span(place.start, place.stop, content_hash(image))
+            for place, image in zip(encoded.places, projected, strict=True)
+        ],
+    )
     ends = cut(ids, images, tokenizer.token_to_id(TURN_START))
     array = mx.array(ids)
-    return Prompt(array, model.embed_inputs(array, projected), ends, keys(ids, images, ends))
+    return Prompt(array, model.embed_inputs(array, *projected), ends, keys(ids, images, ends))
 
 
 def generate(make: Callable[[], Answer], kept: Kept) -> Generator[str | GenerationResult]:
@@ -305,17 +320,25 @@ def generate(make: Callable[[], Answer], kept: Kept) -> Generator[str | Generati
     yield answer.result()
 
 
-def check_room(config: TextConfig, ids: list[int]) -> int:
+def check_room(config: TextConfig, encoded: Encoded) -> int:
     """Tokens that the context has left after the prompt.
 
     Raises:
         PromptError: none.
     """
-    room = config.max_position_embeddings - len(ids)
+    room = config.max_position_embeddings - len(encoded.ids)
     if room < 1:
+        what, cure = "prompt", "shorten the prompt"
+        if encoded.turns > 1:
+            what, cure = "conversation", "begin a new one, or ask a shorter question"
+        elif len(encoded.places) > 1:
+            cure = "give fewer images, or shorten the prompt"
+        of_images = sum(map(len, encoded.places))
+        count = len(encoded.places)
+        shares = f", {of_images:,} of them of {count} images," if count > 1 else ""
         raise PromptError(
-            f"the prompt has {len(ids):,} tokens and the context is "
-            f"{config.max_position_embeddings:,}: shorten the prompt"
+            f"the {what} has {len(encoded.ids):,} tokens{shares} and the context is "
+            f"{config.max_position_embeddings:,}: {cure}"
         )
     return room
 

@@ -19,6 +19,7 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.imports import part
+from fastvlm_mlx.language.prompt import image_places
 
 if TYPE_CHECKING:
     from fastvlm_mlx.language.cpu.qwen2 import TorchModel
@@ -110,24 +111,21 @@ class Model(nn.Module):
         dtype = self.multi_modal_projector.linear_0.bias.dtype
         return self.multi_modal_projector(features.astype(dtype))[0]
 
-    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
-        """Embed ids [L] and put the rows of `projected` [N, D] where the placeholders stand.
+    def embed_inputs(self, ids: mx.array, *images: mx.array) -> mx.array:
+        """Embed ids [L] and put the rows of each of `images` [N, D] where its placeholders stand.
 
-        The placeholders are one run of N, so the rows are spliced and not gathered.
+        The placeholders of an image are one run of N, so the rows are spliced and not gathered.
         """
         # Some quantized modes dequantize to bfloat16, whatever the model computes in.
         dtype = self.multi_modal_projector.linear_0.bias.dtype
         embeddings = self.language_model.model.embed_tokens(ids).astype(dtype)
-        if projected is None:
-            return embeddings
-        start = int(np.argmax(np.asarray(ids) == self.config.image_token_index))
-        return mx.concatenate(
-            [
-                embeddings[:start],
-                projected.astype(embeddings.dtype),
-                embeddings[start + projected.shape[0] :],
-            ]
-        )
+        pieces, end = [], 0
+        lengths = [image.shape[0] for image in images]
+        found = image_places(np.asarray(ids).tolist(), self.config.image_token_index, lengths)
+        for image, place in zip(images, found, strict=True):
+            pieces += [embeddings[end : place.start], image.astype(dtype)]
+            end = place.stop
+        return mx.concatenate([*pieces, embeddings[end:]]) if pieces else embeddings
 
 
 def load_model(bundle: Bundle, weights: dict[str, mx.array] | None = None) -> Model:
@@ -209,9 +207,9 @@ class CPUModel:
         """float32 [1, N, C] → [N, D] in float32."""
         return self._torch.project(features)
 
-    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
+    def embed_inputs(self, ids: mx.array, *images: mx.array) -> mx.array:
         """As `Model.embed_inputs`, in float32."""
-        return self._torch.embed_inputs(ids, projected)
+        return self._torch.embed_inputs(ids, *images)
 
 
 RunningModel = Model | CPUModel

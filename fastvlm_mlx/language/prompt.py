@@ -1,4 +1,4 @@
-"""The conversation as token ids: chat template, and N placeholders where the image goes.
+"""The conversation as token ids: chat template, and N placeholders where an image goes.
 
 The reference builds one string, cuts it at `<image>` and tokenizes the pieces with every control
 token active. Here the control tokens are put in by id and the user's text is tokenized as text,
@@ -8,7 +8,10 @@ so that nothing written in a prompt can act as control; ordinary prompts give th
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -16,6 +19,7 @@ from fastvlm_mlx.bundle.config import IMAGE_TOKEN
 from fastvlm_mlx.bundle.manifest import EXPORT_AGAIN
 from fastvlm_mlx.bundle.tokenizer import no_panic
 from fastvlm_mlx.errors import BundleError, PromptError
+from fastvlm_mlx.language.messages import Message, read_messages, user_message
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 TURN_START = "<|im_start|>"
@@ -37,6 +41,95 @@ CHAT_TEMPLATE = (
 )
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as token ids, ready for the assistant's answer.
+
+    Attributes:
+        ids: the placeholders in place; their number is the number of positions in the KV cache.
+        images: what the messages hold as images, in their order.
+        places: of each image where its placeholders stand.
+        prompt: the text of the last message.
+        turns: how many messages are the user's.
+    """
+
+    ids: list[int]
+    images: tuple[Any, ...]
+    places: tuple[range, ...]
+    prompt: str
+    turns: int
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    *,
+    image_token_id: int | None = None,
+    num_image_tokens: int = 0,
+    context: int | None = None,
+) -> Encoded:
+    """A conversation in ChatML.
+
+    The ids are those of the reference (`conv_templates["qwen_2"]`, then `tokenizer_image_token`)
+    for the string with `<image>` where an image stands, which is cut there and tokenized piece by
+    piece. An image at the beginning of a message, or after others there, is followed by a line end,
+    as each was in training. Elsewhere nothing is added: the text before and after it is taken as
+    it is, and so is text that is given in several parts.
+
+    Args:
+        tokenizer: has `<|im_start|>` and `<|im_end|>`.
+        messages: as `fastvlm_mlx.language.messages` describes them; without a system message the
+            model's own comes first. Control tokens and `<image>` in a text are text.
+        image_token_id: the placeholder; the tokenizer's `<image>` where not given.
+        num_image_tokens: N placeholders for each image.
+        context: positions that there are. Of a conversation that is far longer only the beginning
+            is tokenized, so that a mistaken one of many megabytes is refused at once.
+
+    Raises:
+        PromptError: no conversation, far beyond the context, or it can't be encoded.
+        BundleError: the tokenizer lacks a control token, or fails.
+    """
+    read = read_messages(messages)
+    if read[0].role != "system":
+        read.insert(0, Message("system", (SYSTEM_PROMPT,)))
+    images = tuple(image for message in read for image in message.images)
+    if image_token_id is None and images:
+        image_token_id = _control_id(tokenizer, IMAGE_TOKEN)
+    placeholder = -1 if image_token_id is None else image_token_id
+    start = _control_id(tokenizer, TURN_START)
+    end = _control_id(tokenizer, TURN_END)
+    if context is not None and len(images) * num_image_tokens > context:
+        raise PromptError(
+            f"there are {len(images):,} images of {num_image_tokens:,} tokens each and the context "
+            f"is {context:,}: give fewer images"
+        )
+    newline = encode_text(tokenizer, "\n")
+    ids: list[int] = []
+    places: list[range] = []
+    for message in read:
+        if context is not None and len(ids) > 2 * context:
+            raise PromptError(
+                f"the conversation has more than {2 * context:,} tokens and the context is "
+                f"{context:,}: begin a new one"
+            )
+        ids.append(start)
+        text, leading = f"{message.role}\n", True
+        for part in message.parts:
+            if isinstance(part, str):
+                if context is not None:
+                    _check_length(tokenizer, part, context)
+                text, leading = text + part, False
+                continue
+            ids += encode_text(tokenizer, text)
+            places.append(range(len(ids), len(ids) + num_image_tokens))
+            ids += [placeholder] * num_image_tokens
+            text = "\n" if leading else ""
+        ids += [*encode_text(tokenizer, text), end, *newline]
+    ids += [start, *encode_text(tokenizer, "assistant\n")]
+    turns = sum(message.role == "user" for message in read)
+    return Encoded(ids, images, tuple(places), read[-1].text, turns)
+
+
 def encode_prompt(
     tokenizer: Tokenizer,
     prompt: str,
@@ -46,45 +139,49 @@ def encode_prompt(
     system: str = SYSTEM_PROMPT,
     context: int | None = None,
 ) -> list[int]:
-    """One user turn in ChatML, ready for the assistant's answer.
+    """The ids of one question: `encode_messages` of a system message and one of the user's.
 
     Args:
-        tokenizer: has `<|im_start|>` and `<|im_end|>`.
-        prompt: the user's text; control tokens and `<image>` in it are text.
-        image_token_id: the placeholder; the tokenizer's `<image>` where not given.
         num_image_tokens: N placeholders on a line before the prompt; 0 leaves the line out.
-        system: the system message, text like the prompt.
-        context: positions that there are. Of a prompt that is far longer only the beginning is
-            tokenized, so that a mistaken one of many megabytes is refused at once.
-
-    Returns:
-        Ids, the placeholders in place; their number is the number of positions in the KV cache.
 
     Raises:
-        PromptError: the prompt is no text, blank, far beyond the context, or can't be encoded.
-        BundleError: the tokenizer lacks a control token, or fails.
+        PromptError, BundleError: as `encode_messages`.
     """
+    check_prompt(prompt)
+    messages = [
+        {"role": "system", "content": system},
+        user_message(prompt, [None] if num_image_tokens else ()),
+    ]
+    return encode_messages(
+        tokenizer,
+        messages,
+        image_token_id=image_token_id,
+        num_image_tokens=num_image_tokens,
+        context=context,
+    ).ids
+
+
+def image_places(ids: list[int], image_token_id: int, lengths: Sequence[int]) -> list[range]:
+    """Where the placeholders of each image stand, given how many each has: images side by side
+    share a run of them."""
+    found: list[range] = []
+    end = 0
+    for length in lengths:
+        start = ids.index(image_token_id, end)
+        end = start + length
+        found.append(range(start, end))
+    return found
+
+
+def check_prompt(prompt: Any) -> str:
+    """Raises PromptError: no text, or blank."""
     if not isinstance(prompt, str):
         raise PromptError(
             f"the prompt is of type {type(prompt).__name__}: expected text, of type str"
         )
     if not prompt or prompt.isspace():
         raise PromptError("the prompt is empty: say what to do with the image")
-    start = _control_id(tokenizer, TURN_START)
-    end = _control_id(tokenizer, TURN_END)
-    if context is not None:
-        _check_length(tokenizer, prompt, context)
-    newline = encode_text(tokenizer, "\n")
-    ids = [start, *encode_text(tokenizer, f"system\n{system}"), end, *newline, start]
-    if num_image_tokens:
-        if image_token_id is None:
-            image_token_id = _control_id(tokenizer, IMAGE_TOKEN)
-        ids += encode_text(tokenizer, "user\n")
-        ids += [image_token_id] * num_image_tokens
-        ids += encode_text(tokenizer, f"\n{prompt}")
-    else:
-        ids += encode_text(tokenizer, f"user\n{prompt}")
-    return [*ids, end, *newline, start, *encode_text(tokenizer, "assistant\n")]
+    return prompt
 
 
 def _check_length(tokenizer: Tokenizer, prompt: str, context: int) -> None:

@@ -11,10 +11,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.serve.api import Service, error_response, json_response
 from fastvlm_mlx.serve.completions import Completions
-from fastvlm_mlx.serve.errors import ApiError
+from fastvlm_mlx.serve.errors import ApiError, answer_to
 from fastvlm_mlx.serve.exchange import Places
 from fastvlm_mlx.serve.fetch import Fetcher, Place
 from fastvlm_mlx.serve.guard import Guard
@@ -85,7 +86,8 @@ def application(service: Service) -> ASGIApp:
             Route("/metrics", metric),
         ],
         middleware=middleware,
-        exception_handlers={HTTPException: _not_found},
+        # Inside of what lets other origins read the answer.
+        exception_handlers={HTTPException: _not_found, FastVLMError: _refused},
     )
 
 
@@ -96,6 +98,10 @@ def _model(service: Service) -> dict[str, object]:
         "created": service.started,
         "owned_by": "fastvlm-mlx",
     }
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return error_response(answer_to(error))
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Who may use the server: what is looked at before a request is read, and written when it is over."""
+"""Who may use the server, looked at before a request is read; and the log's line at its end."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ class Guard:
         """Raises ApiError: the request comes from where none should come from, or has no key."""
         headers, settings = Headers(scope=scope), self._settings
         host = headers.get("host", "").lower()
-        if settings.loopback and settings.api_key is None:
-            # A page of somebody else's may have had its name pointed here.
-            if _name(host) not in {*_LOOPBACK_NAMES, settings.host}:
-                raise ApiError(
-                    f"the request is for the host {host[:100]!r}: expected localhost, which is "
-                    "all that this server answers to without a key",
-                    403,
-                    code="host_not_allowed",
-                )
+        names = {*_LOOPBACK_NAMES, settings.host}
+        # A page of somebody else's may have had its name pointed here.
+        if settings.loopback and settings.api_key is None and _name(host) not in names:
+            raise ApiError(
+                f"the request is for the host {host[:100]!r}: expected localhost, which is all "
+                "that this server answers to without a key",
+                403,
+                code="host_not_allowed",
+            )
         origin = headers.get("origin")
         own = {f"http://{host}", f"https://{host}"}
         if origin is not None and origin not in own and origin not in settings.allow_origin:
@@ -77,11 +77,8 @@ class Guard:
                 403,
                 code="origin_not_allowed",
             )
-        if (
-            settings.api_key is not None
-            and scope["path"] not in _OPEN
-            and not _preflight(scope, headers)
-        ):
+        is_open = scope["path"] in _OPEN or _preflight(scope, headers)
+        if settings.api_key is not None and not is_open:
             self._check_key(headers, settings.api_key)
 
     def _check_key(self, headers: Mapping[str, str], key: str) -> None:

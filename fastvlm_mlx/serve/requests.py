@@ -207,12 +207,13 @@ def wanted(
 def _parts(content: str | list[TextPart | ImagePart]) -> list[str | ImageRef]:
     if isinstance(content, str):
         return [content]
-    return [
-        part.text
-        if isinstance(part, TextPart)
-        else ImageRef(part.image_url.url, part.image_url.detail)
-        for part in content
-    ]
+    parts: list[str | ImageRef] = []
+    for part in content:
+        if isinstance(part, TextPart):
+            parts.append(part.text)
+        else:
+            parts.append(ImageRef(part.image_url.url, part.image_url.detail))
+    return parts
 
 
 def parse(body: bytes) -> dict[str, Any]:

@@ -57,11 +57,8 @@ def encoder_state() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> FastVLM:
-    """The golden checkpoint exported with nothing rounded."""
-    path = tmp_path_factory.mktemp("parity") / "exact"
-    export(APPLE, path, ExportOptions.of(llm_bits=16, dtype="float32", encoder_precision="fp32"))
-    return fastvlm_mlx.load(path)
+def exact(exact_bundle: Path) -> FastVLM:
+    return fastvlm_mlx.load(exact_bundle)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import numpy as np
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.language.cpu.cache import BatchKVCache, KVCache
 from fastvlm_mlx.language.cpu.matrix import Arithmetic, Matrix, as_torch, matrix
+from fastvlm_mlx.language.prompt import image_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,15 +226,16 @@ class TorchModel:
             x = torch.from_numpy(np.array(features[0].astype(mx.float32)))
             return mx.array(self._linear_2(F.gelu(self._linear_0(x))).numpy())
 
-    def embed_inputs(self, ids: mx.array, projected: mx.array | None) -> mx.array:
-        """Embed ids [L] and put the rows of `projected` [N, D] where the placeholders stand."""
+    def embed_inputs(self, ids: mx.array, *images: mx.array) -> mx.array:
+        """As `Model.embed_inputs`, in float32."""
         import torch
 
         with torch.inference_mode():
             embeddings = self.language_model.embed(np.asarray(ids)).numpy()
-        if projected is not None:
-            start = int(np.argmax(np.asarray(ids) == self.config.image_token_index))
-            embeddings[start : start + projected.shape[0]] = np.asarray(projected)
+        lengths = [image.shape[0] for image in images]
+        found = image_places(np.asarray(ids).tolist(), self.config.image_token_index, lengths)
+        for image, place in zip(images, found, strict=True):
+            embeddings[place.start : place.stop] = np.asarray(image)
         return mx.array(embeddings)
 
 
