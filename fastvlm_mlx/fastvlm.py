@@ -314,7 +314,7 @@ class FastVLM:
         return Schedule(self.worker, self.model, lambda: self._kept, size)
 
     def asked(self, messages: Sequence[dict[str, Any]], options: SamplingOptions) -> Asked:
-        """A conversation as `chat` takes it, for a schedule: it is looked at when its turn comes."""
+        """A conversation as `chat` takes it, for a schedule, which looks at it in its turn."""
         return Asked(partial(self._prepare, messages, options), self._begin)
 
     def _ask_about(

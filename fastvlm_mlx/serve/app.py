@@ -22,6 +22,7 @@ from fastvlm_mlx.serve.guard import Guard
 from fastvlm_mlx.serve.limits import Settings
 from fastvlm_mlx.serve.metrics import Metrics
 from fastvlm_mlx.serve.requests import read_chat
+from fastvlm_mlx.serve.responses import Responses, read_responses
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,6 +48,9 @@ def application(service: Service) -> ASGIApp:
 
     async def chat_completions(request: Request) -> Response:
         return await service.answer(request, read_chat, Completions)
+
+    async def responses(request: Request) -> Response:
+        return await service.answer(request, read_responses, Responses)
 
     async def models(request: Request) -> Response:
         return json_response({"object": "list", "data": [_model(service)]})
@@ -80,6 +84,7 @@ def application(service: Service) -> ASGIApp:
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),

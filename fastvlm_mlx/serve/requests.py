@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -24,6 +24,7 @@ Stop = Text | Annotated[list[Text], Meta(max_length=MAX_STOPS)] | None
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
 Temperature = Annotated[float, Meta(ge=0, le=2)] | None
 TopP = Annotated[float, Meta(ge=0, le=1)] | None
+Messages = Meta(min_length=1, max_length=10_000)
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)] | None
 
 
@@ -63,7 +64,7 @@ class ChatRequest(Struct, frozen=True):
     """The body of `chat/completions`, as far as it is looked at."""
 
     model: str
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Messages]
     max_tokens: Tokens = None
     max_completion_tokens: Tokens = None
     temperature: Temperature = None
@@ -101,6 +102,7 @@ class Wanted:
         n: answers to it.
         stream: whether pieces are wanted as they come.
         include_usage: whether the end of the stream says what the answer took.
+        about: what the answer repeats of the request.
     """
 
     model: str
@@ -109,7 +111,7 @@ class Wanted:
     n: int = 1
     stream: bool = False
     include_usage: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> list[ImageRef]:
@@ -194,7 +196,7 @@ def wanted(
         )
     except FastVLMError as error:
         raise ApiError(str(error)) from error
-    made = Wanted(model, turns, options, **more)
+    made = Wanted(model, _one_system(turns), options, **more)
     if len(made.images) > settings.max_images:
         raise ApiError(
             f"the request has {len(made.images):,} images: expected at most the "
@@ -214,6 +216,16 @@ def _parts(content: str | list[TextPart | ImagePart]) -> list[str | ImageRef]:
         else:
             parts.append(ImageRef(part.image_url.url, part.image_url.detail))
     return parts
+
+
+def _one_system(turns: list[Turn]) -> list[Turn]:
+    """Instructions that come first are one, whatever they are called: the model knows one."""
+    rules: list[str | ImageRef] = []
+    rest = list(turns)
+    while rest and rest[0].role in ("system", "developer"):
+        rules += ["\n\n"] * bool(rules) + rest.pop(0).parts
+    rest = [replace(turn, role="system") if turn.role == "developer" else turn for turn in rest]
+    return [Turn("system", rules), *rest] if rules else rest
 
 
 def parse(body: bytes) -> dict[str, Any]:
