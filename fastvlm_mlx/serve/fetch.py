@@ -108,8 +108,8 @@ class Fetcher:
                 f"the image's address did not answer in {self.timeout:g} seconds: send the image "
                 "as a data URL"
             ) from error
-        # ssl's errors and the resolver's are OSErrors.
-        except (OSError, h11.RemoteProtocolError, UnicodeError) as error:
+        # ssl's errors and the resolver's are OSErrors; a redirect to no URL is a ValueError.
+        except (OSError, h11.ProtocolError, ValueError) as error:
             raise _refused(
                 f"the image can't be fetched ({type(error).__name__}): send it as a data URL"
             ) from error
