@@ -8,7 +8,8 @@
 The public names:
 
     load               loads a bundle and returns a FastVLM.
-    FastVLM            a loaded bundle: encode, generate, stream, ask, batch.
+    FastVLM            a loaded bundle: encode, generate, stream, chat, ask, batch.
+    Conversation       questions that know what was asked before them; it can be saved.
     ImageFeatures      an encoded image, which any number of questions may be asked about.
     SamplingOptions    how tokens are chosen, and when an answer stops.
     Generation         an answer as it is made: iterate over it for its text.
@@ -25,6 +26,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.conversation import Conversation
     from fastvlm_mlx.fastvlm import FastVLM, ImageFeatures
     from fastvlm_mlx.language.generate import Generation, GenerationResult, SamplingOptions, Timings
     from fastvlm_mlx.loading import load
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Conversation": "conversation",
     "FastVLM": "fastvlm",
     "ImageFeatures": "fastvlm",
     "load": "loading",
@@ -43,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Conversation",
     "FastVLM",
     "Generation",
     "GenerationResult",

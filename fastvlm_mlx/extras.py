@@ -22,6 +22,7 @@ EXTRAS = {
         "h11": "h11",
         "prometheus_client": "prometheus_client",
     },
+    "chat": {"prompt_toolkit": "prompt_toolkit"},
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +22,14 @@ from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.batch import DEFAULT_BATCH_SIZE, Answers, Asked, check_batch_size, pairs
-from fastvlm_mlx.language.features import ImageFeatures, check_encoded, check_features, fingerprint
+from fastvlm_mlx.language.features import (
+    ImageFeatures,
+    check_encoded,
+    check_features,
+    copied,
+    fingerprint,
+    pooled,
+)
 from fastvlm_mlx.language.generate import (
     Answer,
     Generation,
@@ -32,9 +40,8 @@ from fastvlm_mlx.language.generate import (
     generate,
 )
 from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, content_hash
-from fastvlm_mlx.language.messages import user_message
 from fastvlm_mlx.language.model import RunningModel
-from fastvlm_mlx.language.prompt import check_prompt, encode_messages
+from fastvlm_mlx.language.prompt import asked, encode_messages
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.language.worker import Worker
@@ -149,9 +156,9 @@ class FastVLM:
             timings = replace(timings, project_s=encoded.timings.project_s)
             if self.kept_bytes:
                 nbytes = encoded.features.nbytes + encoded.projected.nbytes
-                self._kept.put(content, _copied(encoded), nbytes)
+                self._kept.put(content, copied(encoded), nbytes)
         else:
-            encoded, timings = _copied(kept), Timings()
+            encoded, timings = copied(kept), Timings()
         timings = replace(timings, load_s=self.load_s, preprocess_s=preprocess_s)
         return replace(encoded, timings=timings)
 
@@ -172,6 +179,17 @@ class FastVLM:
         timings = Timings(project_s=time.perf_counter() - started)
         return ImageFeatures(features, projected, timings, model)
 
+    def embed(self, image: Askable) -> np.ndarray:
+        """One vector for an image, float32 [D] of length 1: the mean of its projected features.
+
+        The dot product of two vectors of one model says how alike two images look to it.
+
+        Raises:
+            ImageError, EncoderError, OptionError: as `encode` and `stream`.
+        """
+        (features,), _ = self._features([image])
+        return self.worker.run(pooled, features)
+
     def stream(
         self,
         image: Images,
@@ -190,7 +208,7 @@ class FastVLM:
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
         """
-        return self.chat(_asked(image, prompt), options, **sampling)
+        return self.chat(asked(image, prompt), options, **sampling)
 
     def generate(
         self,
@@ -201,6 +219,20 @@ class FastVLM:
     ) -> GenerationResult:
         """Answer in one piece. Arguments and errors are those of `stream`."""
         return self.stream(image, prompt, options, **sampling).result
+
+    async def astream(
+        self,
+        image: Images,
+        prompt: str,
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[str]:
+        """As `stream`, without blocking an event loop: `async for piece in model.astream(…)`. An
+        answer that is cancelled or left half way is given up."""
+        ask = partial(self.stream, image, prompt, options, **sampling)
+        async with aclosing(aiter(await asyncio.to_thread(ask))) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def chat(
         self,
@@ -257,7 +289,7 @@ class FastVLM:
             found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
         options = resolve_options(options, sampling)
-        return self._answers([self._question(_asked(image, each), options) for each in prompts])
+        return self._answers([self._question(asked(image, each), options) for each in prompts])
 
     def _answers(self, questions: list[Question]) -> Iterator[Generation]:
         features, spent = self._features(questions[0].encoded.images)
@@ -320,7 +352,7 @@ class FastVLM:
     def _ask_about(
         self, image: Images, prompt: str, options: SamplingOptions
     ) -> tuple[Question, list[Ready]]:
-        return self._prepare(_asked(image, prompt), options)
+        return self._prepare(asked(image, prompt), options)
 
     def _prepare(
         self, messages: Sequence[dict[str, Any]], options: SamplingOptions
@@ -375,16 +407,3 @@ class FastVLM:
             eos_token_ids=self.eos_token_ids,
             spent=replace(spent, load_s=self.load_s),
         )
-
-
-def _asked(image: Images, prompt: str) -> list[dict[str, Any]]:
-    """One question as messages, and about which images."""
-    images = image if isinstance(image, list | tuple) else [] if image is None else [image]
-    return [user_message(check_prompt(prompt), images)]
-
-
-def _copied(features: ImageFeatures) -> ImageFeatures:
-    """Arrays of their own: whoever has an image's features may change them."""
-    projected = mx.array(features.projected)
-    mx.eval(projected)
-    return replace(features, features=features.features.copy(), projected=projected)

@@ -18,9 +18,11 @@ MAX_PIXELS = 178_956_970
 def generate(
     bundle: BundlePath,
     image: Annotated[
-        str,
+        list[str],
         option(
-            "The file of the image; - reads it from standard input.", group=QUESTION, value="FILE"
+            "The file of the image; - reads it from standard input. Several are all in one prompt.",
+            group=QUESTION,
+            value="FILE",
         ),
     ],
     prompt: Annotated[
@@ -116,7 +118,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.
-    With several prompts the image is encoded once."""
+    With several prompts the images are encoded once. FastVLM was trained with one image; of several
+    each stands on a line before the prompt, in the order in which they are given."""
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
@@ -141,13 +144,17 @@ def generate(
     )
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
-    source: ImageSource = _stdin() if image == "-" else image
+    if image.count("-") > 1:
+        raise ImageError("--image - is given twice, and standard input holds one image: give files")
+    sources: list[ImageSource] = [_stdin() if each == "-" else each for each in image]
     if Bundle.open(bundle).manifest is None:
         show.note(
             f"warning: {bundle} has no {MANIFEST}, so its files can't be checked; only bundles of "
             "Apple and of mlx-vlm come without one"
         )
-    decoded = load_image(source, max_pixels=limit)
+    decoded = [load_image(source, max_pixels=limit) for source in sources]
+    if len(decoded) > 1:
+        show.note(f"warning: {show.SEVERAL_IMAGES}")
     model = load(
         bundle,
         compute_units=compute_units,
@@ -169,7 +176,7 @@ def generate(
         print_json(
             {
                 "model": str(bundle),
-                "image": image,
+                **({"image": image[0]} if len(image) == 1 else {"images": image}),
                 "encoder": model.encoder.backend,
                 "answers": [answer.to_dict() for answer in answers],
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),

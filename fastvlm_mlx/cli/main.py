@@ -40,6 +40,13 @@ RUNTIME = (
         "fastvlm_mlx.cli.generate",
     ),
     Verb(
+        "chat",
+        "Run",
+        "Talk about images, one question after the other.",
+        "fastvlm chat my-bundle --image photo.jpg",
+        "fastvlm_mlx.cli.chat",
+    ),
+    Verb(
         "bench",
         "Run",
         "Measure how fast a bundle answers, stage by stage.",

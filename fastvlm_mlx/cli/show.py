@@ -26,6 +26,10 @@ _stdout = Console()
 _CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
 # The facts that are not called by their key with spaces.
 LABELS = {"fits_unmodified_mlx_vlm": "fits unmodified mlx-vlm", "misfit": "why it does not fit"}
+SEVERAL_IMAGES = (
+    "FastVLM was trained with one image in a conversation, and answers about several may confuse "
+    "them"
+)
 # In these huggingface_hub may draw bars of its own, with bytes and speed: none of ours meanwhile.
 HUB_STAGES = ("checkpoint", "upload")
 

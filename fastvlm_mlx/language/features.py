@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -97,3 +97,16 @@ def check_encoded(features: Any, shape: tuple[int, int, int]) -> np.ndarray:
     if not np.isfinite(single).all():
         raise OptionError("the encoder's output holds NaN or infinity: expected finite float32")
     return single
+
+
+def pooled(features: ImageFeatures) -> np.ndarray:
+    """The mean of the projected features, of length 1: float32 [D]."""
+    mean = np.asarray(features.projected.astype(mx.float32)).mean(0)
+    return mean / max(np.linalg.norm(mean), np.finfo(np.float32).tiny)
+
+
+def copied(features: ImageFeatures) -> ImageFeatures:
+    """Arrays of their own: whoever has an image's features may change them."""
+    projected = mx.array(features.projected)
+    mx.eval(projected)
+    return replace(features, features=features.features.copy(), projected=projected)

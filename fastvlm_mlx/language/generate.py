@@ -6,10 +6,11 @@ answer is computed a token at a time on the model's own thread.
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -117,6 +118,8 @@ class Generation:
         self._result: GenerationResult | None = None
         self._error: BaseException | None = None
         self._over = False
+        self._closed = False
+        self._shown: list[str] = []
         # MLX refuses that a stream of one thread is left by another, as collecting would do.
         self._leave = finalize(self, worker.post, steps.close)
         self._leave.atexit = False
@@ -125,6 +128,15 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         return self
 
+    async def __aiter__(self) -> AsyncGenerator[str]:
+        """`async for piece in generation`: the event loop is free while a token is computed. What
+        is left half way, or cancelled, is closed."""
+        try:
+            while (piece := await asyncio.to_thread(next, self, None)) is not None:
+                yield piece
+        finally:
+            self.close()
+
     def __next__(self) -> str:
         self._worker.check()
         with self._turn:
@@ -132,6 +144,7 @@ class Generation:
                 step = self._step()
                 if isinstance(step, str):
                     if step:
+                        self._shown.append(step)
                         return step
                 else:
                     self._result = step
@@ -152,8 +165,24 @@ class Generation:
         self._awaited = None
         return step
 
+    @property
+    def text(self) -> str:
+        """What has been iterated over so far."""
+        return "".join(self._shown)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come: it is whole, was closed, or has failed."""
+        return self._over
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed before it was whole."""
+        return self._closed
+
     def close(self) -> None:
         """Give the answer up, and what it holds in memory; of no effect on one that is whole."""
+        self._closed |= not self._over
         self._over = True
         self._leave()
 

@@ -55,17 +55,11 @@ def read_messages(messages: Any) -> list[Message]:
     """Check a conversation that the assistant is to answer.
 
     Raises:
-        PromptError: it is no list of messages, a role is unknown, a system message is not the
-            first, the last one is not the user's, or there is no text to answer.
+        PromptError: as `history`; the last message is not the user's, or has no text to answer.
     """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise PromptError(
-            f"the messages are of type {type(messages).__name__}: expected a list of dicts with "
-            "role and content"
-        )
-    if not messages:
+    read = history(messages)
+    if not read:
         raise PromptError("the list of messages is empty: expected one of the user's at its end")
-    read = [_message(message, place) for place, message in enumerate(messages, 1)]
     if read[-1].role != "user":
         raise PromptError(
             f"the last message is the {read[-1].role}'s: expected one of the user's, which is to "
@@ -80,6 +74,21 @@ def read_messages(messages: Any) -> list[Message]:
         what = " with the image" if any(message.images for message in asked) else ""
         raise PromptError(f"the prompt is empty: say what to do{what}")
     return read
+
+
+def history(messages: Any) -> list[Message]:
+    """Check messages of which the last one may be anybody's.
+
+    Raises:
+        PromptError: it is no list of messages, a role is unknown, or a system message is not the
+            first.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise PromptError(
+            f"the messages are of type {type(messages).__name__}: expected a list of dicts with "
+            "role and content"
+        )
+    return [_message(message, place) for place, message in enumerate(messages, 1)]
 
 
 def _message(message: Any, place: int) -> Message:

@@ -173,6 +173,17 @@ def image_places(ids: list[int], image_token_id: int, lengths: Sequence[int]) ->
     return found
 
 
+def asked(images: Any, prompt: Any) -> list[dict[str, Any]]:
+    """One question as messages.
+
+    Args:
+        images: an image, a list of them, or None.
+    """
+    if not isinstance(images, list | tuple):
+        images = [] if images is None else [images]
+    return [user_message(check_prompt(prompt), images)]
+
+
 def check_prompt(prompt: Any) -> str:
     """Raises PromptError: no text, or blank."""
     if not isinstance(prompt, str):

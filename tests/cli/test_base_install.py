@@ -74,9 +74,10 @@ def test_the_environment_really_lacks_the_extra(base):
     assert set(base(code=tried).stdout.split()) == set(EXTRAS["export"]) - {"transformers"}
 
 
-def test_the_extra_is_the_one_of_pyproject():
-    listed = {Requirement(r).name for r in PROJECT["optional-dependencies"]["export"]}
-    assert set(EXTRAS["export"].values()) == listed
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_is_the_one_of_pyproject(extra):
+    listed = {Requirement(r).name for r in PROJECT["optional-dependencies"][extra]}
+    assert set(EXTRAS[extra].values()) == listed
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--device", "m4"]])

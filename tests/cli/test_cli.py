@@ -389,3 +389,18 @@ def test_a_demo_over_what_is_not_a_demo_s(tmp_path, files):
     with pytest.raises(DestinationError, match="is not an earlier demo's"):
         run_demo(tmp_path, lambda stage, done: None, seed=1, llm_bits=4)
     assert {name: (tmp_path / name).read_text() for name in files} == files
+
+
+def test_several_images_in_one_prompt(fastvlm, demo_bundle, photo, tmp_path):
+    other = tmp_path / "other.png"
+    scenes.generate(12, held_out=True).draw(64).save(other)
+    images = ["--image", photo, "--image", other]
+    status, out, err = fastvlm("generate", demo_bundle, *images, "--prompt", "Which?", "--json")
+    data = json.loads(out)
+    assert (status, data["images"], "image" in data) == (0, [str(photo), str(other)], False)
+    assert data["answers"][0]["image_tokens"] == 32
+    assert "was trained with one image" in err
+    status, _, err = fastvlm(
+        "generate", demo_bundle, "--image", "-", "--image", "-", "--prompt", "?"
+    )
+    assert (status, "--image - is given twice" in sentence(err)) == (2, True)

@@ -33,12 +33,25 @@ class Example:
     @property
     def ours(self) -> bool:
         """Whether it is run here: not what installs, clones, opens, tests or measures."""
-        return self.python or self.text.startswith("fastvlm ")
+        return self.python or self.command.startswith("fastvlm ")
+
+    @property
+    def command(self) -> str:
+        """The command without the text that is piped into it."""
+        return self.text.rpartition(" | ")[2] if self.text.startswith("printf ") else self.text
+
+    @property
+    def piped(self) -> str:
+        """The text that is piped into the command."""
+        printf = self.text.removesuffix(self.command).rpartition(" | ")[0]
+        return shlex.split(printf)[1].replace("\\n", "\n") if printf else ""
 
     @property
     def words(self) -> list[str]:
         """The words that may name files: arguments without the verb, or quoted texts."""
-        return re.findall(r'"([^"]*)"', self.text) if self.python else shlex.split(self.text)[2:]
+        if self.python:
+            return re.findall(r'"([^"]*)"', self.text)
+        return [*shlex.split(self.command)[2:], *self.piped.split()]
 
     @property
     def made(self) -> str | None:

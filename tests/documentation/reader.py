@@ -1,9 +1,9 @@
 """Runs what the documentation shows, line by line as it is told, in one process.
 
-Each line of standard input is a JSON object: `argv` of a `fastvlm` command, or the Python `code` of
-an example and its `page`, whose examples see each other's names. Each is answered by a line:
-`status`, `stdout` and `stderr`. One process imports torch and coremltools once, where a process for
-each command would take longer to import than to work.
+Each line of standard input is a JSON object: `argv` of a `fastvlm` command and its `stdin`, or the
+Python `code` of an example and its `page`, whose examples see each other's names. Each is answered
+by a line: `status`, `stdout` and `stderr`. One process imports torch and coremltools once, where a
+process for each command would take longer to import than to work.
 """
 
 import io
@@ -31,6 +31,7 @@ def run(told: dict) -> dict:
                 exec(compile(told["code"], told["page"], "exec"), known)
             else:
                 sys.argv = ["fastvlm", *told["argv"]]
+                sys.stdin = io.StringIO(told.get("stdin", ""))
                 main()
         except SystemExit as left:
             status = left.code or 0

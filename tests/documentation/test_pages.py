@@ -66,12 +66,12 @@ class Reader:
         if example.python:
             answer = self.ask({"code": example.text, "page": example.page})
         else:
-            argv = shlex.split(example.text)[1:]
+            argv = shlex.split(example.command)[1:]
             if argv[0] == "sweep" and not self.whole_sweeps:
                 choices = {name: CHOICES["app"][name] for name in SOME_CHOICES}
                 (self.folder / "some.json").write_text(json.dumps(choices))
                 argv += ["--choices", "some.json"]
-            answer = self.ask({"argv": argv})
+            answer = self.ask({"argv": argv, "stdin": example.piped})
         assert answer["status"] == 0, f"{example.text}\n{answer['stderr']}"
         self.done[example.text] = answer["stdout"]
         return answer["stdout"]
@@ -176,7 +176,9 @@ def test_a_sweep_makes_all_of_its_table(reader: Reader):
 def test_every_option_that_is_named_exists(reader: Reader):
     shown = reader.ask({"argv": ["--help"]})["stdout"]
     verbs = {
-        shlex.split(example.text)[1] for example in EXAMPLES if example.ours and not example.python
+        shlex.split(example.command)[1]
+        for example in EXAMPLES
+        if example.ours and not example.python
     }
     assert all(verb in shown for verb in verbs)
     helps = [reader.ask({"argv": [verb, "--help"]})["stdout"] for verb in sorted(verbs)]

@@ -1,0 +1,274 @@
+"""`fastvlm chat`: the verb."""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastvlm_mlx.cli import chat_input
+from fastvlm_mlx.cli.common import BundlePath, install, option
+from fastvlm_mlx.cli.generate import COMPUTE_UNITS, ENCODER_COMPUTES, IMAGE, SAMPLING
+from fastvlm_mlx.errors import FastVLMError, OptionError, printable
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.conversation import Conversation
+
+CONVERSATION = "Conversation"
+# What can be typed in place of a question, and what follows it.
+COMMANDS = {
+    "/image": ("FILE", "ask about this image; its path alone, dropped or typed, does the same"),
+    "/clear": ("", "forget all questions and images"),
+    "/save": ("FILE", "save the conversation as JSON"),
+    "/load": ("FILE", "go on with a saved conversation"),
+    "/help": ("", "show this list"),
+    "/exit": ("", "end; so does Ctrl-D, and Ctrl-C stops an answer"),
+}
+
+
+def chat(
+    bundle: BundlePath,
+    image: Annotated[
+        list[str] | None,
+        option("Ask the first question about this image.", group=CONVERSATION, value="FILE"),
+    ] = None,
+    system: Annotated[
+        str | None,
+        option(
+            "What the model is told before the first question.",
+            group=CONVERSATION,
+            value="TEXT",
+            default="You are a helpful assistant.",
+        ),
+    ] = None,
+    saved: Annotated[
+        Path | None,
+        option("Go on with a saved conversation.", "--load", group=CONVERSATION, value="FILE"),
+    ] = None,
+    max_tokens: Annotated[
+        int, option("End an answer after this many tokens.", group=SAMPLING, value="N")
+    ] = 256,
+    temperature: Annotated[
+        float,
+        option(
+            "How freely tokens are drawn; 0 always takes the likeliest.", group=SAMPLING, value="T"
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        option(
+            "Draw from the likeliest tokens that together have this probability.",
+            group=SAMPLING,
+            value="P",
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int | None, option("Make sampled answers repeatable.", group=SAMPLING, value="N")
+    ] = None,
+    compute_units: Annotated[
+        str,
+        option(
+            "Where Core ML runs the encoder, on macOS only; auto takes the fastest that is exact "
+            "enough.",
+            group=IMAGE,
+            choices=COMPUTE_UNITS,
+        ),
+    ] = "auto",
+    encoder_compute: Annotated[
+        str,
+        option(
+            "What torch computes the encoder in, on Linux; auto is float32.",
+            group=IMAGE,
+            choices=ENCODER_COMPUTES,
+        ),
+    ] = "auto",
+    image_size: Annotated[
+        int | None,
+        option(
+            "The input size in pixels, one of those that the bundle's encoder takes.",
+            group=IMAGE,
+            value="PIXELS",
+            default="the bundle's own",
+        ),
+    ] = None,
+) -> None:
+    """Type a question; the path of an image in it, typed or dropped onto the terminal, asks about
+    that image. /help shows what else can be typed. Lines that are piped in are answered one by one,
+    and one that fails makes the exit status 2."""
+    from fastvlm_mlx.conversation import Conversation
+    from fastvlm_mlx.image.decode import load_image
+    from fastvlm_mlx.language.sampling import SamplingOptions
+    from fastvlm_mlx.loading import load
+
+    options = SamplingOptions(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    if saved is not None and system is not None:
+        raise OptionError(
+            "--load and --system are both given, and a saved conversation has a system message of "
+            "its own: leave one out"
+        )
+    for path in image or ():
+        load_image(path)
+    model = load(
+        bundle,
+        compute_units=compute_units,
+        encoder_compute=encoder_compute,
+        image_size=image_size,
+    )
+    if saved is None:
+        talk = Conversation(model, system=system, options=options)
+    else:
+        talk = Conversation.load(model, saved, options)
+    if Session(talk, image or []).run():
+        raise typer.Exit(2)
+
+
+class Session:
+    """A conversation on a terminal, or with the lines of a pipe.
+
+    Attributes:
+        images: the images that the next question is about.
+    """
+
+    def __init__(self, talk: Conversation, images: list[str]):
+        self.talk, self.images = talk, list(images)
+        self._interactive = chat_input.is_interactive()
+        self._warned = False
+
+    def run(self) -> bool:
+        """Answer line by line; return whether one failed that nobody was there to see."""
+        read = chat_input.reader({name: bool(value) for name, (value, _) in COMMANDS.items()})
+        if self._interactive:
+            self._greet()
+        failed = False
+        while True:
+            try:
+                line = read()
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                _note("Ctrl-D or /exit ends the chat.")
+                continue
+            if line is None or line.strip() in ("/exit", "/quit"):
+                return failed and not self._interactive
+            try:
+                self.take(line.strip())
+            except FastVLMError as error:
+                failed = True
+                _note(f"error: {error}")
+
+    def take(self, line: str) -> None:
+        """Do what a line says.
+
+        Raises:
+            FastVLMError: it can't be done.
+        """
+        name, _, rest = line.partition(" ")
+        if name in COMMANDS:
+            self._command(name, rest.strip())
+            return
+        # A path has more slashes, or ends as an image does.
+        if name.startswith("/") and "/" not in name[1:] and not chat_input.split_images(name)[0]:
+            near = get_close_matches(name, COMMANDS, 1)
+            hint = f"use {near[0]}" if near else "/help shows those that there are"
+            raise OptionError(f"{printable(name, 60)} is no command: {hint}")
+        paths, text = chat_input.split_images(line)
+        self._add(paths)
+        if text:
+            self._ask(text)
+
+    def _command(self, name: str, rest: str) -> None:
+        from fastvlm_mlx.conversation import Conversation
+
+        takes, _ = COMMANDS[name]
+        if takes and not rest:
+            raise OptionError(f"{name} is given no file: expected {name} {takes}")
+        if rest and not takes:
+            raise OptionError(f"{name} is followed by a text: expected {name} alone")
+        if name == "/help":
+            self._help()
+        elif name == "/clear":
+            self.talk.clear()
+            self.images = []
+            _note("All questions and images are forgotten.")
+        elif name == "/image":
+            paths, text = chat_input.split_images(rest)
+            self._add(paths if paths and not text else [chat_input.one_path(rest)])
+        elif name == "/save":
+            file = Path(chat_input.one_path(rest)).expanduser()
+            self.talk.save(file)
+            _note(f"The conversation is saved to {file}.")
+        elif name == "/load":
+            file = Path(chat_input.one_path(rest)).expanduser()
+            self.talk = Conversation.load(self.talk.model, file, self.talk.options)
+            self.images = []
+            _note(f"The conversation has {len(self.talk.messages)} messages.")
+
+    def _add(self, paths: list[str]) -> None:
+        from fastvlm_mlx.image.decode import load_image
+
+        for path in paths:
+            # Now is when its sender can still be told.
+            load_image(path, max_pixels=self.talk.model.max_pixels)
+        self.images += paths
+        if paths and self._interactive:
+            count = len(self.images)
+            _note(
+                f"The next question is about {'this image' if count == 1 else f'{count} images'}."
+            )
+
+    def _ask(self, text: str) -> None:
+        """Ask, and show the answer as it comes; Ctrl-C stops it."""
+        from fastvlm_mlx.cli import show
+
+        generation = None
+        # They are this question's, also where it fails.
+        images, self.images = self.images, []
+        try:
+            generation = self.talk.ask(text, images)
+            self._warn()
+            for piece in generation:
+                print(show.answer(piece), end="", flush=True)
+            print(flush=True)
+        except KeyboardInterrupt:
+            if generation is not None:
+                generation.close()
+            print(flush=True)
+            _note("The answer was stopped.")
+            return
+        result = generation.result
+        if result.finish_reason == "length" and self._interactive:
+            _note(f"The answer was cut after {result.generation_tokens} tokens, see --max-tokens.")
+
+    def _warn(self) -> None:
+        from fastvlm_mlx.cli import show
+
+        images = sum(
+            part["type"] == "image"
+            for message in self.talk.messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+        )
+        if images > 1 and not self._warned:
+            self._warned = True
+            _note(f"warning: {show.SEVERAL_IMAGES}; /clear begins anew")
+
+    def _greet(self) -> None:
+        _note("Drop an image here or type its path, and ask; /help shows what else there is.")
+        if chat_input.find_spec("prompt_toolkit") is None:
+            _note(f"History and completion come with {install('chat')}.")
+
+    def _help(self) -> None:
+        for name, (takes, text) in COMMANDS.items():
+            print(f"{name} {takes}".ljust(14), text, file=sys.stderr)
+
+
+def _note(text: str) -> None:
+    from fastvlm_mlx.cli import show
+
+    sys.stdout.flush()
+    show.note(text)

@@ -1,0 +1,160 @@
+"""Where the lines of a chat come from, and the images that are named in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+PROMPT = "> "
+# A word as a shell reads it: quoted, with escaped spaces, or both, as terminals write the path of a
+# file that is dropped onto them.
+_SHELL_WORD = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+(?!\S)""")
+_WORD = re.compile(r"\S+")
+_SUFFIXES: tuple[str, ...] = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+)
+_SUFFIXES += (".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def split_images(line: str) -> tuple[list[str], str]:
+    """The paths of images in a line, and the rest of it.
+
+    A word is an image if it is the path of a file and either ends as images do or has a slash in
+    it; or if it can't be meant as anything else, as an absolute path that ends so.
+    """
+    paths: list[str] = []
+    rest, place = "", 0
+    while word := _WORD.search(line, place):
+        rest += line[place : word.start()]
+        given = _SHELL_WORD.match(line, word.start())
+        path = None if given is None else unquoted(given.group())
+        if given is not None and path is not None and _is_image(path):
+            paths.append(path)
+            place = given.end()
+        else:
+            rest += word.group()
+            place = word.end()
+    return paths, rest.strip()
+
+
+def unquoted(text: str) -> str | None:
+    """A path without its quotes, escapes or `file://`; None where that leaves none."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return None
+    if len(words) != 1 or not words[0]:
+        return None
+    path = words[0]
+    if path.lower().startswith("file://"):
+        try:
+            url = urlsplit(path)
+        except ValueError:
+            return None
+        if url.netloc not in ("", "localhost"):
+            return None
+        path = unquote(url.path, errors="surrogateescape")
+    return path
+
+
+def one_path(text: str) -> str:
+    """The path that a command was given: as a shell would read it, or all of it as it stands."""
+    path = unquoted(text)
+    return text if path is None else path
+
+
+def _is_image(path: str) -> bool:
+    ends_so = path.lower().endswith(_SUFFIXES)
+    if not ends_so and "/" not in path:
+        return False
+    if ends_so and path.startswith(("/", "~/", "./", "../")):
+        return True
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):
+        # What can't be a path.
+        return False
+
+
+def is_interactive() -> bool:
+    """Whether somebody types, and sees what is written."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def reader(commands: dict[str, bool]) -> Callable[[], str | None]:
+    """What returns the next line, or None after the last.
+
+    Args:
+        commands: those to complete, and whether each is followed by a path.
+    """
+    if not is_interactive():
+        return _next_line
+    if find_spec("prompt_toolkit") is None:
+        return _typed
+    return _edited(commands)
+
+
+def _next_line() -> str | None:
+    line = "" if sys.stdin is None else sys.stdin.readline()
+    return line or None
+
+
+def _typed() -> str | None:
+    try:
+        return input(PROMPT)
+    except EOFError:
+        print()
+        return None
+
+
+def _edited(commands: dict[str, bool]) -> Callable[[], str | None]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import NestedCompleter, PathCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    paths = PathCompleter(expanduser=True)
+    choices: dict[str, Any] = {name: paths if path else None for name, path in commands.items()}
+    file = _history_file()
+    session: PromptSession[str] = PromptSession(
+        history=InMemoryHistory() if file is None else FileHistory(str(file)),
+        completer=NestedCompleter.from_nested_dict(choices),
+        complete_while_typing=False,
+    )
+
+    def read() -> str | None:
+        try:
+            return session.prompt(PROMPT)
+        except EOFError:
+            return None
+
+    return read
+
+
+def _history_file() -> Path | None:
+    """What was typed in earlier chats, for its owner alone; None where there is no place for it."""
+    if sys.platform == "darwin":
+        state = Path("~/Library/Application Support")
+    else:
+        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    try:
+        file = state.expanduser() / "fastvlm-mlx" / "chat-history"
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.touch(mode=0o600)
+    except (OSError, RuntimeError):
+        return None
+    return file
