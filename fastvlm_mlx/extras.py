@@ -23,6 +23,7 @@ EXTRAS = {
         "prometheus_client": "prometheus_client",
     },
     "chat": {"prompt_toolkit": "prompt_toolkit"},
+    "json": {"llguidance": "llguidance"},
 }
 
 

@@ -22,6 +22,7 @@ from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.batch import DEFAULT_BATCH_SIZE, Answers, Asked, check_batch_size, pairs
+from fastvlm_mlx.language.constraint import Grammars
 from fastvlm_mlx.language.features import (
     ImageFeatures,
     check_encoded,
@@ -85,6 +86,12 @@ class FastVLM:
     kept_bytes: int = DEFAULT_LIMIT
     encoder_compute: str = "auto"
     _loading_s: list[float] = field(default_factory=list, repr=False)
+    _grammars: Grammars = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows = self.config.text.vocab_size
+        grammars = Grammars(self.tokenizer, rows, self.eos_token_ids)
+        object.__setattr__(self, "_grammars", grammars)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -326,6 +333,8 @@ class FastVLM:
         """
         options = resolve_options(options, sampling)
         options.check_vocabulary(self.config.text.vocab_size)
+        if options.json_schema is not None:
+            self._grammars.constraint(options.json_schema)
         size = check_batch_size(batch_size)
         asked = (
             Asked(partial(self._ask_about, image, prompt, options), self._begin)
@@ -384,7 +393,9 @@ class FastVLM:
         )
         check_room(text, encoded)
         options.check_vocabulary(text.vocab_size)
-        return Question(encoded, options, time.perf_counter() - started)
+        schema = options.json_schema
+        constraint = None if schema is None else self._grammars.constraint(schema)
+        return Question(encoded, options, time.perf_counter() - started, constraint)
 
     def _answer(
         self, question: Question, features: list[ImageFeatures], spent: Timings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, BinaryIO
 
 from fastvlm_mlx.cli.common import BundlePath, Json, option, print_json
@@ -71,6 +72,14 @@ def generate(
     stop: Annotated[
         list[str] | None, option("End the answer before this text.", group=SAMPLING, value="TEXT")
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        option(
+            "Answer in JSON that meets the schema in this file. Needs [json].",
+            group=SAMPLING,
+            value="FILE",
+        ),
+    ] = None,
     compute_units: Annotated[
         str,
         option(
@@ -129,6 +138,7 @@ def generate(
         check_max_pixels,
         load_image,
     )
+    from fastvlm_mlx.language.json_schema import read_schema
     from fastvlm_mlx.language.sampling import SamplingOptions
     from fastvlm_mlx.loading import load
 
@@ -141,6 +151,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        json_schema=None if json_schema is None else read_schema(json_schema),
     )
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)

@@ -9,12 +9,15 @@ short answer; and `BatchGenerator` copies the caches of every prompt that waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from fastvlm_mlx.imports import part
 from fastvlm_mlx.language.kept import Kept, Prompt, keep, take
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.language.constraint import Constraint
 
 cache = part("mlx_lm.models.cache")
 
@@ -31,6 +34,7 @@ class Continuation:
         caches: of each layer, once it has begun.
         token: the latest id, [1].
         cached_tokens: places of the prompt that were computed for an earlier one.
+        constraint: what the ids must lead to, or None.
     """
 
     def __init__(
@@ -40,19 +44,22 @@ class Continuation:
         max_tokens: int,
         sampler: Callable[[mx.array], mx.array],
         processors: Sequence[Process] = (),
+        constraint: Constraint | None = None,
     ):
         """
         Args:
             max_tokens: how many ids are made, 1 or more.
             sampler: logits [1, V] → a token [1].
             processors: change logits [1, V] by the tokens [n] before them.
+            constraint: at its beginning; it comes after the processors.
         """
-        self.prompt, self.max_tokens = prompt, max_tokens
+        self.prompt, self.max_tokens, self.constraint = prompt, max_tokens, constraint
         self.caches: list[Any] = []
         self.token: mx.array
         self.cached_tokens = 0
         self._sampler, self._processors = sampler, processors
         self._history = prompt.ids
+        self._count = 0
 
     def begin(self, model: Any, kept: Kept) -> None:
         """Compute what is not kept of the prompt, and the first id."""
@@ -81,7 +88,14 @@ class Continuation:
         """The next id, from logits [1, V]; it may be computed later."""
         for process in self._processors:
             logits = process(self._history, logits)
+        if self.constraint is not None:
+            # They are computed while the id before them is read and the mask is made.
+            mx.async_eval(logits)
+            if self._count:
+                self.constraint.add(self._count - 1, self.token.item())  # type: ignore[arg-type]
+            logits = self.constraint.mask(logits)
         self.token = self._sampler(logits)
+        self._count += 1
         mx.async_eval(self.token)
         if self._processors:
             self._history = mx.concatenate([self._history, self.token])

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
+from fastvlm_mlx.language.constraint import Constraint
 from fastvlm_mlx.language.decode import Continuation, decode
 from fastvlm_mlx.language.detokenizer import Text
 from fastvlm_mlx.language.kept import Kept, Prompt, Span, content_hash, cut, keys
@@ -75,7 +76,8 @@ class Timings:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """An answer. `finish_reason` is "stop" (end token or stop string) or "length".
+    """An answer. `finish_reason` is "stop" (end token, stop string, or JSON that is whole) or
+    "length".
 
     `compute` says what the language model ran on and in which type, such as "MLX float16".
 
@@ -209,11 +211,16 @@ class Generation:
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation as token ids with the placeholders, and the seconds that this took."""
+    """A conversation as token ids with the placeholders, and the seconds that this took.
+
+    Attributes:
+        constraint: what the one answer to it must lead to, or None.
+    """
 
     encoded: Encoded
     options: SamplingOptions
     prompt_s: float
+    constraint: Constraint | None = None
 
 
 class Answer:
@@ -254,6 +261,7 @@ class Answer:
             max_tokens=min(options.max_tokens, room),
             sampler=Sampler(options, text.vocab_size),
             processors=processors(options),
+            constraint=question.constraint,
         )
         self.model, self._question, self._spent = model, question, spent
         self._eos_token_ids = eos_token_ids
@@ -264,10 +272,18 @@ class Answer:
         self.ended = False
 
     def add(self, token: int) -> str:
-        """The text that can be shown now."""
+        """The text that can be shown now.
+
+        Raises:
+            OptionError: the schema can't be followed any further.
+        """
         self._last = time.perf_counter()
         if not self._count:
             self._first = self._last
+        constraint, whole = self.continued.constraint, False
+        if constraint is not None:
+            constraint.add(self._count, token)
+            whole = constraint.whole
         self._count += 1
         shown = ""
         if token in self._eos_token_ids:
@@ -275,7 +291,7 @@ class Answer:
         else:
             self._tokens.append(token)
             shown = self._text.add(token)
-            if self._text.stopped:
+            if self._text.stopped or whole:
                 self._finish_reason, self.ended = "stop", True
         self.ended |= self._count == self.continued.max_tokens
         return shown

@@ -20,6 +20,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.imports import part
+from fastvlm_mlx.language.json_schema import schema_text
 
 sampling = part("mlx_lm.sample_utils")
 
@@ -98,9 +99,12 @@ class SamplingOptions:
         repetition_penalty: above 1 makes recent tokens less likely.
         seed: makes an answer repeatable, whatever else is sampled in between.
         stop: texts that end the answer, of 100,000 characters in all; one alone may be a str.
+        json_schema: the answer is JSON that meets it: a dict, JSON text, or a pydantic model. It is
+            held as JSON text.
 
     Raises:
-        OptionError: a value of another type, or outside its range.
+        OptionError: a value of another type, or outside its range; a schema that can't be followed;
+            or one while the `json` extra is not installed.
     """
 
     max_tokens: int = 256
@@ -111,11 +115,14 @@ class SamplingOptions:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+    json_schema: Any = None
 
     def __post_init__(self) -> None:
         for name, range_ in _RANGES.items():
             object.__setattr__(self, name, range_.read(name, getattr(self, name)))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         if self.top_k >= vocab_size:

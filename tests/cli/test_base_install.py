@@ -107,6 +107,14 @@ def test_only_the_plot_of_a_measurement_needs_the_extra(base, demo_bundle, tmp_p
     assert "takes 256" in sentence(base("bench", demo_bundle, "--image-sizes", "300"))
 
 
+def test_an_answer_by_a_schema_needs_an_extra_of_its_own(base, tmp_path):
+    (tmp_path / "shapes.json").write_text('{"type": "boolean"}')
+    words = ["--image", "a.png", "--prompt", "Hm?", "--json-schema", tmp_path / "shapes.json"]
+    said = sentence(base("generate", tmp_path, *words))
+    assert "this needs llguidance of the `json` extra, which is not installed" in said
+    assert 'pip install "fastvlm-mlx[json]"' in said
+
+
 @pytest.mark.parametrize("verb", ["inspect", "plan"])
 def test_pickled_weights_need_torch_and_say_so(base, pickled, verb):
     said = sentence(base(verb, pickled))

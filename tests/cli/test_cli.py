@@ -132,6 +132,36 @@ class TestGenerate:
         first, second = data["answers"]
         assert first["cached_tokens"] == 0 < second["cached_tokens"] < second["prompt_tokens"]
 
+    def test_an_answer_by_a_schema(self, fastvlm, demo_bundle, photo, tmp_path):
+        file = tmp_path / "shapes.json"
+        file.write_text('{"type": "object", "properties": {"n": {"type": "boolean"}}}')
+        question = ["--image", photo, "--prompt", "Hm?", "--json-schema", file]
+        code, out, _ = fastvlm("generate", demo_bundle, *question, "--max-tokens", "40")
+        assert code == 0
+        assert isinstance(json.loads(out), dict)
+        code, out, _ = fastvlm("generate", demo_bundle, *question, "--json")
+        assert code == 0
+        assert isinstance(json.loads(json.loads(out)["answers"][0]["text"]), dict)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (None, "shapes.json"),
+            (b"\xff", "can't be read as text"),
+            (b"[1", "can't be read as JSON"),
+            (b" " * 300_000, "more than 256,000 bytes"),
+        ],
+    )
+    def test_what_is_no_schema(self, fastvlm, tmp_path, content, words):
+        file = tmp_path / "shapes.json"
+        if content is not None:
+            file.write_bytes(content)
+        # Before the bundle is looked for.
+        question = ["--image", "a.png", "--prompt", "Hm?", "--json-schema", file]
+        code, _, err = fastvlm("generate", tmp_path / "nowhere", *question)
+        assert code == 2
+        assert words in sentence(err)
+
     def test_an_image_from_standard_input(self, demo_bundle, photo):
         command = [sys.executable, "-m", "fastvlm_mlx", "generate", str(demo_bundle)]
         command += ["--prompt", "Describe the image.", "--image"]
