@@ -24,6 +24,8 @@ from fastvlm_mlx.serve.images import fetched
 from fastvlm_mlx.serve.limits import Settings
 from fastvlm_mlx.serve.requests import Wanted
 
+# Requests that are taken apart at once: one may have a JSON schema, which takes seconds to try.
+_READERS = 4
 _GONE = 499  # nginx's status for it, which the log has; nobody receives it
 
 
@@ -65,7 +67,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Service:
-    """What requests are answered with."""
+    """What requests are answered with.
+
+    Attributes:
+        name: what clients call the model.
+        started: seconds since 1970.
+    """
 
     model: FastVLM
     name: str
@@ -73,6 +80,7 @@ class Service:
     schedule: Schedule
     places: Places
     fetcher: Fetcher
+    readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_READERS))
     started: int = field(default_factory=lambda: int(time.time()))
 
     async def answer(
@@ -84,7 +92,8 @@ class Service:
         """Raises ApiError: there is none, and why."""
         record: Record = request.scope["fastvlm"]
         body = await read_body(request, self.settings)
-        wanted = await asyncio.to_thread(read, body, self.settings)
+        async with self.readers:
+            wanted = await asyncio.to_thread(read, body, self.settings)
         del body
         if wanted.model != self.name:
             raise ApiError(

@@ -21,6 +21,7 @@ from fastvlm_mlx.serve.fetch import Fetcher, Place
 from fastvlm_mlx.serve.guard import Guard
 from fastvlm_mlx.serve.limits import Settings
 from fastvlm_mlx.serve.metrics import Metrics
+from fastvlm_mlx.serve.page import page
 from fastvlm_mlx.serve.requests import read_chat
 from fastvlm_mlx.serve.responses import Responses, read_responses
 
@@ -65,6 +66,9 @@ def application(service: Service) -> ASGIApp:
             )
         return json_response(_model(service))
 
+    async def home(request: Request) -> Response:
+        return page()
+
     async def health(request: Request) -> Response:
         return json_response({"status": "ok"})
 
@@ -88,6 +92,7 @@ def application(service: Service) -> ASGIApp:
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
+            Route("/", home),
             Route("/metrics", metric),
         ],
         middleware=middleware,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from fastvlm_mlx.serve.errors import ApiError
 from fastvlm_mlx.serve.limits import MAX_CHOICES, MAX_STOPS, Settings
 
 T = TypeVar("T")
+_OPTION = re.compile(r"--([a-z-]+)")
 _REMEDY = "docs/serve.md says what a request may hold"
 
 Role = Literal["system", "developer", "user", "assistant"]
@@ -145,7 +147,8 @@ def read_chat(body: bytes, settings: Settings) -> Wanted:
     found = parse(body)
     check_unsupported(found, _UNSUPPORTED)
     asked = convert(found, ChatRequest)
-    check_format(asked.response_format, "response_format")
+    form = asked.response_format
+    inner = form.get("json_schema") if form else None
     turns = [Turn(message.role, _parts(message.content)) for message in asked.messages]
     most = asked.max_tokens
     if asked.max_completion_tokens is not None:
@@ -160,6 +163,7 @@ def read_chat(body: bytes, settings: Settings) -> Wanted:
         top_p=asked.top_p,
         seed=asked.seed,
         stop=asked.stop,
+        schema=schema_of(form, inner, "response_format"),
         n=asked.n or 1,
         stream=bool(asked.stream),
         include_usage=bool(stream_options.include_usage),
@@ -176,6 +180,7 @@ def wanted(
     top_p: float | None,
     seed: int | None = None,
     stop: str | list[str] | None = None,
+    schema: dict[str, Any] | None = None,
     **more: Any,
 ) -> Wanted:
     """What both kinds of request have in common, within the limits."""
@@ -193,9 +198,11 @@ def wanted(
             top_p=1.0 if top_p is None else top_p,
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            json_schema=schema,
         )
     except FastVLMError as error:
-        raise ApiError(str(error)) from error
+        # It names options as the command line does.
+        raise ApiError(_OPTION.sub(lambda name: name[1].replace("-", "_"), str(error))) from error
     made = Wanted(model, _one_system(turns), options, **more)
     if len(made.images) > settings.max_images:
         raise ApiError(
@@ -255,12 +262,26 @@ def check_unsupported(found: dict[str, Any], table: dict[str, tuple[Any, ...]]) 
             )
 
 
-def check_format(form: dict[str, Any] | None, name: str) -> None:
-    """Raises ApiError: another form of answer than text."""
-    if form is not None and form.get("type") != "text":
+def schema_of(form: dict[str, Any] | None, holder: Any, name: str) -> dict[str, Any] | None:
+    """The JSON schema that an answer's form asks for.
+
+    Args:
+        holder: where the form has its schema.
+
+    Raises:
+        ApiError: a form that there is not, or one without its schema.
+    """
+    kind = "text" if form is None else form.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
         raise ApiError(
-            f"{name} asks for something else than text, which this server does not have: leave it "
-            "out",
+            f"the type of {name} is another one: expected text, json_object or json_schema",
             param=name,
-            code="unsupported_parameter",
         )
+    found = holder.get("schema") if isinstance(holder, dict) else None
+    if not isinstance(found, dict):
+        raise ApiError(f"{name} has no JSON schema: expected an object under schema", param=name)
+    return found

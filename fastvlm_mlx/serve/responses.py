@@ -23,10 +23,10 @@ from fastvlm_mlx.serve.requests import (
     TopP,
     Turn,
     Wanted,
-    check_format,
     check_unsupported,
     convert,
     parse,
+    schema_of,
     wanted,
 )
 
@@ -101,7 +101,6 @@ def read_responses(body: bytes, settings: Settings) -> Wanted:
     check_unsupported(found, _UNSUPPORTED)
     asked = convert(found, ResponsesRequest)
     form = asked.text.format if asked.text else None
-    check_format(form, "text.format")
     turns = [] if asked.instructions is None else [Turn("system", [asked.instructions])]
     if isinstance(asked.input, str):
         turns.append(Turn("user", [asked.input]))
@@ -114,8 +113,13 @@ def read_responses(body: bytes, settings: Settings) -> Wanted:
         max_tokens=("max_output_tokens", asked.max_output_tokens),
         temperature=asked.temperature,
         top_p=asked.top_p,
+        schema=schema_of(form, form, "text.format"),
         stream=bool(asked.stream),
-        about={"instructions": asked.instructions, "metadata": asked.metadata or {}},
+        about={
+            "instructions": asked.instructions,
+            "metadata": asked.metadata or {},
+            "text": {"format": form or {"type": "text"}},
+        },
     )
 
 
@@ -206,7 +210,6 @@ class Responses:
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",

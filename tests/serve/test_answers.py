@@ -1,9 +1,12 @@
 """What the official client gets: the answers of `FastVLM`, in OpenAI's forms."""
 
+import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from serving import NAME, busy, client_of, data_url, message, serving, until
 
@@ -112,6 +115,18 @@ def test_responses(client, model):
     short = client.responses.create(model=NAME, input="Hello", max_output_tokens=1)
     assert short.status == "incomplete"
     assert short.incomplete_details.reason == "max_output_tokens"
+
+
+def test_json_by_a_schema(client):
+    class Count(pydantic.BaseModel):
+        how_many: Literal["one", "two"]
+
+    found = client.chat.completions.parse(model=NAME, messages=asked(), response_format=Count)
+    assert isinstance(found.choices[0].message.parsed, Count)
+    kind = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "a", "schema": {**kind, "additionalProperties": False}}
+    answer = client.responses.create(model=NAME, input="Well?", text={"format": form})
+    assert json.loads(answer.output_text) == {"a": "x"}
 
 
 def test_sixteen_at_once_get_the_answers_of_one_at_a_time(running, client, model):

@@ -137,6 +137,12 @@ BAD = {
     "penalty": {"frequency_penalty": 1.0},
     "sound": {"modalities": ["audio"]},
     "stream": {"stream": "yes"},
+    "an unknown form": {"response_format": {"type": "xml"}},
+    "a form without a schema": {"response_format": {"type": "json_schema"}},
+    "a schema that is none": {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}}},
+    "a schema without end": {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "a", "schema": {"enum": ["a" * 1000] * 1500}}}},
 }  # fmt: skip
 
 
