@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 # A piece of text, and last the result or what went wrong.
 Told = str | GenerationResult | BaseException
-# Images that are decoded at once, each of which may be as large as the limit allows.
-_PREPARERS = 2
+# Images that are decoded at once, each of which may be as large as the limit allows; and questions
+# that are made ready before there is room for them, with 12 MB for each image of 1024×1024.
+_PREPARERS, _READY = 2, 4
 
 
 class Ticket:
     """A question in a schedule."""
 
     def __init__(self, asked: Asked, tell: Callable[[Told], None]):
-        self.asked = asked
+        self.prepare: Callable[[], Any] | None = asked.prepare
+        self.begin = asked.begin
         self.prepared: Any = None
         self.over = False
         self._tell = tell
@@ -42,6 +44,8 @@ class Ticket:
     def cancel(self) -> None:
         """Give the answer up, from any thread: its place is free at the next token."""
         self.over = True
+        # It holds the images.
+        self.prepare = None
 
     def tell(self, told: Told) -> None:
         if not self.over:
@@ -66,6 +70,8 @@ class Schedule:
         self._pool = ThreadPoolExecutor(_PREPARERS, "fastvlm-prepare")
         self._lock = Lock()
         self._running = self._closed = False
+        self._preparing = 0
+        self._waiting: deque[Ticket] = deque()
         self._ready: deque[Ticket] = deque()
         self._active: list[tuple[Ticket, Answer]] = []
         self._steps: Generator[None] | None = None
@@ -84,7 +90,8 @@ class Schedule:
         with self._lock:
             if self._closed:
                 raise FastVLMError("no more questions are answered here: load the model again")
-            self._pool.submit(self._prepare, ticket)
+            self._waiting.append(ticket)
+            self._have_prepared()
         return ticket
 
     def close(self) -> None:
@@ -94,17 +101,36 @@ class Schedule:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._wake()
 
+    def _have_prepared(self) -> None:
+        """Have the next ones made ready. With the lock held."""
+        while self._waiting and self._preparing + len(self._ready) < _READY and not self._closed:
+            self._preparing += 1
+            self._pool.submit(self._prepare, self._waiting.popleft())
+
     def _prepare(self, ticket: Ticket) -> None:
-        if ticket.over:
-            return
+        prepare, ticket.prepare = ticket.prepare, None
+        is_ready = False
         try:
-            ticket.prepared = ticket.asked.prepare()
+            if prepare is not None and not ticket.over:
+                ticket.prepared = prepare()
+                is_ready = True
         # Whatever it is, it concerns who asked.
         except Exception as error:  # noqa: BLE001
             ticket.tell(error)
-            return
-        self._ready.append(ticket)
-        self._wake()
+        with self._lock:
+            self._preparing -= 1
+            if is_ready:
+                self._ready.append(ticket)
+            self._have_prepared()
+        if is_ready:
+            self._wake()
+
+    def _next(self) -> Ticket:
+        """One that is ready, in whose place another is made ready."""
+        with self._lock:
+            ticket = self._ready.popleft()
+            self._have_prepared()
+        return ticket
 
     def _wake(self) -> None:
         with self._lock:
@@ -137,7 +163,7 @@ class Schedule:
     def _decode(self) -> Generator[None]:
         """With each step begin one answer, decode one token of all that have begun, or both."""
         batch = Batch(self._model.language_model, ahead=self._model.lazy)
-        while self._ready or self._active:
+        while self._ready or self._active or self._closed:
             if self._closed:
                 self._give_up(FastVLMError("the program is being ended: ask again later"))
                 return
@@ -145,7 +171,7 @@ class Schedule:
             try:
                 # One at a time, or those who come would keep those who are here from going on.
                 if self._ready and len(self._active) < self._size:
-                    self._begin(batch, self._ready.popleft())
+                    self._begin(batch, self._next())
                 if self._active:
                     self._advance(batch)
             # Of memory, say. It concerns all that were computed together, and nobody later.
@@ -161,7 +187,7 @@ class Schedule:
         if ticket.over:
             return
         try:
-            answer = ticket.asked.begin(ticket.prepared)
+            answer = ticket.begin(ticket.prepared)
             answer.continued.begin(self._model.language_model, self._kept())
         # Whatever it is, it concerns who asked.
         except Exception as error:  # noqa: BLE001
@@ -187,8 +213,12 @@ class Schedule:
         self._active = [each for each in self._active if not each[0].over]
 
     def _give_up(self, error: FastVLMError) -> None:
-        while self._ready:
-            self._ready.popleft().tell(error)
+        with self._lock:
+            left = [*self._ready, *self._waiting]
+            self._ready.clear()
+            self._waiting.clear()
+        for ticket in left:
+            ticket.tell(error)
         for ticket, _ in self._active:
             ticket.tell(error)
         self._active = []

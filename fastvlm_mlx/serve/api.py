@@ -18,7 +18,7 @@ from fastvlm_mlx.language.batch import Asked
 from fastvlm_mlx.language.generate import GenerationResult
 from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.serve.errors import ApiError, answer_to
-from fastvlm_mlx.serve.exchange import Answers, ClientGoneError, Places, unless_gone
+from fastvlm_mlx.serve.exchange import Answers, Held, Places, unless_gone
 from fastvlm_mlx.serve.fetch import Fetcher
 from fastvlm_mlx.serve.images import fetched
 from fastvlm_mlx.serve.limits import Settings
@@ -26,7 +26,6 @@ from fastvlm_mlx.serve.requests import Wanted
 
 # Requests that are taken apart at once: one may have a JSON schema, which takes seconds to try.
 _READERS = 4
-_GONE = 499  # nginx's status for it, which the log has; nobody receives it
 
 
 class Shape(Protocol):
@@ -91,10 +90,32 @@ class Service:
     ) -> Response:
         """Raises ApiError: there is none, and why."""
         record: Record = request.scope["fastvlm"]
-        body = await read_body(request, self.settings)
+        held = Held(self.places)
+        try:
+            wanted = await self._read(request, read, held)
+            answers = Answers(self.places, wanted.n)
+            try:
+                first = await unless_gone(request.receive, self._begin(answers, wanted))
+                # What follows may take long, and needs no images.
+                wanted.turns.clear()
+                held.let_go()
+                if wanted.stream:
+                    return _Events(answers, first, shaped(wanted), wanted.n, record)
+                collecting = _all(answers, first, wanted.n, record)
+                results = await unless_gone(request.receive, collecting)
+            except BaseException:
+                answers.close()
+                raise
+        finally:
+            held.let_go()
+        return json_response(shaped(wanted).whole(results))
+
+    async def _read(
+        self, request: Request, read: Callable[[bytes, Settings], Wanted], held: Held
+    ) -> Wanted:
+        body = await read_body(request, self.settings, held)
         async with self.readers:
             wanted = await asyncio.to_thread(read, body, self.settings)
-        del body
         if wanted.model != self.name:
             raise ApiError(
                 f"the model {wanted.model[:100]!r} is not served here: expected {self.name!r}",
@@ -102,20 +123,7 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        answers = Answers(self.places, wanted.n)
-        try:
-            first = await unless_gone(request.receive, self._begin(answers, wanted))
-            if wanted.stream:
-                return _Events(answers, first, shaped(wanted), wanted.n, record)
-            results = await unless_gone(request.receive, _all(answers, first, wanted.n, record))
-        except ClientGoneError:
-            answers.close()
-            record.gone = True
-            return Response(status_code=_GONE)
-        except BaseException:
-            answers.close()
-            raise
-        return json_response(shaped(wanted).whole(results))
+        return wanted
 
     async def _begin(self, answers: Answers, wanted: Wanted) -> tuple[int, str | GenerationResult]:
         """The first piece: until it has come, an error is an answer with a status of its own."""
@@ -191,11 +199,12 @@ class _Events(StreamingResponse):
             self._answers.close()
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings, held: Held) -> bytes:
     """The body of a request.
 
     Raises:
-        ApiError: it is no JSON by its type, too large, or takes too long to come.
+        ApiError: it is no JSON by its type, too large, takes too long to come, or there is no room
+            for it.
         ClientDisconnect: it does not come any more.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -203,13 +212,11 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise ApiError(
             f"the request's Content-Type is {kind[:100]!r}: expected application/json", 415
         )
-    close = {"Connection": "close"}
     too_large = ApiError(
         f"the request has more than {settings.max_body:,} bytes: send smaller images, or start the "
         "server with a larger --max-body",
         413,
         code="request_too_large",
-        headers=close,
     )
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 15 or int(length) > settings.max_body:
@@ -221,11 +228,12 @@ async def read_body(request: Request, settings: Settings) -> bytes:
                 body += part
                 if len(body) > settings.max_body:
                     raise too_large
+                held.add(len(part))
     except TimeoutError as error:
         raise ApiError(
             f"the request did not come in {settings.client_timeout:g} seconds: send it again",
             408,
-            headers=close,
+            headers={"Connection": "close"},
         ) from error
     return bytes(body)
 

@@ -19,7 +19,7 @@ from fastvlm_mlx.serve.errors import ApiError, answer_to
 from fastvlm_mlx.serve.exchange import Places
 from fastvlm_mlx.serve.fetch import Fetcher, Place
 from fastvlm_mlx.serve.guard import Guard
-from fastvlm_mlx.serve.limits import Settings
+from fastvlm_mlx.serve.limits import HELD_BODIES, Settings
 from fastvlm_mlx.serve.metrics import Metrics
 from fastvlm_mlx.serve.page import page
 from fastvlm_mlx.serve.requests import read_chat
@@ -35,7 +35,7 @@ def service(model: FastVLM, name: str, settings: Settings) -> Service:
         name,
         settings,
         model.schedule(settings.batch_size),
-        Places(settings.batch_size, settings.queue),
+        Places(settings.batch_size, settings.queue, HELD_BODIES * settings.max_body),
         Fetcher(
             frozenset(map(Place.of, settings.allow_url)),
             settings.max_image_bytes,

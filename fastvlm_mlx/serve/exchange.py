@@ -24,11 +24,33 @@ class ClientGoneError(Exception):
 
 
 class Places:
-    """Answers that are computed or wait for it: so many, and no more."""
+    """Answers that are computed or wait for it: so many, and no more.
 
-    def __init__(self, size: int, queue: int):
+    Attributes:
+        taken: by answers.
+        held: bytes of the requests that are in memory.
+    """
+
+    def __init__(self, size: int, queue: int, most_held: int):
         self.size, self.queue, self.taken = size, queue, 0
+        self.held, self._most_held = 0, most_held
         self._seconds = _FIRST_GUESS
+
+    def hold(self, count: int) -> None:
+        """Raises ApiError: there is no room for so many bytes more."""
+        if self.held + count > self._most_held:
+            raise ApiError(
+                f"the server holds {self.held:,} bytes of requests and has room for "
+                f"{self._most_held:,}: try again in a second",
+                429,
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        self.held += count
+
+    def let_go(self, count: int) -> None:
+        self.held -= count
 
     def take(self, count: int) -> None:
         """Raises ApiError: there is no room."""
@@ -47,6 +69,22 @@ class Places:
     def give_back(self, count: int, seconds: float) -> None:
         self.taken -= count
         self._seconds += (seconds - self._seconds) / 8
+
+
+class Held:
+    """The bytes of one request in memory."""
+
+    def __init__(self, places: Places):
+        self._places, self._count = places, 0
+
+    def add(self, count: int) -> None:
+        """Raises ApiError: there is no room."""
+        self._places.hold(count)
+        self._count += count
+
+    def let_go(self) -> None:
+        self._places.let_go(self._count)
+        self._count = 0
 
 
 class Answers:

@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastvlm_mlx.errors import printable
 from fastvlm_mlx.serve.api import Record, error_response
 from fastvlm_mlx.serve.errors import ApiError, answer_to
+from fastvlm_mlx.serve.exchange import ClientGoneError
 from fastvlm_mlx.serve.limits import Settings
 from fastvlm_mlx.serve.metrics import Metrics
 
 # What shows nothing of anybody's: the page asks for the key, and balancers have none.
 _OPEN = {"/", "/health"}
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+# As nginx writes it; nobody receives it.
 _GONE = 499
 
 
@@ -45,7 +47,7 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, receive, sent)
-        except ClientDisconnect:
+        except (ClientDisconnect, ClientGoneError):
             record.gone = True
         # Whatever it is, it is this request's, and the next one is answered.
         except Exception as error:  # noqa: BLE001

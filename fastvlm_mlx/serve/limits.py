@@ -11,6 +11,8 @@ from fastvlm_mlx.errors import OptionError
 
 MAX_STOPS = 4
 MAX_CHOICES = 8
+# Requests of the largest size that are held in memory, or so many bytes of smaller ones.
+HELD_BODIES = 16
 
 
 @dataclass(frozen=True)

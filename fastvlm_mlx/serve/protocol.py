@@ -41,8 +41,8 @@ def protocol(patience: float, connections: int) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.conn.their_state is h11.IDLE:
-                # What came is no whole head.
+            if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
+                # What came is no whole head, or belongs to a body that was answered already.
                 self._await_head()
             else:
                 self._stop("_reading")

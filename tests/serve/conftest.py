@@ -13,7 +13,7 @@ def model(mlx_bundle):
 
 @pytest.fixture(scope="session")
 def running(model):
-    with serving(model, client_timeout=2.0, max_body=2_000_000) as running:
+    with serving(model, client_timeout=1.0, max_body=2_000_000) as running:
         yield running
 
 

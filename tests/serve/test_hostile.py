@@ -220,6 +220,30 @@ def test_a_head_that_comes_a_byte_at_a_time_has_an_end(running):
     assert time.monotonic() - started < 10
 
 
+def test_a_body_that_nobody_waits_for_has_an_end(running):
+    head = b"Host: attacker.example\r\nContent-Length: 1000000"
+    with running.connect() as to:
+        started = time.monotonic()
+        to.sendall(b"POST /v1/responses HTTP/1.1\r\n" + head + b"\r\n\r\n")
+        with suppress(OSError):
+            while time.monotonic() - started < 15:
+                to.sendall(b"a")
+                time.sleep(0.1)
+    assert time.monotonic() - started < 10
+
+
+def test_all_requests_together_have_a_limit(running):
+    places = running.service.places
+    most = 16 * 2_000_000
+    places.hold(most - places.held - 10)
+    try:
+        check_refused(post(running, {"model": NAME, "messages": USER}), 429)
+    finally:
+        places.let_go(most - 10)
+    check_well(running)
+    assert places.held == 0
+
+
 def test_who_does_not_read_holds_up_nobody(running):
     body = json.dumps(
         {"model": NAME, "messages": USER, "stream": True, "n": 8, "temperature": 2}
