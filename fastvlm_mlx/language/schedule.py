@@ -98,7 +98,7 @@ class Schedule:
         """Answer no more questions; who still waits for an answer is told so."""
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
         self._wake()
 
     def _have_prepared(self) -> None:
@@ -112,7 +112,8 @@ class Schedule:
         is_ready = False
         try:
             if prepare is not None and not ticket.over:
-                ticket.prepared = prepare()
+                # Those who come too late are told so in their turn.
+                ticket.prepared = None if self._closed else prepare()
                 is_ready = True
         # Whatever it is, it concerns who asked.
         except Exception as error:  # noqa: BLE001

@@ -13,6 +13,8 @@ from fastvlm_mlx.serve.app import service as service
 from fastvlm_mlx.serve.limits import Settings
 from fastvlm_mlx.serve.protocol import protocol
 
+_BACKLOG = 512
+
 
 def listen(settings: Settings) -> socket.socket:
     """Raises OptionError: the address can't be listened on."""
@@ -24,6 +26,8 @@ def listen(settings: Settings) -> socket.socket:
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(address)
+            # Whoever comes before the model is loaded waits for it.
+            made.listen(_BACKLOG)
         except OSError:
             made.close()
             raise

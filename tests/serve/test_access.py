@@ -87,10 +87,9 @@ def test_settings_that_are_none(given):
 
 
 def test_an_address_that_is_taken():
-    with listen(Settings(port=0)) as taken:
-        taken.listen()
-        with pytest.raises(OptionError, match="choose another port"):
-            listen(Settings(port=taken.getsockname()[1]))
+    taken = listen(Settings(port=0))
+    with taken, pytest.raises(OptionError, match="choose another port"):
+        listen(Settings(port=taken.getsockname()[1]))
 
 
 @pytest.mark.parametrize("text", ["", "http://a.example", "a.example:x", "*", "a b"])
