@@ -222,9 +222,7 @@ def shown(name: str, report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120)
@@ -232,9 +230,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     bundle = arguments.bundle.resolve()
+    here = machine()
     print(
-        f"{machine()}, load {os.getloadavg()[0]:.1f}; {arguments.clients} clients for "
-        f"{arguments.seconds:g} s"
+        f"{here['platform']}, {here['cores']} cores, load {os.getloadavg()[0]:.1f}; "
+        f"{arguments.clients} clients for {arguments.seconds:g} s"
     )
     asked = questions(bundle)
     found = {}
@@ -246,7 +245,7 @@ def main() -> None:
             found[name] = run(pid, port, str(bundle), asked, arguments.clients, arguments.seconds)
         print(shown(name, found[name]), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "servers": found}, indent=2))
+        arguments.json.write_text(json.dumps({"machine": here, "servers": found}, indent=2))
 
 
 if __name__ == "__main__":

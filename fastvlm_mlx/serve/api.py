@@ -164,6 +164,7 @@ class _Events(StreamingResponse):
         record: Record,
     ):
         self._answers, self._shape, self._record = answers, shape, record
+        self._over = False
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(
             self._events(first, count), headers=headers, media_type="text/event-stream"
@@ -188,14 +189,17 @@ class _Events(StreamingResponse):
                 index, told = await anext(self._answers)
             # Whatever it is: the stream has begun, and says so in an event of its own.
             except Exception as error:  # noqa: BLE001
+                self._over = True
                 yield b"".join(shape.failed(answer_to(error)))
                 return
+        self._over = True
         yield b"".join(shape.end([results[place] for place in range(count)]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._record.gone = not self._over
             self._answers.close()
 
 
