@@ -34,7 +34,7 @@ from benchmarks.encoder import machine
 from model_export.samples import scenes
 
 MAX_TOKENS = 64
-SCENES = 64
+SCENES = 24
 
 
 @dataclass(frozen=True)
