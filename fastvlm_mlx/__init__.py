@@ -8,7 +8,7 @@
 The public names:
 
     load               loads a bundle and returns a FastVLM.
-    FastVLM            a loaded bundle: encode, generate, stream, chat, ask, batch.
+    FastVLM            a loaded bundle: encode, generate, stream, astream, chat, ask, batch, embed.
     Conversation       questions that know what was asked before them; it can be saved.
     ImageFeatures      an encoded image, which any number of questions may be asked about.
     SamplingOptions    how tokens are chosen, and when an answer stops.

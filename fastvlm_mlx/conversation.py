@@ -127,8 +127,8 @@ class Conversation:
         """
         messages = self.messages
         paths = [_path(image, number) for number, image in enumerate(_images(messages), 1)]
-        file = Path(path)
-        if file.exists():
+        file = _file(path)
+        if os.path.exists(file):
             try:
                 _read(file)
             except FastVLMError as error:
@@ -152,7 +152,7 @@ class Conversation:
             OptionError, PromptError: the file can't be read, or holds no conversation.
         """
         talk = cls(model, options=options, **sampling)
-        talk._messages = _read(Path(path))
+        talk._messages = _read(_file(path))
         talk._images = _images(talk._messages)
         return talk
 
@@ -206,6 +206,13 @@ def _path(image: Any, number: int) -> str:
             "file"
         ) from error
     return path
+
+
+def _file(path: Any) -> Path:
+    try:
+        return Path(os.fsdecode(path)).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise OptionError(f"{_name(path)} is no path ({error}): {_REMEDY}") from error
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -191,6 +191,11 @@ def test_what_can_t_be_saved_or_loaded(model, paths, tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(OptionError, match=r"bad\.json"):
             Conversation.load(model, tmp_path / "bad.json")
+    for bad in ("~nobody-of-that-name/talk.json", 7, "\0", "a" * 5000):
+        with pytest.raises(OptionError):
+            Conversation.load(model, bad)
+        with pytest.raises(OptionError):
+            talk.save(bad)
     with pytest.raises(FastVLMError, match="nowhere"):
         Conversation.load(model, Path("nowhere.json"))
     with pytest.raises(PromptError, match="the system message is of type int"):

@@ -160,6 +160,11 @@ class Session:
             except FastVLMError as error:
                 failed = True
                 _note(f"error: {error}")
+            except KeyboardInterrupt:
+                # While an image was read, which has no answer yet that could be stopped.
+                if not self._interactive:
+                    raise
+                _note("Stopped.")
 
     def take(self, line: str) -> None:
         """Do what a line says.
@@ -180,6 +185,8 @@ class Session:
         self._add(paths)
         if text:
             self._ask(text)
+        elif paths:
+            self._tell_images()
 
     def _command(self, name: str, rest: str) -> None:
         from fastvlm_mlx.conversation import Conversation
@@ -198,12 +205,13 @@ class Session:
         elif name == "/image":
             paths, text = chat_input.split_images(rest)
             self._add(paths if paths and not text else [chat_input.one_path(rest)])
+            self._tell_images()
         elif name == "/save":
-            file = Path(chat_input.one_path(rest)).expanduser()
+            file = chat_input.one_path(rest)
             self.talk.save(file)
             _note(f"The conversation is saved to {file}.")
         elif name == "/load":
-            file = Path(chat_input.one_path(rest)).expanduser()
+            file = chat_input.one_path(rest)
             self.talk = Conversation.load(self.talk.model, file, self.talk.options)
             self.images = []
             _note(f"The conversation has {len(self.talk.messages)} messages.")
@@ -215,7 +223,9 @@ class Session:
             # Now is when its sender can still be told.
             load_image(path, max_pixels=self.talk.model.max_pixels)
         self.images += paths
-        if paths and self._interactive:
+
+    def _tell_images(self) -> None:
+        if self._interactive:
             count = len(self.images)
             _note(
                 f"The next question is about {'this image' if count == 1 else f'{count} images'}."

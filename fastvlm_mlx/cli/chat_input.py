@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -102,6 +103,9 @@ def reader(commands: dict[str, bool]) -> Callable[[], str | None]:
     Args:
         commands: those to complete, and whether each is followed by a path.
     """
+    if isinstance(sys.stdin, TextIOWrapper):
+        # Names of files are bytes; in a question such bytes are refused by a sentence.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not is_interactive():
         return _next_line
     if find_spec("prompt_toolkit") is None:

@@ -117,6 +117,14 @@ def test_what_fails_is_one_sentence_and_the_next_line_works(chat):
     assert chat("/exit", "Hello.") == (0, [], "")
 
 
+def test_bytes_that_are_no_text(chat, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"What is \xff?\n\xff.png\nHello.\n"), "utf-8")
+    monkeypatch.setattr("io.StringIO", lambda _: lines)
+    status, out, err = chat()
+    assert (status, len(out)) == (2, 1)
+    assert err.count("half a character") == err.count("error: ") == 2
+
+
 def test_save_and_load(chat, tmp_path):
     file = tmp_path / "my talk.json"
     saved = str(file).replace(" ", "\\ ")
@@ -184,31 +192,36 @@ def test_on_a_terminal(demo_bundle, folder, tmp_path):
         start_new_session=True,
     )
     os.close(theirs)
-    seen = ""
+    new = ""
 
-    def until(pattern, count=1):
-        nonlocal seen
+    def until(pattern):
+        nonlocal new
         end = time.monotonic() + 120
-        while len(re.findall(pattern, seen)) < count:
-            assert time.monotonic() < end, seen
+        while not (found := re.search(pattern, new)):
+            assert time.monotonic() < end, new
             if select.select([ours], [], [], 1)[0]:
                 data = os.read(ours, 65536)
                 if b"\x1b[6n" in data:
                     # The terminal is asked where its cursor is.
                     os.write(ours, b"\x1b[1;1R")
-                seen += data.decode(errors="replace")
+                new += data.decode(errors="replace")
+        new = new[found.end() :]
 
+    # The prompt is drawn a second time, with the cursor moved up, once its place is known.
+    drawn = r"\x1b\[\d+A"
     until("/help shows what else")
-    until("> ")
+    until(drawn)
     os.write(ours, b"\x03")
     until("ends the chat")
+    until(drawn)
     os.write(ours, b"'my scene (2).png' Describe the image.\r")
-    # A second line of the question's, and no answer as long as that.
-    until(r"Describe the image\.[\s\S]{200}")
+    until(r"\x1b\[\?2004l[^\x1b]{200}")
     process.send_signal(signal.SIGINT)
     until("The answer was stopped")
+    until(drawn)
     os.write(ours, b"one.png\r")
     until("The next question is about this image")
+    until(drawn)
     os.write(ours, b"\x04")
     assert process.wait(60) == 0
     os.close(ours)

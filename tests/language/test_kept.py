@@ -31,7 +31,10 @@ SAMPLING = (
     {"repetition_penalty": 1.8, "stop": ["e"]},
 )
 IMAGES = [scenes.generate(seed, held_out=True).draw(256) for seed in range(3)]
-cases = st.tuples(st.sampled_from([None, 0, 1, 2]), st.integers(0, 3), st.integers(0, 3))
+# One image, or several in one prompt.
+cases = st.tuples(
+    st.sampled_from([None, 0, 1, 2, (0, 1), (1, 0), (2, 2)]), st.integers(0, 3), st.integers(0, 3)
+)
 
 
 @pytest.fixture(scope="module", params=["torch", "MLX"])
@@ -59,7 +62,8 @@ def pair(request, demo_bundle):
 
 def ask(model, projected, case, **more):
     image, prompt, sampling = case
-    seen = None if image is None else projected[image]
+    several = image if isinstance(image, tuple) else () if image is None else (image,)
+    seen = [projected[each] for each in several]
     result = model.generate(seen, PROMPTS[prompt], max_tokens=8, **SAMPLING[sampling], **more)
     return result.tokens, result.text, result.finish_reason
 
@@ -191,13 +195,16 @@ TURN = 7
 @given(st.lists(st.sampled_from([1, 2, TURN]), min_size=1, max_size=400), st.data())
 def test_where_a_piece_ends_depends_on_what_is_before_it(ids, data):
     images = []
-    if len(ids) > 20:
-        start = data.draw(st.integers(0, len(ids) - 11))
+    if len(ids) > 40:
+        # One, or two that stand side by side or apart.
+        start = data.draw(st.integers(0, len(ids) - 31))
         images = [Span(start, start + 10, b"image")]
+        for gap in data.draw(st.lists(st.integers(0, 9), max_size=1)):
+            images.append(Span(start + 10 + gap, start + 20 + gap, b"other"))
     ends = cut(ids, images, TURN)
     assert ends[-1] == len(ids)
     assert all(first < second for first, second in pairwise((0, *ends)))
-    assert not images or images[0].end in ends
+    assert all(image.end in ends for image in images)
     # A prompt that begins alike has the same pieces, and they have the same keys.
     for count, end in enumerate(ends[:-1], 1):
         longer = [*ids[: end + 1], *data.draw(st.lists(st.integers(1, 3), max_size=100))]
