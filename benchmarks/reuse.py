@@ -9,8 +9,8 @@ at 4 bits. Images are noise and every one is new. The seconds to the first token
 second question about an image are measured in turns. Then all images are asked about one at a
 time and in one batch, which take turns, too, in a model that keeps nothing; the tokens of both
 must be the same. With and without a schema answers are decoded in turns, too, and what a token of
-each takes is processor time. Answers have exactly the given number of tokens, or fewer where they end by
-themselves, which with random weights they hardly do.
+each takes is processor time. Answers have exactly the given number of tokens, or fewer where they
+end by themselves, which with random weights they hardly do.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _STACK_SIZE = threading.Lock()
 # One line, and never more than one space: a model that may write space can write it for ever. The
 # escapes are those that have a letter. `\u000a` would be another way to write `\n`, so that an
 # object's key could be written twice, once as if it were none of the schema's.
-_FORM = {
+_FORM: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
