@@ -21,6 +21,12 @@ EXTRAS = {
     "json": {"llguidance": "llguidance"},
     "parquet": {"pyarrow": "pyarrow"},
     "ray": {"ray": "ray"},
+    "serve": {
+        "starlette": "starlette",
+        "uvicorn": "uvicorn",
+        "h11": "h11",
+        "prometheus_client": "prometheus_client",
+    },
 }
 
 

@@ -44,6 +44,7 @@ from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, content_hash
 from fastvlm_mlx.language.model import RunningModel
 from fastvlm_mlx.language.prompt import asked, encode_messages
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
+from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.vision import VisionEncoder
 
@@ -340,6 +341,22 @@ class FastVLM:
             for image, prompt in pairs(images, prompts)
         )
         return Answers(self.worker, self.model, lambda: self._kept, asked, size)
+
+    def schedule(self, batch_size: int = DEFAULT_BATCH_SIZE) -> Schedule:
+        """Decodes together the answers of all who ask at the same time, each as it would be alone.
+
+        Args:
+            batch_size: how many answers are decoded together, 1 or more.
+
+        Raises:
+            OptionError: no number of answers.
+        """
+        size = check_batch_size(batch_size)
+        return Schedule(self.worker, self.model, lambda: self._kept, size)
+
+    def asked(self, messages: Sequence[dict[str, Any]], options: SamplingOptions) -> Asked:
+        """A conversation as `chat` takes it, for a schedule, which looks at it in its turn."""
+        return Asked(partial(self._prepare, messages, options), self._begin)
 
     def _ask_about(
         self, image: Images, prompt: str, options: SamplingOptions

@@ -61,6 +61,13 @@ RUNTIME = (
         "fastvlm_mlx.cli.bench",
     ),
     Verb(
+        "serve",
+        "Run",
+        "Serve a bundle to clients of OpenAI's API.",
+        "fastvlm serve my-bundle --port 8080",
+        "fastvlm_mlx.cli.serve",
+    ),
+    Verb(
         "models",
         "Run",
         "List the models that are known and cached, or remove some from the cache.",

@@ -117,6 +117,12 @@ def test_an_answer_by_a_schema_needs_an_extra_of_its_own(base, tmp_path):
     assert 'pip install "fastvlm-mlx[json]"' in said
 
 
+def test_a_server_needs_an_extra_of_its_own(base, tmp_path):
+    said = sentence(base("serve", tmp_path))
+    assert "of the `serve` extra, which is not installed" in said
+    assert 'pip install "fastvlm-mlx[serve]"' in said
+
+
 @pytest.mark.parametrize("verb", ["inspect", "plan"])
 def test_pickled_weights_need_torch_and_say_so(base, pickled, verb):
     said = sentence(base(verb, pickled))

@@ -36,6 +36,11 @@ class Example:
         return self.python or self.command.startswith("fastvlm ")
 
     @property
+    def served(self) -> bool:
+        """Whether it asks the server that another example starts."""
+        return self.python and "http://127.0.0.1:8080/v1" in self.text
+
+    @property
     def command(self) -> str:
         """The command without the text that is piped into it."""
         return self.text.rpartition(" | ")[2] if self.text.startswith("printf ") else self.text

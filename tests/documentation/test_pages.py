@@ -45,13 +45,15 @@ class Reader:
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.whole_sweeps = folder, False
         self.done: dict[str, str] = {}
+        self.environment = {**os.environ, **environment, "COLUMNS": "80"}
+        self.server: subprocess.Popen[str] | None = None
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("reader.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, **environment, "COLUMNS": "80"},
+            env=self.environment,
         )
 
     def follow(self, example: Example) -> str:
@@ -63,8 +65,15 @@ class Reader:
             maker = MAKERS.get(name)
             if maker and maker.text != example.text and not (self.folder / name).exists():
                 self.follow(maker)
-        if example.python:
-            answer = self.ask({"code": example.text, "page": example.page})
+        text = example.text
+        if example.served:
+            self.follow(next(each for each in EXAMPLES if each.text.startswith("fastvlm serve ")))
+            text = text.replace(":8080", f":{self.port}")
+        if example.text.startswith("fastvlm serve "):
+            self.serve([word for word in shlex.split(text)[1:] if word not in ("--port", "8080")])
+            answer = {"status": 0, "stdout": ""}
+        elif example.python:
+            answer = self.ask({"code": text, "page": example.page})
         else:
             argv = shlex.split(example.command)[1:]
             if argv[0] == "sweep" and not self.whole_sweeps:
@@ -75,6 +84,15 @@ class Reader:
         assert answer["status"] == 0, f"{example.text}\n{answer['stderr']}"
         self.done[example.text] = answer["stdout"]
         return answer["stdout"]
+
+    def serve(self, argv: list[str]) -> None:
+        """Start a server that runs as long as this reader, at a port that is free."""
+        command = [sys.executable, "-m", "fastvlm_mlx", *argv, "--port", "0"]
+        self.server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=self.folder, env=self.environment
+        )
+        line = self.server.stdout.readline()
+        self.port = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)[1]
 
     def ask(self, told: dict) -> dict:
         timer = threading.Timer(SECONDS, self.process.kill)
@@ -119,6 +137,9 @@ def reader(tmp_path_factory):
     yield reader
     reader.process.kill()
     reader.process.communicate()
+    if reader.server is not None:
+        reader.server.terminate()
+        reader.server.communicate()
     hub.shutdown()
 
 

@@ -1,0 +1,64 @@
+"""`fastvlm serve` as a process: what it prints, and how it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import openai
+import pytest
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastvlm_mlx", "serve", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_an_answer_on_its_way_comes_before_the_end(mlx_bundle):
+    process = start(mlx_bundle, "--port", 0, "--name", "shapes", FASTVLM_API_KEY="secret")
+    try:
+        line = process.stdout.readline()
+        url = re.fullmatch(r"shapes at (http://127\.0\.0\.1:\d+/v1) .*\n", line)[1]
+        client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
+        stream = client.chat.completions.create(
+            model="shapes",
+            messages=[{"role": "user", "content": "Well?"}],
+            temperature=2,
+            max_tokens=100,
+            stream=True,
+        )
+        chunks = iter(stream)
+        next(chunks)
+        process.send_signal(signal.SIGINT)
+        assert [*chunks][-1].choices[0].finish_reason in ("stop", "length")
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in told
+    assert told.splitlines()[-1] == "stopped"
+    assert re.search(r"POST · /v1/chat/completions · 200 · .* tokens", told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "expected a key too"),
+        (["--allow-url", "http://a.example"], "--allow-url is"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+    ],
+)
+def test_a_mistake_is_a_sentence(mlx_bundle, arguments, said):
+    process = start(mlx_bundle, "--port", 0, *arguments)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told.startswith("error: ")
+    assert said in told
+    assert told.count("\n") == 1
