@@ -13,8 +13,8 @@ from fastvlm_mlx.bundle.schema import read_json, to_json
 from fastvlm_mlx.errors import FastVLMError, OptionError, PromptError, escaped, printable
 from fastvlm_mlx.fastvlm import FastVLM, Images
 from fastvlm_mlx.language.generate import Generation
-from fastvlm_mlx.language.messages import history
-from fastvlm_mlx.language.prompt import asked
+from fastvlm_mlx.language.prompt.messages import history
+from fastvlm_mlx.language.prompt.template import asked
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 
 # What a saved conversation says that it is.

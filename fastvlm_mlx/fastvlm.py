@@ -22,7 +22,6 @@ from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from fastvlm_mlx.image.preprocess import ImageProcessor
 from fastvlm_mlx.language.batch import DEFAULT_BATCH_SIZE, Answers, Asked, check_batch_size, pairs
-from fastvlm_mlx.language.constraint import Grammars
 from fastvlm_mlx.language.features import (
     ImageFeatures,
     check_encoded,
@@ -42,9 +41,10 @@ from fastvlm_mlx.language.generate import (
 )
 from fastvlm_mlx.language.kept import DEFAULT_LIMIT, Kept, content_hash
 from fastvlm_mlx.language.model import RunningModel
-from fastvlm_mlx.language.prompt import asked, encode_messages
+from fastvlm_mlx.language.prompt.template import asked, encode_messages
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.schedule import Schedule
+from fastvlm_mlx.language.structured.constraint import Grammars
 from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.vision import VisionEncoder
 

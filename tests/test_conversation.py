@@ -13,7 +13,7 @@ import pytest
 import fastvlm_mlx
 from fastvlm_mlx import Conversation
 from fastvlm_mlx.errors import FastVLMError, ImageError, OptionError, PromptError
-from fastvlm_mlx.language.messages import user_message
+from fastvlm_mlx.language.prompt.messages import user_message
 from model_export.samples import scenes
 
 QUESTIONS = (

@@ -41,7 +41,7 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.components import encoder_sizes, placeholder_id
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.image.decode import load_image
-from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.language.prompt.template import encode_prompt
 from model_export.samples.images import photographs
 
 HERE = Path(__file__).parent

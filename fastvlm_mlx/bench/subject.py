@@ -13,7 +13,7 @@ from PIL import Image
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image.decode import load_image
-from fastvlm_mlx.language.prompt import encode_text
+from fastvlm_mlx.language.prompt.template import encode_text
 from fastvlm_mlx.loading import load
 
 # Of the generated image, width and height: what a telephone's screenshot or a web page has.

@@ -71,8 +71,8 @@ def generate(
         check_max_pixels,
         load_image,
     )
-    from fastvlm_mlx.language.json_schema import read_schema
     from fastvlm_mlx.language.sampling import SamplingOptions
+    from fastvlm_mlx.language.structured.json_schema import read_schema
     from fastvlm_mlx.loading import load
 
     options = SamplingOptions(

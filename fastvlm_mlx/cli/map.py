@@ -102,8 +102,8 @@ def map(
     the image. A run that was interrupted or killed is gone on with by the same command. The exit
     status is 1 if an image or a folder could not be read."""
     from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
-    from fastvlm_mlx.language.json_schema import read_schema
     from fastvlm_mlx.language.sampling import SamplingOptions
+    from fastvlm_mlx.language.structured.json_schema import read_schema
     from fastvlm_mlx.mapping import Job, map_folder
     from fastvlm_mlx.mapping.images import Shard
 

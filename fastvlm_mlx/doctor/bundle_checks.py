@@ -31,7 +31,7 @@ from fastvlm_mlx.doctor.report import (
 )
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.fastvlm import FastVLM
-from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.language.prompt.template import encode_prompt
 from fastvlm_mlx.loading import load
 from fastvlm_mlx.vision.package import describe
 from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder

@@ -17,7 +17,7 @@ from fastvlm_mlx.imports import part
 from fastvlm_mlx.language.kept import Kept, Prompt, keep, take
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.language.constraint import Constraint
+    from fastvlm_mlx.language.structured.constraint import Constraint
 
 cache = part("mlx_lm.models.cache")
 

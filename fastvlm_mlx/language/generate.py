@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 
 from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
-from fastvlm_mlx.language.constraint import Constraint
 from fastvlm_mlx.language.decode import Continuation, decode
 from fastvlm_mlx.language.detokenizer import Text
 from fastvlm_mlx.language.kept import Kept, Prompt, Span, content_hash, cut, keys
-from fastvlm_mlx.language.prompt import TURN_START, Encoded
+from fastvlm_mlx.language.prompt.template import TURN_START, Encoded
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
+from fastvlm_mlx.language.structured.constraint import Constraint
 from fastvlm_mlx.language.wired_memory import wired
 from fastvlm_mlx.language.worker import Worker
 

@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.errors import BundleError
 from fastvlm_mlx.imports import part
-from fastvlm_mlx.language.prompt import image_places
+from fastvlm_mlx.language.prompt.template import image_places
 
 if TYPE_CHECKING:
     from fastvlm_mlx.language.cpu.qwen2 import TorchModel

@@ -20,7 +20,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.imports import part
-from fastvlm_mlx.language.json_schema import schema_text
+from fastvlm_mlx.language.structured.json_schema import schema_text
 
 sampling = part("mlx_lm.sample_utils")
 

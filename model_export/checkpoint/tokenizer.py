@@ -20,7 +20,7 @@ from fastvlm_mlx.bundle.files import read_bytes
 from fastvlm_mlx.bundle.schema import check
 from fastvlm_mlx.bundle.tokenizer import no_panic, read_tokenizer
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.language.prompt import CHAT_TEMPLATE, TURN_END, TURN_START
+from fastvlm_mlx.language.prompt.template import CHAT_TEMPLATE, TURN_END, TURN_START
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.weight_files import read_json
 

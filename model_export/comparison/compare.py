@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.language.prompt import TURN_END
+from fastvlm_mlx.language.prompt.template import TURN_END
 from model_export.comparison import check_count
 from model_export.comparison.models import Model, open_model
 from model_export.gates.encoder import mean_cosine, snr_db

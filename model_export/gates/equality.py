@@ -26,7 +26,7 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.components import image_processor
 from fastvlm_mlx.image.preprocess import ImageProcessor
-from fastvlm_mlx.language.prompt import TURN_END
+from fastvlm_mlx.language.prompt.template import TURN_END
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.lora import MergedTensor
 from model_export.checkpoint.names import NORM, TensorSpec, bundle_specs

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.language.prompt.template import encode_prompt
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fastvlm_mlx.bundle.config import (
 )
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.language.prompt import SYSTEM_PROMPT
+from fastvlm_mlx.language.prompt.template import SYSTEM_PROMPT
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.layouts import rules

@@ -16,7 +16,7 @@ from fastvlm_mlx.bench.subject import FIRST, SECOND, generated_image, marked, qu
 from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.cli import main
 from fastvlm_mlx.errors import FastVLMError, OptionError
-from fastvlm_mlx.language.prompt import encode_text
+from fastvlm_mlx.language.prompt.template import encode_text
 
 RUN = dict.fromkeys(MEASURED, 0.5) | {
     "load_s": 2.0,

@@ -22,7 +22,7 @@ from fastvlm_mlx.bundle.config import FastVLMConfig, TextConfig
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image.preprocess import ImageProcessor, load_image
 from fastvlm_mlx.language.model import Model
-from fastvlm_mlx.language.prompt import encode_prompt
+from fastvlm_mlx.language.prompt.template import encode_prompt
 from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.encoder.fastvithd import fold

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import fastvlm_mlx
 from fastvlm_mlx.fastvlm import FastVLM
-from fastvlm_mlx.language.prompt import encode_messages
+from fastvlm_mlx.language.prompt.template import encode_messages
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = np.load(GOLDEN / "activations.npz")

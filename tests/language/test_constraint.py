@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import fastvlm_mlx
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.language import json_schema
-from fastvlm_mlx.language.constraint import Grammars
 from fastvlm_mlx.language.model import load_model
 from fastvlm_mlx.language.sampling import SamplingOptions
+from fastvlm_mlx.language.structured import json_schema
+from fastvlm_mlx.language.structured.constraint import Grammars
 from model_export.samples import scenes
 
 HELD_OUT = scenes.held_out(4)

@@ -154,7 +154,7 @@ def test_a_stop_string_stops_the_model(model, image):
 def test_the_placeholders_take_the_features_place(model, image):
     """Embedding by hand: text before, N rows of the projector, text after."""
     from fastvlm_mlx.language.model import load_model
-    from fastvlm_mlx.language.prompt import encode_prompt
+    from fastvlm_mlx.language.prompt.template import encode_prompt
 
     features = model.encode(image)
     image_id = model.config.image_token_index

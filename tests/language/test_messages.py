@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.language.messages import read_messages, user_message
-from fastvlm_mlx.language.prompt import SYSTEM_PROMPT, encode_messages, encode_prompt
+from fastvlm_mlx.language.prompt.messages import read_messages, user_message
+from fastvlm_mlx.language.prompt.template import SYSTEM_PROMPT, encode_messages, encode_prompt
 
 TOKENIZER = Tokenizer.from_file(
     str(Path(__file__).parents[1] / "golden" / "transformers" / "tokenizer.json")

@@ -13,7 +13,12 @@ from jinja2 import Environment
 from tokenizers import AddedToken, Tokenizer, models
 
 from fastvlm_mlx.errors import BundleError, PromptError
-from fastvlm_mlx.language.prompt import CHAT_TEMPLATE, SYSTEM_PROMPT, encode_prompt, encode_text
+from fastvlm_mlx.language.prompt.template import (
+    CHAT_TEMPLATE,
+    SYSTEM_PROMPT,
+    encode_prompt,
+    encode_text,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 REFERENCE = json.loads((GOLDEN / "ids.json").read_text())

@@ -22,7 +22,7 @@ from fastvlm_mlx.bundle.config import VisionConfig, fits_mlx_vlm
 from fastvlm_mlx.components import placeholder_id
 from fastvlm_mlx.errors import BundleError, OptionError
 from fastvlm_mlx.inspection import inspect_bundle
-from fastvlm_mlx.language.prompt import CHAT_TEMPLATE
+from fastvlm_mlx.language.prompt.template import CHAT_TEMPLATE
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.encoder.references import reference_features
 from model_export.gates import verify

@@ -19,7 +19,7 @@ import numpy as np
 from fastvlm_mlx.bundle.config import FastVLMConfig
 from fastvlm_mlx.language.cpu.cache import BatchKVCache, KVCache
 from fastvlm_mlx.language.cpu.matrix import Arithmetic, Matrix, as_torch, matrix
-from fastvlm_mlx.language.prompt import image_places
+from fastvlm_mlx.language.prompt.template import image_places
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from fastvlm_mlx.bundle.files import read_bytes
 from fastvlm_mlx.bundle.schema import parse
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.extras import needs_extra
-from fastvlm_mlx.language import schema_trial
+from fastvlm_mlx.language.structured import schema_trial
 
 MAX_SCHEMA_BYTES = 256_000
 # Of a trial on a machine that is busy with other things; its processor time is limited by itself.

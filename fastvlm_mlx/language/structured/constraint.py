@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from fastvlm_mlx.bundle.manifest import EXPORT_AGAIN
 from fastvlm_mlx.bundle.tokenizer import no_panic
 from fastvlm_mlx.errors import BundleError, OptionError
-from fastvlm_mlx.language.json_schema import refused
-from fastvlm_mlx.language.schema_trial import matcher, on_large_stack
+from fastvlm_mlx.language.structured.json_schema import refused
+from fastvlm_mlx.language.structured.schema_trial import matcher, on_large_stack
 
 # Schemas whose grammars are kept, each of some megabytes at most.
 _KEPT = 16

@@ -19,7 +19,7 @@ from fastvlm_mlx.bundle.config import IMAGE_TOKEN
 from fastvlm_mlx.bundle.manifest import EXPORT_AGAIN
 from fastvlm_mlx.bundle.tokenizer import no_panic
 from fastvlm_mlx.errors import BundleError, PromptError
-from fastvlm_mlx.language.messages import Message, read_messages, user_message
+from fastvlm_mlx.language.prompt.messages import Message, read_messages, user_message
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 TURN_START = "<|im_start|>"
@@ -78,7 +78,7 @@ def encode_messages(
 
     Args:
         tokenizer: has `<|im_start|>` and `<|im_end|>`.
-        messages: as `fastvlm_mlx.language.messages` describes them; without a system message the
+        messages: as the module `messages` describes them; without a system message the
             model's own comes first. Control tokens and `<image>` in a text are text.
         image_token_id: the placeholder; the tokenizer's `<image>` where not given.
         num_image_tokens: N placeholders for each image.
