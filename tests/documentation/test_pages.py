@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -67,7 +68,8 @@ class Reader:
                 self.follow(maker)
         text = example.text
         if example.served:
-            self.follow(next(each for each in EXAMPLES if each.text.startswith("fastvlm serve ")))
+            serve = (each for each in EXAMPLES if each.text.startswith("fastvlm serve "))
+            self.follow(next(each for each in serve if each.page == example.page))
             text = text.replace(":8080", f":{self.port}")
         if example.text.startswith("fastvlm serve "):
             self.serve([word for word in shlex.split(text)[1:] if word not in ("--port", "8080")])
@@ -86,13 +88,19 @@ class Reader:
         return answer["stdout"]
 
     def serve(self, argv: list[str]) -> None:
-        """Start a server that runs as long as this reader, at a port that is free."""
+        """Start a server, at a port that is free, in place of an earlier one."""
+        self.end_server()
         command = [sys.executable, "-m", "fastvlm_mlx", *argv, "--port", "0"]
         self.server = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd=self.folder, env=self.environment
         )
         line = self.server.stdout.readline()
         self.port = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)[1]
+
+    def end_server(self) -> None:
+        if self.server is not None:
+            self.server.terminate()
+            self.server.communicate()
 
     def ask(self, told: dict) -> dict:
         timer = threading.Timer(SECONDS, self.process.kill)
@@ -113,6 +121,9 @@ def reader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     (folder / "model_export").symlink_to(ROOT / "model_export")
     Image.radial_gradient("L").resize((320, 240)).convert("RGB").save(folder / "photo.jpg")
+    (folder / "photos").mkdir()
+    shutil.copy(folder / "photo.jpg", folder / "photos")
+    (folder / "things.json").write_text('{"type": "array", "items": {"enum": ["cat", "dog"]}}')
     app = folder / "ml-fastvlm" / "app"
     (app / "FastVLM" / "model").mkdir(parents=True)
     (app / "FastVLM" / "FastVLM.swift").touch()
@@ -137,9 +148,7 @@ def reader(tmp_path_factory):
     yield reader
     reader.process.kill()
     reader.process.communicate()
-    if reader.server is not None:
-        reader.server.terminate()
-        reader.server.communicate()
+    reader.end_server()
     hub.shutdown()
 
 
