@@ -13,23 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from fastvlm_mlx.image.suffixes import SUFFIXES
+
 PROMPT = "> "
 # A word as a shell reads it: quoted, with escaped spaces, or both, as terminals write the path of a
 # file that is dropped onto them.
 _SHELL_WORD = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+(?!\S)""")
 _WORD = re.compile(r"\S+")
-_SUFFIXES: tuple[str, ...] = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-)
-_SUFFIXES += (".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def split_images(line: str) -> tuple[list[str], str]:
@@ -80,7 +70,7 @@ def one_path(text: str) -> str:
 
 
 def _is_image(path: str) -> bool:
-    ends_so = path.lower().endswith(_SUFFIXES)
+    ends_so = path.lower().endswith(SUFFIXES)
     if not ends_so and "/" not in path:
         return False
     if ends_so and path.startswith(("/", "~/", "./", "../")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,7 +120,7 @@ def map(
         json_schema=None if json_schema is None else read_schema(json_schema),
     )
     job = Job(
-        resolve(call, model),
+        model,
         folder,
         prompt,
         options,
@@ -132,6 +133,8 @@ def map(
         compute_units=compute_units,
         encoder_compute=encoder_compute,
     )
+    # Last, since an export takes minutes.
+    job = replace(job, bundle=resolve(call, model))
     with _shown(out) as progress:
         tally = map_folder(job, out, overwrite=overwrite, ray=ray, progress=progress)
     _report(tally, out, as_json=as_json)

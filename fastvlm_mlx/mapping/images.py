@@ -13,28 +13,7 @@ from typing import Any
 
 from fastvlm_mlx.bundle.files import is_litter
 from fastvlm_mlx.errors import ImageError, OptionError
-
-# What people keep images in. HEIF is among them, which is told of each one and not passed over.
-SUFFIXES = frozenset(
-    {
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".jfif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pgm",
-        ".png",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    }
-)
+from fastvlm_mlx.image.suffixes import SUFFIXES
 
 
 @dataclass(frozen=True)
