@@ -172,8 +172,11 @@ def test_many_answers_meet_their_schemas(model, monkeypatch, schema, seed):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.4, "stop": ["f"]}],
-    ids=["greedy", "sampled", "penalized"],
+    [
+        pytest.param({}, id="greedy", marks=pytest.mark.slow),
+        pytest.param({"temperature": 1.2, "top_p": 0.9, "seed": 3}, id="sampled"),
+        pytest.param({"repetition_penalty": 1.4, "stop": ["f"]}, id="penalized"),
+    ],
 )
 def test_a_batch_answers_as_one_at_a_time(model, options):
     options |= {"json_schema": SHAPES, "max_tokens": 160}
@@ -324,7 +327,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("schema", "said"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        pytest.param(*each, id=name, marks=[pytest.mark.slow] if name == "hours" else [])
+        for name, each in REFUSED.items()
+    ],
+)
 def test_what_can_t_be_followed_is_one_sentence_before_the_image(one, schema, said):
     with pytest.raises(OptionError) as raised:
         one.generate("nowhere.png", "Hm?", json_schema=schema)
