@@ -21,6 +21,7 @@ EXTRAS = {
     "json": {"llguidance": "llguidance"},
     "parquet": {"pyarrow": "pyarrow"},
     "ray": {"ray": "ray"},
+    "video": {"av": "av"},
 }
 
 
