@@ -96,7 +96,8 @@ def generate(
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.
     With several prompts the images are encoded once. FastVLM was trained with one image; of several
-    each stands on a line before the prompt, in the order in which they are given."""
+    each stands on a line before the prompt, in the order in which they are given. Of a video the frames
+    do, each after a line with its time."""
     video.check(image, video_path, frames, fps, every, prompt)
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
@@ -174,7 +175,11 @@ def generate(
                 "model": model,
                 **_asked_about(images, video_path, chosen),
                 "encoder": loaded.encoder.backend,
-                "answers": [answer.to_dict() for answer in answers],
+                # A video's prompt has the times of its frames in it.
+                "answers": [
+                    {**answer.to_dict(), "prompt": asked}
+                    for asked, answer in zip(prompt, answers, strict=True)
+                ],
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
             }
         )

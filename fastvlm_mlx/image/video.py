@@ -330,11 +330,13 @@ def _position(of: Packet[Any] | VideoFrame) -> int | None:
 
 def _upright(image: Image.Image, frame: VideoFrame) -> Image.Image:
     """Turn and mirror as the display matrix says, which phones write."""
-    matrix = next((s for s in frame.side_data if s.type.name == "DISPLAYMATRIX"), None)
-    if matrix is None or len(bytes(matrix)) < 36:
+    # av's stubs call the side data a mapping, which iterates over itself.
+    sides: Iterable[Any] = frame.side_data
+    matrix = next((bytes(side) for side in sides if side.type.name == "DISPLAYMATRIX"), b"")
+    if len(matrix) < 36:
         return image
     # x' = a·x + c·y and y' = b·x + d·y
-    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(matrix), "=i4")[:5])
+    a, b, _, c, d = (int(v) for v in np.frombuffer(matrix, "=i4")[:5])
     if abs(b) > abs(a):
         image = image.transpose(Image.Transpose.TRANSPOSE)
         a, d = c, b
