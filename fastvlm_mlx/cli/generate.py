@@ -96,8 +96,8 @@ def generate(
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.
     With several prompts the images are encoded once. FastVLM was trained with one image; of several
-    each stands on a line before the prompt, in the order in which they are given. Of a video the frames
-    do, each after a line with its time."""
+    each stands on a line before the prompt, in the order in which they are given, and each frame of
+    a video after a line with its time."""
     video.check(image, video_path, frames, fps, every, prompt)
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
