@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def frames(
         file = Path(os.fsdecode(path)).expanduser()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImageError(
-            f"the video is of type {type(path).__name__}: expected the path of a video"
+            f"the video's path, of type {type(path).__name__}, can't be read: give the path of a "
+            "video"
         ) from error
     return Frames(file, choice, check_max_pixels(max_pixels))
 
@@ -253,10 +255,11 @@ class Frames:
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
         with needs_extra():
             import av
-        # Before it is opened: a pipe would wait for somebody to write.
-        if self._path.exists() and not (self._path.is_file() or self._path.is_dir()):
-            raise self._error("is no regular file", "give the path of a video")
         try:
+            mode = self._path.stat().st_mode
+            # Before it is opened: a pipe would wait for somebody to write.
+            if not (S_ISREG(mode) or S_ISDIR(mode)):
+                raise self._error("is no regular file", "give the path of a video")
             file = self._path.open("rb")
         except FileNotFoundError as error:
             raise self._error("does not exist", "give the path of a video") from error

@@ -242,8 +242,11 @@ class TestWhatIsNoVideo:
         for name, said in (("empty.mp4", "zero bytes"), ("pipe", "no regular"), ("", "directory")):
             with pytest.raises(ImageError, match=said):
                 frames(tmp_path / name, count=1)
-        with pytest.raises(ImageError, match="of type int: expected the path"):
+        with pytest.raises(ImageError, match="of type int, can't be read: give the path"):
             frames(7, count=1)
+        for name in ("a" * 5000, "a\0b"):
+            with pytest.raises(ImageError, match="can't be opened"):
+                frames(tmp_path / name, count=1)
 
     @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
     def test_damaged_is_an_answer_or_a_sentence(self, tmp_path, name):
