@@ -27,6 +27,7 @@ EXTRAS = {
         "h11": "h11",
         "prometheus_client": "prometheus_client",
     },
+    "video": {"av": "av"},
 }
 
 

@@ -259,6 +259,20 @@ class FastVLM:
         """
         return self.begin(messages, options, **sampling)[0]
 
+    def check(
+        self,
+        messages: Sequence[dict[str, Any]],
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> None:
+        """Find out whether `chat` would take the messages, without looking at an image: None, or
+        anything else, may stand in the place of one.
+
+        Raises:
+            PromptError, OptionError: as `chat`.
+        """
+        self._question(messages, resolve_options(options, sampling))
+
     def begin(
         self,
         messages: Sequence[dict[str, Any]],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from fastvlm_mlx.cli import video
 from fastvlm_mlx.cli.common import Json, Model, option, print_json, resolve
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
@@ -26,23 +27,57 @@ from fastvlm_mlx.cli.options import (
 )
 from fastvlm_mlx.errors import ImageError
 
+if TYPE_CHECKING:
+    from fastvlm_mlx.image.video import Frames
+
 QUESTION = "Question"
 
 
 def generate(
     call: typer.Context,
     model: Model,
+    prompt: Annotated[
+        list[str], option("What to ask about the image or the video.", group=QUESTION, value="TEXT")
+    ],
     image: Annotated[
-        list[str],
+        list[str] | None,
         option(
             "The file of the image; - reads it from standard input. Several are all in one prompt.",
             group=QUESTION,
             value="FILE",
         ),
-    ],
-    prompt: Annotated[
-        list[str], option("What to ask about the image.", group=QUESTION, value="TEXT")
-    ],
+    ] = None,
+    video_path: Annotated[
+        str | None,
+        option(
+            "The file of a video, in place of --image: its frames, each with its time, are all in "
+            "one prompt. Needs [video].",
+            "--video",
+            group=QUESTION,
+            value="FILE",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        option(
+            "How many frames of the video, at even distances.",
+            group=QUESTION,
+            value="N",
+            default=str(video.FRAMES),
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        option("Frames of each second, in place of --frames.", group=QUESTION, value="X"),
+    ] = None,
+    every: Annotated[
+        float | None,
+        option(
+            "Ask about one frame in so many seconds by itself, and print a line for each.",
+            group=QUESTION,
+            value="SECONDS",
+        ),
+    ] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -61,7 +96,9 @@ def generate(
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.
     With several prompts the images are encoded once. FastVLM was trained with one image; of several
-    each stands on a line before the prompt, in the order in which they are given."""
+    each stands on a line before the prompt, in the order in which they are given, and each frame of
+    a video after a line with its time."""
+    video.check(image, video_path, frames, fps, every, prompt)
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
@@ -88,10 +125,12 @@ def generate(
     )
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
-    if image.count("-") > 1:
+    images = image or []
+    if images.count("-") > 1:
         raise ImageError("--image - is given twice, and standard input holds one image: give files")
-    sources: list[ImageSource] = [_stdin() if each == "-" else each for each in image]
+    sources: list[ImageSource] = [_stdin() if each == "-" else each for each in images]
     # Before an export, which takes minutes.
+    chosen = video.choose(video_path, frames, fps, every, limit) if video_path is not None else None
     decoded = [load_image(source, max_pixels=limit) for source in sources]
     bundle = resolve(call, model)
     if Bundle.open(bundle).manifest is None:
@@ -109,8 +148,20 @@ def generate(
         max_pixels=limit,
         encoder_compute=encoder_compute,
     )
+    if chosen is not None and every is not None:
+        captions = video.captions(loaded, chosen, prompt[0], options)
+        if not as_json:
+            video.print_captions(captions, chosen)
+            return
+        told = [{"time_s": time_s, **result.to_dict()} for time_s, result in captions]
+        print_json({"model": model, "video": video_path, "captions": told})
+        return
+    if chosen is None:
+        generations = loaded.ask(decoded, prompt, options)
+    else:
+        generations = video.answers(loaded, chosen, prompt, options)
     answers = []
-    for generation in loaded.ask(decoded, prompt, options):
+    for generation in generations:
         for piece in generation:
             if not as_json:
                 print(show.answer(piece), end="", flush=True)
@@ -122,12 +173,22 @@ def generate(
         print_json(
             {
                 "model": model,
-                **({"image": image[0]} if len(image) == 1 else {"images": image}),
+                **_asked_about(images, video_path, chosen),
                 "encoder": loaded.encoder.backend,
-                "answers": [answer.to_dict() for answer in answers],
+                # A video's prompt has the times of its frames in it.
+                "answers": [
+                    {**answer.to_dict(), "prompt": asked}
+                    for asked, answer in zip(prompt, answers, strict=True)
+                ],
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
             }
         )
+
+
+def _asked_about(images: list[str], path: str | None, chosen: Frames | None) -> dict[str, Any]:
+    if chosen is not None:
+        return {"video": path, "times_s": chosen.times_s}
+    return {"image": images[0]} if len(images) == 1 else {"images": images}
 
 
 def _stdin() -> BinaryIO:

@@ -35,7 +35,7 @@ RUNTIME = (
     Verb(
         "generate",
         "Run",
-        "Answer one or several questions about an image.",
+        "Answer one or several questions about an image or a video.",
         'fastvlm generate my-bundle --image photo.jpg --prompt "Describe the image."',
         "fastvlm_mlx.cli.generate",
     ),

@@ -187,7 +187,7 @@ def test_an_image_s_url(refused, demo_bundle):
         ("inspect -x a", "-x is no option of `fastvlm inspect`: see `fastvlm inspect --help` for "),
         ("export a", "`fastvlm export` needs OUT, which is not given: see `fastvlm export --help`"),
         ("push", "`fastvlm push` needs BUNDLE, which is not given: see `fastvlm push --help`"),
-        ("generate a --prompt b", "`fastvlm generate` needs --image, which is not given: see "),
+        ("generate a --prompt b", "`fastvlm generate` needs --image or --video, which are not "),
         ("export a b --llm-bits four", "--llm-bits is 'four': expected a valid integer, see "),
         ("export a b --llm-bpw low", "--llm-bpw is 'low': expected a valid number, see "),
         ("export a b --llm-bits", "option '--llm-bits' requires an argument: see `fastvlm export "),

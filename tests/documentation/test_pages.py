@@ -12,14 +12,17 @@ import shutil
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 from documentation.pages import EXAMPLES, PAGES, ROOT, Example, Page
 from hub_server import HubServer
 from PIL import Image
 
 from model_export.comparison.sweep import CHOICES
+from model_export.samples import scenes
 
 SECONDS = 900
 # A sweep's eight exports take two minutes. Of them these are made unless slow tests are asked for.
@@ -117,13 +120,15 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A reader with a clone of this repository, one of the demo app, a photograph, and a hub."""
+    """A reader with a clone of this repository, one of the demo app, a photograph, a clip of six
+    seconds, and a hub."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "model_export").symlink_to(ROOT / "model_export")
     Image.radial_gradient("L").resize((320, 240)).convert("RGB").save(folder / "photo.jpg")
     (folder / "photos").mkdir()
     shutil.copy(folder / "photo.jpg", folder / "photos")
     (folder / "things.json").write_text('{"type": "array", "items": {"enum": ["cat", "dog"]}}')
+    write_clip(folder / "clip.mp4")
     app = folder / "ml-fastvlm" / "app"
     (app / "FastVLM" / "model").mkdir(parents=True)
     (app / "FastVLM" / "FastVLM.swift").touch()
@@ -150,6 +155,20 @@ def reader(tmp_path_factory):
     reader.process.communicate()
     reader.end_server()
     hub.shutdown()
+
+
+def write_clip(path: Path) -> None:
+    """Scenes of the demo checkpoint's, two seconds each."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 128
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        for number in range(30):
+            scene = scenes.generate(12 + number // 10, held_out=True).draw(128)
+            frame = av.VideoFrame.from_image(scene)
+            frame.pts, frame.time_base = number, Fraction(1, 5)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 def project() -> str:
