@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat, zip_longest
 from numbers import Integral
 from os import PathLike
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import finalize
 
@@ -120,7 +120,8 @@ class Answers:
             size: how many are decoded together.
         """
         self._worker = worker
-        self._turn = Lock()
+        # What gives the images may ask for an answer: that is an error, and no wait without end.
+        self._turn = RLock()
         self._table = _Table()
         self._steps = wired(_steps(self._table, model, kept, size))
         self._asked = asked
@@ -181,25 +182,42 @@ class Answers:
                 self._table.done[self._begun] = error
                 self._begun += 1
                 break
-            if asked is None:
+            if asked is None or self._over:
                 break
-            future = self._pool.submit(asked.prepare)
-            self._preparing.append((self._begun, future, asked.begin))
+            self._preparing.append((self._begun, self._prepared(asked.prepare), asked.begin))
             self._begun += 1
         table = self._table
         while self._preparing and not table.ready:
             index, future, begin = self._preparing[0]
             if table.active and not future.done():
                 break
-            failed = future.exception()
+            try:
+                failed = future.exception()
+            except CancelledError:
+                # Another thread has closed it.
+                break
             self._preparing.popleft()
             if failed is not None:
                 table.done[index] = failed
                 break
             table.ready.append((index, future.result(), begin))
 
+    def _prepared(self, prepare: Callable[[], Any]) -> Future[Any]:
+        try:
+            return self._pool.submit(prepare)
+        except RuntimeError:
+            # A pool takes nothing more once the main thread has ended, while other threads are
+            # still waiting for their answers; nor once it was closed.
+            future: Future[Any] = Future()
+            try:
+                future.set_result(prepare())
+            # Whatever it is, it is raised in place of the answer.
+            except Exception as error:  # noqa: BLE001
+                future.set_exception(error)
+            return future
+
     def _step(self) -> None:
-        if self._worker.run(next, self._steps, False):
+        if self._worker.run(next, self._steps, False) or self._over:
             return
         raise FastVLMError("the batch has failed before it had all answers: ask again")
 

@@ -1,6 +1,8 @@
 """Many images at once: the answers of one at a time, in their order, from a stream without end."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -166,6 +168,68 @@ def test_one_that_is_left_half_way_holds_nothing_up(model):
         gc.collect()
         time.sleep(0.01)
     assert threading.active_count() <= before
+
+
+def test_another_thread_may_close_it_while_one_waits(model, monkeypatch):
+    """What has come by then is all that comes, and nothing is raised."""
+    prepare = ImageProcessor.__call__
+
+    def prepared(processor, image):
+        closing = threading.Thread(target=answers.close)
+        closing.start()
+        closing.join()
+        return prepare(processor, image)
+
+    monkeypatch.setattr(ImageProcessor, "__call__", prepared)
+    answers = model.batch(IMAGES, PROMPTS, batch_size=2, **LONG)
+    assert list(answers) == []
+
+
+def test_what_gives_the_images_may_close_it_but_not_wait_for_it(model):
+    def images(use):
+        yield from IMAGES[:3]
+        use(answers)
+        yield IMAGES[3]
+
+    answers = model.batch(images(lambda answers: answers.close()), "What is it?", max_tokens=2)
+    assert len(list(answers)) <= 3
+    answers = model.batch(images(next), "What is it?", batch_size=8, max_tokens=2)
+    found = []
+
+    def ask():
+        try:
+            found.extend(answers)
+        except ValueError as error:
+            found.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(10)
+    assert found[-1:] == ["generator already executing"]
+    assert len(list(answers)) == 3
+
+
+_THREAD_OUTLIVES_MAIN = """
+import sys, threading, time
+import numpy as np
+import fastvlm_mlx
+model = fastvlm_mlx.load(sys.argv[1])
+def images():
+    for number in range(6):
+        if number == 2:
+            threading.main_thread().join()
+            time.sleep(0.2)
+        yield np.full((9, 9, 3), number, np.uint8)
+def ask():
+    print(len(list(model.batch(images(), "Hm?", max_tokens=2, batch_size=2))))
+threading.Thread(target=ask).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_gets_all_answers(demo_bundle):
+    command = [sys.executable, "-c", _THREAD_OUTLIVES_MAIN, str(demo_bundle)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (found.stdout, found.stderr) == ("6\n", "")
 
 
 def test_a_failure_of_all_is_said_each_time(model, monkeypatch):

@@ -109,6 +109,21 @@ def test_a_large_result_between_two_is_made_by_bands(
     assert made[-1] == ("PackedPair" if kernel == 1 else "PackedConvolution")
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_pair_takes_no_third_convolution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(fusion, "_BAND_BYTES", 64)
+
+    def body(a: Any) -> Any:
+        for _ in range(count):
+            a = pointwise(a, normal(4, 4, 1, 1))
+        return a
+
+    left = ["PackedConvolution"] if count == 3 else ["PackedPair"]
+    assert both(tmp_path, body, normal(1, 4, 6, 5)) == ["PackedPair", *left]
+
+
 @pytest.mark.parametrize("flip_q", [False, True])
 @pytest.mark.parametrize("flip_k", [False, True])
 @pytest.mark.parametrize("flip_v", [False, True])

@@ -214,6 +214,9 @@ def _pair(program: _Program, i: int, step: Step) -> None:
     second = found.compute
     if not isinstance(second, _Draft) or found.operands[0] != step.results[0]:
         return
+    # What is two already has no room for a third.
+    if first.second is not None:
+        return
     size = prod(step.shapes[0]) * program.constants[first.parameters[0]].element_size()
     rows = step.shapes[0][2]
     if size <= _BAND_BYTES or not (first.pointwise and second.pointwise):
