@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -226,7 +227,24 @@ def _read(file: Path) -> list[dict[str, Any]]:
         raise OptionError(f"{_name(file)} holds no conversation ({error}): {_REMEDY}") from error
     if not all(isinstance(image, str) for image in images):
         raise OptionError(f"{_name(file)} has an image that is no path: {_REMEDY}")
+    for image in images:
+        if _is_special(image):
+            raise OptionError(
+                f"{_name(image)} in {_name(file)} is a device, a pipe or a socket: expected the "
+                "path of an image, correct it"
+            )
     return messages
+
+
+def _is_special(path: str) -> bool:
+    """Whether opening it may wait for a writer, or take what was meant for others. Somebody else
+    may have written the path."""
+    try:
+        mode = Path(path).expanduser().stat().st_mode
+    # Reading it with the next question says what is wrong.
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _write(file: Path, text: str) -> None:

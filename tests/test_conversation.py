@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,6 +191,13 @@ def test_what_can_t_be_saved_or_loaded(model, paths, tmp_path):
     ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(OptionError, match=r"bad\.json"):
+            Conversation.load(model, tmp_path / "bad.json")
+    os.mkfifo(tmp_path / "pipe.png")
+    for image in (tmp_path / "pipe.png", "/dev/null"):
+        message = {"role": "user", "content": [{"type": "image", "image": str(image)}]}
+        saved = {"format": "fastvlm-conversation-1", "messages": [message]}
+        (tmp_path / "bad.json").write_text(json.dumps(saved))
+        with pytest.raises(OptionError, match=r"bad\.json is a device, a pipe or a socket"):
             Conversation.load(model, tmp_path / "bad.json")
     for bad in ("~nobody-of-that-name/talk.json", 7, "\0", "a" * 5000):
         with pytest.raises(OptionError):

@@ -20,6 +20,11 @@ PROMPT = "> "
 # file that is dropped onto them.
 _SHELL_WORD = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+(?!\S)""")
 _WORD = re.compile(r"\S+")
+# Characters of a path, each of its bytes written as three; no system opens a longer one.
+_LONGEST_PATH = 3 * 4096
+# Characters after the word that each was begun with that all readings of a line may take. Where
+# every word may begin one that goes on to the line's end, their sum is the square of its length.
+_MOST_READ = 100_000
 
 
 def split_images(line: str) -> tuple[list[str], str]:
@@ -29,11 +34,14 @@ def split_images(line: str) -> tuple[list[str], str]:
     it; or if it can't be meant as anything else, as an absolute path that ends so.
     """
     paths: list[str] = []
-    rest, place = "", 0
+    rest, place, left = "", 0, _MOST_READ
     while word := _WORD.search(line, place):
         rest += line[place : word.start()]
-        given = _SHELL_WORD.match(line, word.start())
-        path = None if given is None else unquoted(given.group())
+        given = _SHELL_WORD.match(line, word.start(), len(line) if left > 0 else word.end())
+        end = len(line) if given is None else given.end()
+        left -= end - word.end()
+        short = given is not None and end - word.start() <= _LONGEST_PATH
+        path = unquoted(given.group()) if given is not None and short else None
         if given is not None and path is not None and _is_image(path):
             paths.append(path)
             place = given.end()

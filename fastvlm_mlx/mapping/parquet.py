@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -31,8 +32,47 @@ def check(path: Path, rows_path: Path, *, overwrite: bool) -> None:
     """Raises OptionError: pyarrow is not installed. DestinationError: `path` is somebody else's, or
     the rows that it was made from are gone."""
     with needs_extra():
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow  # noqa: F401
+    _check_ours(path)
+    if path.exists() and not (rows_path.exists() or overwrite):
+        raise DestinationError(
+            f"{path} exists without {rows_path.name}, the rows that it was made from: choose "
+            "another --out, or begin anew with --overwrite"
+        )
+
+
+def convert(source: Path, path: Path) -> None:
+    """Make `path` of the rows in `source`, in one step. Raises DestinationError: no room for it, or
+    `path` is somebody else's by now."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema()
+    # A name that nothing else has: what is there already is somebody else's.
+    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
+    with writing(path):
+        try:
+            with (
+                part.open("xb") as stream,
+                pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+            ):
+                for group in _groups(source):
+                    writer.write_table(pa.Table.from_pylist(group, schema))
+                writer.close()
+                stream.flush()
+                os.fsync(stream.fileno())
+            # What came there during the run stays, as what was there before it.
+            _check_ours(path)
+            os.replace(part, path)
+        finally:
+            with suppress(FileNotFoundError):
+                part.unlink()
+
+
+def _check_ours(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     check_regular(path)
     if not path.exists():
         return
@@ -45,35 +85,6 @@ def check(path: Path, rows_path: Path, *, overwrite: bool) -> None:
             f"{path} exists, and `fastvlm map` did not make it: choose another --out, or remove it "
             "yourself"
         )
-    if not (rows_path.exists() or overwrite):
-        raise DestinationError(
-            f"{path} exists without {rows_path.name}, the rows that it was made from: choose "
-            "another --out, or begin anew with --overwrite"
-        )
-
-
-def convert(source: Path, path: Path) -> None:
-    """Make `path` of the rows in `source`, in one step. Raises DestinationError: no room for it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = _schema()
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            with (
-                part.open("wb") as stream,
-                pq.ParquetWriter(stream, schema, compression="zstd") as writer,
-            ):
-                for group in _groups(source):
-                    writer.write_table(pa.Table.from_pylist(group, schema))
-                writer.close()
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, path)
-        finally:
-            with suppress(FileNotFoundError):
-                part.unlink()
 
 
 def _groups(source: Path) -> Iterator[list[dict[str, object]]]:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bundle.files import shown_bytes
+from fastvlm_mlx.bundle.files import is_litter, shown_bytes
 from fastvlm_mlx.bundle.schema import check, read_json, to_json
 from fastvlm_mlx.errors import BundleError, DestinationError, FastVLMError, printable
 from fastvlm_mlx.locks import locked
@@ -36,6 +36,8 @@ VARIABLE = "FASTVLM_CACHE"
 ENTRY, MODEL, PARTIAL, LOCK, HASHES = "entry.json", "model", "partial", ".lock", "hashes"
 _DIRECTORY = re.compile(r"[A-Za-z0-9._-]{1,80}-[0-9a-f]{16}")
 _INNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
+# What stands in a model's directory, and the entry while it is written.
+_OWN = re.compile(rf"{re.escape(ENTRY)}(\.\d+\.new)?|{MODEL}|{PARTIAL}")
 _PAUSE_S = 0.1
 
 
@@ -275,7 +277,8 @@ def remove_books() -> None:
     with writing():
         _remove_tree(root / HASHES)
         for file in root.glob(f"*{LOCK}"):
-            if _DIRECTORY.fullmatch(file.name.removesuffix(LOCK)):
+            # Ours is empty.
+            if _DIRECTORY.fullmatch(file.name.removesuffix(LOCK)) and not file.lstat().st_size:
                 with _lock(file, None):
                     # Letting go of it removes it.
                     pass
@@ -331,7 +334,19 @@ def _places() -> list[Path]:
         return []
     except OSError as error:
         raise disk_error(error) from error
-    return [p for p in found if _DIRECTORY.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return [p for p in found if _DIRECTORY.fullmatch(p.name) and _is_place(p)]
+
+
+def _is_place(path: Path) -> bool:
+    """Whether it is a directory of which everything in it has a name that the cache gives. Somebody
+    else's may end in hexadecimal digits too."""
+    try:
+        names = [] if path.is_symlink() else os.listdir(path)
+    # It is a file, can't be looked into, or was removed meanwhile.
+    except OSError:
+        return False
+    own = all(_OWN.fullmatch(name) or is_litter(name) for name in names)
+    return own and not path.is_symlink()
 
 
 def _read(place: Path) -> Entry | None:

@@ -80,6 +80,14 @@ def test_the_images_of_a_line(line, paths, text, folder, monkeypatch):
     assert found == ([path.format(folder) for path in paths], text)
 
 
+@pytest.mark.parametrize("part", ["\\ ", "\"'\\ ", "a", "'", "it's "])
+def test_a_line_without_an_end_is_read_at_once(part):
+    line = part * (200_000 // len(part))
+    started = time.process_time()
+    assert split_images(line) == ([], line.strip())
+    assert time.process_time() - started < 10
+
+
 def test_questions_that_know_the_ones_before(chat, model, folder):
     first = model.generate(folder / "one.png", "How many?").text
     status, out, err = chat("", "one.png How many?", "And?", "/clear", "one.png", "How many?")

@@ -121,6 +121,26 @@ def test_parquet_holds_the_same(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("loaded")
+def test_parquet_leaves_alone_what_lies_or_comes_beside_it(job, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".a.parquet.part").symlink_to("mine")
+    map_folder(job, tmp_path / "a.parquet")
+    assert not (tmp_path / "a.parquet").is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / ".a.parquet.part").is_symlink()
+
+    out = tmp_path / "b.parquet"
+
+    def meanwhile(tally, row):
+        out.write_text("mine")
+
+    with pytest.raises(DestinationError, match="`fastvlm map` did not make it"):
+        map_folder(job, out, progress=meanwhile)
+    assert out.read_text() == "mine"
+    assert not list(tmp_path.glob(".b*"))
+
+
+@pytest.mark.usefixtures("loaded")
 def test_shards_together_are_all(job, tmp_path):
     found = {}
     for index in (1, 2):

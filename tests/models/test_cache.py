@@ -261,6 +261,21 @@ class TestRemoving:
         listing.remove("all")
         assert left(cache_directory) == ["mine", "notes.txt"]
 
+    def test_what_is_only_called_as_a_model_is_stays(self, cache_directory):
+        entry = obtain()
+        # A Mac's Finder was there.
+        Path(entry.place, ".DS_Store").touch()
+        mine = cache_directory / "run-0123456789abcdef"
+        mine.mkdir()
+        (mine / "weights.bin").touch()
+        (cache_directory / f"{mine.name}.lock").write_text("mine")
+        assert [row.names[0] for row in listing.remove("all")] == ["owner/name"]
+        assert left(cache_directory) == [
+            mine.name,
+            f"{mine.name}.lock",
+            f"{mine.name}/weights.bin",
+        ]
+
     def test_by_any_of_its_names(self):
         planned = replace(PLANNED, name="apple/FastVLM-0.5B", reference="apple/FastVLM-0.5B")
         key = cache.Key("apple/FastVLM-0.5B", {"hub": "a"})

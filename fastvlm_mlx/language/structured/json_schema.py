@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ MAX_SCHEMA_BYTES = 256_000
 _TRIAL_SECONDS = 60
 _REMEDY = "give the JSON of a schema, a dict, or a pydantic model"
 _NAME = "--json-schema"
+# All but those that have an escape of a letter in JSON.
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_LARGEST = 2**53
 
 
 def schema_text(schema: Any) -> str:
@@ -45,6 +49,8 @@ def schema_text(schema: Any) -> str:
     found.pop("x-guidance", None)
     _check_counts(found)
     parts = list(_parts(found))
+    for part in parts:
+        _check_values([part.get("const"), part.get("enum")])
     if not any(map(_is_joined, parts)):
         for part in filter(_is_open, parts):
             part["additionalProperties"] = False
@@ -93,6 +99,19 @@ def _check_counts(schema: dict[str, Any]) -> None:
                 raise refused(f"minProperties is {count}, and at most 1 can be ensured")
         values = [v for e in level for v in (e.values() if isinstance(e, dict) else e)]
         level = [value for value in values if isinstance(value, dict | list)]
+
+
+def _check_values(given: Any) -> None:
+    """Refuse values that llguidance changes: it leaves control characters out of a text where no
+    escape of a letter writes them, and rounds a number to one of 64 bits."""
+    if isinstance(given, dict | list):
+        for value in given.values() if isinstance(given, dict) else given:
+            _check_values(value)
+    elif isinstance(given, str):
+        if lost := _CONTROL.search(given):
+            raise refused(f"a value holds the control character U+{ord(lost.group()):04X}")
+    elif isinstance(given, int) and abs(given) > _LARGEST:
+        raise refused(f"a value is {given}, beyond the {_LARGEST:,} up to which numbers are exact")
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:
