@@ -56,7 +56,7 @@ Images = Askable | Sequence[Askable] | None
 Ready = ImageFeatures | tuple[np.ndarray, bytes, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FastVLM:
     """A loaded bundle, as `fastvlm_mlx.load` returns it.
 
@@ -92,6 +92,10 @@ class FastVLM:
         rows = self.config.text.vocab_size
         grammars = Grammars(self.tokenizer, rows, self.eos_token_ids)
         object.__setattr__(self, "_grammars", grammars)
+
+    def __repr__(self) -> str:
+        size = self.image_processor.size
+        return f"FastVLM({str(self.bundle.path)!r}, {size} px, {self.num_tokens} image tokens)"
 
     @property
     def encoder(self) -> VisionEncoder:

@@ -50,9 +50,7 @@ def bench(
     ] = "32",
     max_tokens: Annotated[
         int,
-        option(
-            "Decode so many tokens; no end token ends an answer before.", group=ASKED, value="N"
-        ),
+        option("Decode exactly this many tokens; end tokens are ignored.", group=ASKED, value="N"),
     ] = 64,
     runs: Annotated[
         int, option("Measure so often at each setting.", group=MEASURED, value="N")

@@ -100,7 +100,7 @@ def map(
     as_json: Json = False,
 ) -> None:
     """Each image gets a row with its path, the answer and its tokens, or with what is wrong with
-    the image. A run that was interrupted or killed is gone on with by the same command. The exit
+    the image. Run the same command again to continue a run that was interrupted or killed. The exit
     status is 1 if an image or a folder could not be read."""
     from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
     from fastvlm_mlx.language.sampling import SamplingOptions

@@ -74,7 +74,7 @@ def serve(
     ] = 64,
     max_tokens: Annotated[
         int,
-        option("The longest answer, and the one of who sets no limit.", group=LIMITS, value="N"),
+        option("The limit of an answer, also where a request sets none.", group=LIMITS, value="N"),
     ] = 2048,
     max_images: Annotated[
         int, option("The most images in a request.", group=LIMITS, value="N")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -31,8 +31,8 @@ class ImageFeatures:
         model: the fingerprint of the model that made it.
     """
 
-    features: np.ndarray
-    projected: mx.array
+    features: np.ndarray = field(repr=False)
+    projected: mx.array = field(repr=False)
     timings: Timings
     model: str = ""
 

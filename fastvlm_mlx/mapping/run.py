@@ -59,7 +59,7 @@ def map_folder(
 ) -> Tally:
     """Ask about every image of a folder that has no row in `out` yet, and add its row.
 
-    A run that was killed is gone on with by the same call. Rows stand in the order in which their
+    The same call continues a run that was killed. Rows stand in the order in which their
     answers ended.
 
     Args:

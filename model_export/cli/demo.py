@@ -39,7 +39,7 @@ def demo(
     """It exports the checkpoint that ships with the package, checks the bundle against it, draws a
     scene that the model has never seen and asks about it. That takes seconds."""
     from fastvlm_mlx.cli import show
-    from model_export.demo.run import check_directory, run_demo
+    from model_export.demo.run import BUNDLE, SCENE, check_directory, run_demo
 
     check_choice("llm_bits", llm_bits, BITS)
     if seed < 0:
@@ -57,3 +57,4 @@ def demo(
         show.note(show.timing_line(answer))
     count = len(done.questions)
     print(f"\n{right} of {count} answers right. Bundle, scene and gates: {directory}/")
+    show.note(f"try: fastvlm chat {directory}/{BUNDLE} --image {directory}/{SCENE}")
