@@ -84,6 +84,14 @@ def gif():
     return made.getvalue()
 
 
+def with_more(keys):
+    """A request that is answered but for the JSON of some more keys."""
+    return b'{"model": "demo", "max_tokens": 1, "messages": [%b], %b}' % (
+        json.dumps(USER[0]).encode(),
+        keys,
+    )
+
+
 BAD = {
     "nothing": b"",
     "no JSON": b"{",
@@ -92,6 +100,9 @@ BAD = {
     "deep": b"[" * 100_000,
     "deep in a key": b'{"model": "demo", "messages": ' + b'[{"a":' * 50_000 + b"1",
     "closed and deep": b'{"metadata": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    "many lists": with_more(b'"x": [' + b"[]," * 100_000 + b"1]"),
+    "many objects": with_more(b'"x": [' + b"{}," * 100_000 + b"1]"),
+    "many keys": with_more(b'"x": 1,' * 200_000 + b'"x": 1'),
     "too large a number": b'{"model": "demo", "max_tokens": 1' + b"0" * 400 + b"}",
     "no messages": {"messages": None},
     "empty messages": {"messages": []},
