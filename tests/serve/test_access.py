@@ -58,7 +58,7 @@ def test_pages_of_an_allowed_origin_may_ask(locked, origin, allowed):
     asked = (
         "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         f"Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n"
-        "Access-Control-Request-Headers: authorization, content-type\r\n\r\n"
+        "Access-Control-Request-Headers: authorization, content-type, x-stainless-os\r\n\r\n"
     )
     answer = locked.send(asked.encode())
     assert answer.startswith(b"HTTP/1.1 200") == allowed
