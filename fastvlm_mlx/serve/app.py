@@ -82,7 +82,8 @@ def application(service: Service) -> ASGIApp:
                 CORSMiddleware,
                 allow_origins=list(settings.allow_origin),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "X-Stainless-*"],
+                # OpenAI's own client for browsers sends a dozen of its own.
+                allow_headers=["*"],
             )
         )
     return Starlette(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import sys
 import time
@@ -23,6 +24,13 @@ _OPEN = {"/", "/health"}
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 # As nginx writes it; nobody receives it.
 _GONE = 499
+_ENDED = ApiError(
+    "the server is being ended: ask again later",
+    503,
+    kind="server_error",
+    code="server_ended",
+    headers={"Connection": "close"},
+)
 
 
 class Guard:
@@ -49,6 +57,11 @@ class Guard:
             await self._app(scope, receive, sent)
         except (ClientDisconnect, ClientGoneError):
             record.gone = True
+        except asyncio.CancelledError:
+            # The server is being ended, and has waited for this answer as long as it should.
+            record.gone = False
+            if not status:
+                await error_response(_ENDED)(scope, receive, sent)
         # Whatever it is, it is this request's, and the next one is answered.
         except Exception as error:  # noqa: BLE001
             answer = answer_to(error)
@@ -104,7 +117,7 @@ class Guard:
         parts = [
             time.strftime("%H:%M:%S"),
             str(client),
-            scope["method"],
+            printable(scope["method"], 20),
             printable(scope["path"], 100),
             str(status),
             f"{took:.3f} s",

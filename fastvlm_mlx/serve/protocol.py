@@ -29,6 +29,8 @@ def protocol(patience: float, connections: int) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # Every byte that is not sent is waited for, and the last ones before a close too.
+            transport.set_write_buffer_limits(0)
             if len(self.connections) > connections:
                 transport.abort()
                 return
@@ -55,12 +57,6 @@ def protocol(patience: float, connections: int) -> type[H11Protocol]:
         def resume_writing(self) -> None:
             self._stop("_writing")
             super().resume_writing()
-
-        def timeout_keep_alive_handler(self) -> None:
-            if self.transport.get_write_buffer_size():
-                # It would be kept for as long as nobody reads it.
-                self.transport.abort()
-            super().timeout_keep_alive_handler()
 
         def send_400_response(self, msg: str) -> None:
             """What is no HTTP gets an answer in the same form as all else."""

@@ -16,6 +16,9 @@ from fastvlm_mlx.serve.errors import ApiError
 from fastvlm_mlx.serve.limits import MAX_CHOICES, MAX_STOPS, Settings
 
 T = TypeVar("T")
+# More than there can be in a prompt and a schema. What JSON becomes is many times its bytes, and
+# while it is made nobody else is served.
+_MAX_VALUES = 200_000
 _OPTION = re.compile(r"--([a-z-]+)")
 _REMEDY = "docs/serve.md says what a request may hold"
 
@@ -236,7 +239,13 @@ def _one_system(turns: list[Turn]) -> list[Turn]:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """A request's JSON object. Raises ApiError: it is none."""
+    """A request's JSON object. Raises ApiError: it is none, or has too much in it."""
+    # Those in texts count too: to know which they are takes parsing.
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise ApiError(
+            f"the request has more than {_MAX_VALUES:,} commas and opening brackets: expected "
+            "fewer keys, list items and parts of messages"
+        )
     return schema.parse(body, "the request", ApiError, remedy=_REMEDY)
 
 

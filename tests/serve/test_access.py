@@ -58,7 +58,7 @@ def test_pages_of_an_allowed_origin_may_ask(locked, origin, allowed):
     asked = (
         "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         f"Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n"
-        "Access-Control-Request-Headers: authorization, content-type\r\n\r\n"
+        "Access-Control-Request-Headers: authorization, content-type, x-stainless-os\r\n\r\n"
     )
     answer = locked.send(asked.encode())
     assert answer.startswith(b"HTTP/1.1 200") == allowed
@@ -121,6 +121,9 @@ def test_a_place_that_is_none(text):
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
+        ("fec0::1", False),
+        ("192.0.0.192", False),
+        ("192.88.99.1", False),
         ("ff02::1", False),
         ("localhost", False),
     ],

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 import struct
 import threading
 import time
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from serving import NAME, data_url, message, read, serving
+
+from fastvlm_mlx.serve.server import listen
 
 SMALL = data_url(Image.new("RGB", (8, 8), "red"))
 USER = [{"role": "user", "content": "What is it?"}]
@@ -81,6 +84,14 @@ def gif():
     return made.getvalue()
 
 
+def with_more(keys):
+    """A request that is answered but for the JSON of some more keys."""
+    return b'{"model": "demo", "max_tokens": 1, "messages": [%b], %b}' % (
+        json.dumps(USER[0]).encode(),
+        keys,
+    )
+
+
 BAD = {
     "nothing": b"",
     "no JSON": b"{",
@@ -89,6 +100,9 @@ BAD = {
     "deep": b"[" * 100_000,
     "deep in a key": b'{"model": "demo", "messages": ' + b'[{"a":' * 50_000 + b"1",
     "closed and deep": b'{"metadata": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    "many lists": with_more(b'"x": [' + b"[]," * 100_000 + b"1]"),
+    "many objects": with_more(b'"x": [' + b"{}," * 100_000 + b"1]"),
+    "many keys": with_more(b'"x": 1,' * 200_000 + b'"x": 1'),
     "too large a number": b'{"model": "demo", "max_tokens": 1' + b"0" * 400 + b"}",
     "no messages": {"messages": None},
     "empty messages": {"messages": []},
@@ -253,6 +267,23 @@ def test_who_does_not_read_holds_up_nobody(running):
         to.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
         check_well(running)
         running.free()
+
+
+def test_who_does_not_read_the_last_bytes_is_cut_off(model, monkeypatch):
+    def small(settings):
+        listening = listen(settings)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listening
+
+    # Less than what asyncio takes for much, and more than the sockets hold.
+    monkeypatch.setattr("serving.listen", small)
+    asked = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    with serving(model, client_timeout=0.5, connections=1) as running, socket.socket() as to:
+        to.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        to.connect(running.address)
+        to.sendall((asked + b"\r\n") * 4 + asked + b"Connection: close\r\n\r\n")
+        time.sleep(1.5)
+        check_well(running)
 
 
 def test_connections_have_a_limit(model):

@@ -3,11 +3,13 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
 import openai
 import pytest
+from serving import read
 
 
 def start(*arguments, **environment):
@@ -44,6 +46,23 @@ def test_an_answer_on_its_way_comes_before_the_end(mlx_bundle):
     assert "Traceback" not in told
     assert told.splitlines()[-1] == "stopped"
     assert re.search(r"POST · /v1/chat/completions · 200 · .* tokens", told)
+
+
+def test_what_does_not_come_to_its_end_in_time_is_told_so(mlx_bundle):
+    process = start(mlx_bundle, "--port", 0, "--shutdown-timeout", 1)
+    try:
+        port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
+        head = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as to:
+            to.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nExpect: 100-continue\r\n")
+            to.sendall(head + b"\r\n")
+            assert to.recv(1000).startswith(b"HTTP/1.1 100")
+            process.send_signal(signal.SIGTERM)
+            assert read(to).startswith(b"HTTP/1.1 503")
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in told
 
 
 @pytest.mark.slow
