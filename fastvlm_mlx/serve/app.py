@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.errors import FastVLMError, OptionError
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.serve.api import Service, error_response, json_response
 from fastvlm_mlx.serve.completions import Completions
@@ -29,7 +29,13 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def service(model: FastVLM, name: str, settings: Settings) -> Service:
-    """What answers requests. Raises OptionError: an allowed host that is none."""
+    """What answers requests.
+
+    Raises:
+        OptionError: an allowed host that is none, or a name that can't be printed.
+    """
+    if not name.isprintable():
+        raise OptionError(f"the model's name is {name!a}: expected printable text, give --name")
     return Service(
         model,
         name,

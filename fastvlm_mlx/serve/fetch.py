@@ -32,7 +32,11 @@ _CARRIERS = [
     IPv6Network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
 ]
 # Of a network alone, though not every Python says so.
-_LOCAL = [IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"), IPv6Network("fec0::/10")]
+_LOCAL: list[IPv4Network | IPv6Network] = [
+    IPv4Network("192.0.0.0/24"),
+    IPv4Network("192.88.99.0/24"),
+    IPv6Network("fec0::/10"),
+]
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -54,7 +58,7 @@ def is_public(address: str) -> bool:
             return is_public(str(found.ipv4_mapped))
         if found.scope_id or any(found in net for net in _CARRIERS):
             return False
-    if any(found in net for net in _LOCAL):
+    if any(found in net for net in _LOCAL if net.version == found.version):
         return False
     return found.is_global and not found.is_multicast and not found.is_reserved
 

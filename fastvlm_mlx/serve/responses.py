@@ -64,6 +64,9 @@ class TextOptions(Struct, frozen=True):
     format: dict[str, Any] | None = None
 
 
+Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
+
+
 class ResponsesRequest(Struct, frozen=True):
     """The body of `responses`, as far as it is looked at."""
 
@@ -75,7 +78,8 @@ class ResponsesRequest(Struct, frozen=True):
     top_p: TopP = None
     stream: bool | None = None
     text: TextOptions | None = None
-    metadata: dict[str, Annotated[str, Meta(max_length=512)]] | None = None
+    # As OpenAI limits it; it comes back in the answer.
+    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
 
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {

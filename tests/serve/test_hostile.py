@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from serving import NAME, data_url, message, read, serving
 
+from fastvlm_mlx.serve.errors import ApiError
+from fastvlm_mlx.serve.limits import Settings
+from fastvlm_mlx.serve.responses import read_responses
 from fastvlm_mlx.serve.server import listen
 
 SMALL = data_url(Image.new("RGB", (8, 8), "red"))
@@ -359,3 +362,9 @@ def test_threads_are_not_left_behind(running):
     for _ in range(5):
         check_well(running)
     assert threading.active_count() <= before + 2
+
+
+def test_what_comes_back_is_limited():
+    asked = {"model": "demo", "input": "x", "metadata": {str(number): "" for number in range(17)}}
+    with pytest.raises(ApiError, match="metadata"):
+        read_responses(json.dumps(asked).encode(), Settings())

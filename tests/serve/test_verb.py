@@ -72,6 +72,7 @@ def test_what_does_not_come_to_its_end_in_time_is_told_so(mlx_bundle):
         (["--host", "0.0.0.0"], "expected a key too"),
         (["--allow-url", "http://a.example"], "--allow-url is"),
         (["--batch-size", "0"], "--batch-size is 0"),
+        (["--name", "a\x01"], "expected printable text, give --name"),
     ],
 )
 def test_a_mistake_is_a_sentence(mlx_bundle, arguments, said):
