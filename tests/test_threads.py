@@ -15,8 +15,8 @@ import mlx.core as mx
 import pytest
 
 import fastvlm_mlx
-import fastvlm_mlx.fastvlm
 import fastvlm_mlx.language.detokenizer
+import fastvlm_mlx.looking
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.language.worker import Worker
 from model_export.options import ExportOptions
@@ -76,14 +76,14 @@ def test_answers_of_many_threads_are_those_of_one(layout, request):
 
 def test_two_that_ask_first_make_one_encoder(demo_bundle, monkeypatch):
     made = []
-    make = fastvlm_mlx.fastvlm.load_bundle_encoder
+    make = fastvlm_mlx.looking.load_bundle_encoder
 
     def slowly(*arguments):
         made.append(arguments)
         time.sleep(0.1)
         return make(*arguments)
 
-    monkeypatch.setattr(fastvlm_mlx.fastvlm, "load_bundle_encoder", slowly)
+    monkeypatch.setattr(fastvlm_mlx.looking, "load_bundle_encoder", slowly)
     model = fastvlm_mlx.load(demo_bundle)
     first, second = run_in_threads(lambda: model.encoder, lambda: model.encoder)
     assert first is second
