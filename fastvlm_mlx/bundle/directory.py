@@ -162,7 +162,7 @@ def _directory(path: str | Path) -> Path:
         raise checkpoint_found(path)
     below = what_is_below(path)
     raise BundleError(
-        f"{path} holds no config.json, but {below} below it: give the path of one"
+        f"{path} holds no config.json but {below}: give the one that is meant"
         if below
         else f"{path} holds no config.json: expected a bundle made by `fastvlm export`"
     )

@@ -124,7 +124,7 @@ def _directory(path: Path, export: Exporter) -> Path:
         return export(Found(str(path.resolve()), path=path))
     below = what_is_below(path)
     raise BundleError(
-        f"{path} holds no config.json, but {below} below it: give the path of one"
+        f"{path} holds no config.json but {below}: give the one that is meant"
         if below
         else f"{path} holds no config.json: expected the directory of a bundle or a checkpoint"
     )

@@ -104,7 +104,7 @@ def _whole(path: Path, hub_id: str | None) -> Source:
     if not file.is_file():
         if below := what_is_below(path):
             raise CheckpointError(
-                f"{path} holds no config.json, but {below} below it: give the path of one"
+                f"{path} holds no config.json but {below}: give the one that is meant"
             )
         raise CheckpointError(
             f"{path} holds no config.json: expected a FastVLM checkpoint directory ({MODEL_TYPE} "

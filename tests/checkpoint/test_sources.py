@@ -427,7 +427,7 @@ class TestHub:
         assert len(asked) == 1
 
     @pytest.mark.parametrize(
-        "reference", ["FastVLM-0.5B", "./apple/FastVLM", "a/b/c", "/no/where", "a/b@", "a b/c"]
+        "reference", ["FastVLM-0.6B", "./apple/FastVLM", "a/b/c", "/no/where", "a/b@", "a b/c"]
     )
     def test_what_is_no_hub_id_is_a_path(self, reference):
         with pytest.raises(CheckpointError, match=r"does not exist.* or a hub id such as"):

@@ -121,8 +121,7 @@ class TestOneDirectoryAbove:
     def test_bundles(self, refused, above, tmp_path, verb):
         said = refused(*words_of(verb, above, tmp_path / "out"))
         assert (
-            said
-            == f"{above} holds no config.json, but the bundles a, b below it: give the path of one"
+            said == f"{above} holds no config.json but the bundles a, b: give the one that is meant"
         )
 
     def test_bundles_and_a_checkpoint(self, refused, above, demo_checkpoint):
