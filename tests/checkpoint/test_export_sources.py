@@ -201,6 +201,7 @@ def test_every_kind_of_source_exports_to_layout_mlx(source, tmp_path, hub_cache,
     assert answers(result.path, cases) == [case["tokens"] for case in cases]
 
 
+@pytest.mark.slow
 def test_adapter_input_size_and_full_vocabulary_through_the_commands(tmp_path, one_sample):
     """Export and verify by the command line: --base, --image-size, and a row for <image>."""
     path, _ = lora(tmp_path)

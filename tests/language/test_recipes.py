@@ -194,7 +194,7 @@ def scene(demo_checkpoint):
     [
         pytest.param({"llm_mode": "mxfp4"}, marks=pytest.mark.slow),
         pytest.param({"llm_mode": "mxfp8", "projector_bits": 8}, marks=pytest.mark.slow),
-        {"llm_mode": "nvfp4", "embed_bits": 6},
+        pytest.param({"llm_mode": "nvfp4", "embed_bits": 6}, marks=pytest.mark.slow),
         {"recipe": "mixed_4_6", "projector_bits": 8},
     ],
     ids=str,

@@ -153,7 +153,7 @@ def written(demo, directory, **options):
     [
         ("awq", {"llm_bits": 2, "group_size": 32}),
         ("gptq", {"llm_bits": 2}),
-        ("dwq", {"llm_bits": 2}),
+        pytest.param("dwq", {"llm_bits": 2}, marks=pytest.mark.slow),
         *(
             pytest.param(method, {"recipe": "mixed_2_6", "layout": "mlx"}, marks=pytest.mark.slow)
             for method in ("gptq", "dwq")
@@ -167,7 +167,7 @@ def test_it_loses_less_than_rounding_on_scenes_it_has_not_seen(demo, tmp_path, m
     assert found < 0.5 * plain
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("method", [pytest.param("awq", marks=pytest.mark.slow), "gptq"])
 def test_where_rounding_loses_less_the_bundle_has_rounding(demo, tmp_path, method):
     """The demo was trained to stand 3 bits in just these groups."""
     asked = ExportOptions.of(llm_bits=3, method=method)
