@@ -16,7 +16,13 @@ from fastvlm_mlx.errors import BundleError
 from model_export.checkpoint import names
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.sources import Source
-from model_export.checkpoint.tensors import ALL, FORMATS, SafeTensor, row_blocks, safe_tensors
+from model_export.checkpoint.weights.tensors import (
+    ALL,
+    FORMATS,
+    SafeTensor,
+    row_blocks,
+    safe_tensors,
+)
 from model_export.language import llm, recipes
 
 # safetensors' names of the three types that weights have where they are not quantized.

@@ -32,8 +32,8 @@ from model_export.bundle_source import (
 from model_export.bundle_spec import BundleSpec, WrittenLLM
 from model_export.checkpoint import names
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import SafeTensor, row_blocks, safe_tensors
 from model_export.checkpoint.tokenizer import ExportedTokenizer, export_tokenizer
+from model_export.checkpoint.weights.tensors import SafeTensor, row_blocks, safe_tensors
 from model_export.destination.destination import check_overlap, check_replaceable, resolve
 from model_export.gates import equality
 from model_export.gates.gate import Gate

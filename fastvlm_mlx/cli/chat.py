@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli import chat_input
 from fastvlm_mlx.cli.common import Model, install, option, resolve
+from fastvlm_mlx.cli.input import lines
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     EncoderCompute,
@@ -106,12 +106,12 @@ class Session:
 
     def __init__(self, talk: Conversation, images: list[str]):
         self.talk, self.images = talk, list(images)
-        self._interactive = chat_input.is_interactive()
+        self._interactive = lines.is_interactive()
         self._warned = False
 
     def run(self) -> bool:
         """Answer line by line; return whether one failed that nobody was there to see."""
-        read = chat_input.reader({name: bool(value) for name, (value, _) in COMMANDS.items()})
+        read = lines.reader({name: bool(value) for name, (value, _) in COMMANDS.items()})
         if self._interactive:
             self._greet()
         failed = False
@@ -147,11 +147,11 @@ class Session:
             self._command(name, rest.strip())
             return
         # A path has more slashes, or ends as an image does.
-        if name.startswith("/") and "/" not in name[1:] and not chat_input.split_images(name)[0]:
+        if name.startswith("/") and "/" not in name[1:] and not lines.split_images(name)[0]:
             near = get_close_matches(name, COMMANDS, 1)
             hint = f"use {near[0]}" if near else "/help shows those that there are"
             raise OptionError(f"{printable(name, 60)} is no command: {hint}")
-        paths, text = chat_input.split_images(line)
+        paths, text = lines.split_images(line)
         self._add(paths)
         if text:
             self._ask(text)
@@ -173,15 +173,15 @@ class Session:
             self.images = []
             _note("All questions and images are forgotten.")
         elif name == "/image":
-            paths, text = chat_input.split_images(rest)
-            self._add(paths if paths and not text else [chat_input.one_path(rest)])
+            paths, text = lines.split_images(rest)
+            self._add(paths if paths and not text else [lines.one_path(rest)])
             self._tell_images()
         elif name == "/save":
-            file = chat_input.one_path(rest)
+            file = lines.one_path(rest)
             self.talk.save(file)
             _note(f"The conversation is saved to {file}.")
         elif name == "/load":
-            file = chat_input.one_path(rest)
+            file = lines.one_path(rest)
             self.talk = Conversation.load(self.talk.model, file, self.talk.options)
             self.images = []
             _note(f"The conversation has {len(self.talk.messages)} messages.")
@@ -239,7 +239,7 @@ class Session:
 
     def _greet(self) -> None:
         _note("Drop an image here or type its path, and ask; /help shows what else there is.")
-        if chat_input.find_spec("prompt_toolkit") is None:
+        if lines.find_spec("prompt_toolkit") is None:
             _note(f"History and completion come with {install('chat')}.")
 
     def _help(self) -> None:

@@ -15,7 +15,7 @@ from fastvlm_mlx.extras import missing
 from fastvlm_mlx.extras import needs_extra as needs_extra
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.cli.verbs import Additions
+    from fastvlm_mlx.cli.app.verbs import Additions
 
 # The groups of options that more than one verb has.
 OUTPUT = "Output"

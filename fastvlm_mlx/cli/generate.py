@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from fastvlm_mlx.cli import video
 from fastvlm_mlx.cli.common import Json, Model, option, print_json, resolve
+from fastvlm_mlx.cli.input import video
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,

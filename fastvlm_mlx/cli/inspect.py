@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastvlm_mlx.cli.app.verbs import Additions
 from fastvlm_mlx.cli.common import Json, argument, print_json
-from fastvlm_mlx.cli.verbs import Additions
 from fastvlm_mlx.errors import BundleError
 
 

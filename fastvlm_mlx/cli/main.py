@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx import __version__
+from fastvlm_mlx.cli.app.usage import UsageError, usage_sentence
+from fastvlm_mlx.cli.app.verbs import Verb, Verbs, in_order
 from fastvlm_mlx.cli.common import needs_extra
-from fastvlm_mlx.cli.usage import UsageError, usage_sentence
-from fastvlm_mlx.cli.verbs import Verb, Verbs, in_order
 from fastvlm_mlx.errors import FastVLMError, printable
 from model_export.cli import ADDITIONS
 

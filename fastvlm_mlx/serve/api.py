@@ -20,9 +20,9 @@ from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.serve.errors import ApiError, answer_to
 from fastvlm_mlx.serve.exchange import Answers, Held, Places, unless_gone
 from fastvlm_mlx.serve.fetch import Fetcher
+from fastvlm_mlx.serve.formats.requests import Wanted
 from fastvlm_mlx.serve.images import fetched
 from fastvlm_mlx.serve.limits import Settings
-from fastvlm_mlx.serve.requests import Wanted
 
 # Requests that are taken apart at once: one may have a JSON schema, which takes seconds to try.
 _READERS = 4

@@ -14,16 +14,16 @@ from starlette.types import ASGIApp
 from fastvlm_mlx.errors import FastVLMError, OptionError
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.serve.api import Service, error_response, json_response
-from fastvlm_mlx.serve.completions import Completions
 from fastvlm_mlx.serve.errors import ApiError, answer_to
 from fastvlm_mlx.serve.exchange import Places
 from fastvlm_mlx.serve.fetch import Fetcher, Place
+from fastvlm_mlx.serve.formats.completions import Completions
+from fastvlm_mlx.serve.formats.requests import read_chat
+from fastvlm_mlx.serve.formats.responses import Responses, read_responses
 from fastvlm_mlx.serve.guard import Guard
 from fastvlm_mlx.serve.limits import HELD_BODIES, Settings
 from fastvlm_mlx.serve.metrics import Metrics
 from fastvlm_mlx.serve.page import page
-from fastvlm_mlx.serve.requests import read_chat
-from fastvlm_mlx.serve.responses import Responses, read_responses
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 

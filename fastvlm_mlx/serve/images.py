@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvlm_mlx.serve.errors import ApiError
 from fastvlm_mlx.serve.fetch import Fetcher
-from fastvlm_mlx.serve.requests import ImageRef, Wanted
+from fastvlm_mlx.serve.formats.requests import ImageRef, Wanted
 
 # Of each type how its files begin, as (place, bytes).
 _BEGINNINGS: dict[str, tuple[tuple[int, bytes], ...]] = {

@@ -29,8 +29,14 @@ from model_export.checkpoint.names import (
 )
 from model_export.checkpoint.settings import ROPE_THETA
 from model_export.checkpoint.sources import Source, open_source
-from model_export.checkpoint.tensors import ALL, ExtendedRows, SourceTensor, magnitude, to_torch
-from model_export.checkpoint.weight_files import read_json
+from model_export.checkpoint.weights.tensors import (
+    ALL,
+    ExtendedRows,
+    SourceTensor,
+    magnitude,
+    to_torch,
+)
+from model_export.checkpoint.weights.weight_files import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 from fastvlm_mlx.bundle.config import MODEL_TYPE, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from model_export.checkpoint.settings import ROPE_THETA, check_settings
-from model_export.checkpoint.weight_files import read_json
+from model_export.checkpoint.weights.weight_files import read_json
 
 ARCHITECTURE = "fastvit_mci3"
 # What timm's fastvit_mci3 may be built with, under the names of VisionConfig.

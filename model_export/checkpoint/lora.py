@@ -18,8 +18,14 @@ import mlx.core as mx
 from fastvlm_mlx.errors import CheckpointError
 from model_export.checkpoint.lora_config import LoraConfig
 from model_export.checkpoint.names import EMBEDDING, HEAD
-from model_export.checkpoint.tensors import ALL, SourceTensor, from_torch, row_blocks, to_torch
-from model_export.checkpoint.weight_files import read_tensors
+from model_export.checkpoint.weights.tensors import (
+    ALL,
+    SourceTensor,
+    from_torch,
+    row_blocks,
+    to_torch,
+)
+from model_export.checkpoint.weights.weight_files import read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

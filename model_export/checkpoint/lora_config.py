@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import CheckpointError
-from model_export.checkpoint.weight_files import read_json
+from model_export.checkpoint.weights.weight_files import read_json
 
 # Settings of PEFT's LoraConfig under which a weight is not W + scale * B @ A.
 REFUSED = {

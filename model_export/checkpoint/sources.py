@@ -19,8 +19,8 @@ from fastvlm_mlx.errors import CheckpointError, FastVLMError, OptionError
 from model_export.checkpoint import fast_vlm, hub, lora, lora_config
 from model_export.checkpoint.names import HEAD, from_transformers
 from model_export.checkpoint.settings import check_settings
-from model_export.checkpoint.tensors import SourceTensor
-from model_export.checkpoint.weight_files import has_weights, read_json, read_weights
+from model_export.checkpoint.weights.tensors import SourceTensor
+from model_export.checkpoint.weights.weight_files import has_weights, read_json, read_weights
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fastvlm_mlx.bundle.tokenizer import no_panic, read_tokenizer
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.language.prompt.template import CHAT_TEMPLATE, TURN_END, TURN_START
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.weight_files import read_json
+from model_export.checkpoint.weights.weight_files import read_json
 
 # Writing a tokenizer takes as long as its largest id, and Qwen2's is 151,645.
 VocabularyId = Annotated[int, Meta(ge=0, le=2**22)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.cli.verbs import Additions, Verb
+from fastvlm_mlx.cli.app.verbs import Additions, Verb
 
 if TYPE_CHECKING:
     from fastvlm_mlx.doctor.report import Exporter

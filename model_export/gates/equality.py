@@ -30,7 +30,8 @@ from fastvlm_mlx.language.prompt.template import TURN_END
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.lora import MergedTensor
 from model_export.checkpoint.names import NORM, TensorSpec, bundle_specs
-from model_export.checkpoint.tensors import (
+from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.checkpoint.weights.tensors import (
     ALL,
     ExtendedRows,
     SafeTensor,
@@ -40,7 +41,6 @@ from model_export.checkpoint.tensors import (
     safe_tensors,
     to_torch,
 )
-from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.gates.gate import Gate
 from model_export.language import affine, recipes
 from model_export.language.recipes import Scheme

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlm_mlx.bundle.quantization import Format
-from model_export.checkpoint.tensors import from_torch
+from model_export.checkpoint.weights.tensors import from_torch
 
 
 def grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:

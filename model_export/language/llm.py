@@ -26,7 +26,7 @@ from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import TensorSpec, bundle_specs, in_encoder
-from model_export.checkpoint.tensors import ALL, magnitude, row_blocks, safe_tensors
+from model_export.checkpoint.weights.tensors import ALL, magnitude, row_blocks, safe_tensors
 from model_export.language.recipes import PROJECTOR, Scheme, is_matrix, path_of
 from model_export.options import FLOAT16_MAX
 

@@ -24,8 +24,8 @@ from fastvlm_mlx.bundle.quantization import MODES, Format, Quantization
 from fastvlm_mlx.bundle.schema import read_json
 from fastvlm_mlx.errors import ConfigError, OptionError
 from model_export.checkpoint.names import TensorSpec
-from model_export.loaders import LOADERS
 from model_export.options import GROUP_SIZES, RECIPES, LLMOptions
+from model_export.options.loaders import LOADERS
 
 PREFIX = "language_model."
 EMBEDDING = PREFIX + "model.embed_tokens"

@@ -16,7 +16,13 @@ from torch import Tensor
 from fastvlm_mlx.bundle.bundle import Bundle, model_name
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import ALL, SourceTensor, row_blocks, safe_tensors, to_torch
+from model_export.checkpoint.weights.tensors import (
+    ALL,
+    SourceTensor,
+    row_blocks,
+    safe_tensors,
+    to_torch,
+)
 
 # The sixteen numbers of E2M1, OCP Microscaling Formats 1.0, 5.3.3.
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

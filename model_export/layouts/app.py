@@ -21,7 +21,7 @@ from model_export.language import recipes
 from model_export.language.recipes import Scheme
 from model_export.layouts import rules
 from model_export.layouts.rules import Entry, RuleError
-from model_export.loaders import LOADERS
+from model_export.options.loaders import LOADERS
 
 QWEN2_KEYS = (
     "hidden_size",

@@ -30,7 +30,7 @@ from model_export.checkpoint.tokenizer import ExportedTokenizer
 from model_export.layouts import rules
 from model_export.layouts.app import generation_config, preprocessor_config
 from model_export.layouts.rules import Entry, RuleError
-from model_export.loaders import LOADERS
+from model_export.options.loaders import LOADERS
 
 HEAD_DIM = 32  # both loaders' MHSA
 CONTEXT_LENGTH = 8192  # tokenizer_model_max_length where the checkpoint has none

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from model_export.loaders import LOADERS
 from model_export.options.checks import check_choice, check_types
+from model_export.options.loaders import LOADERS
 
 LAYOUTS = tuple(LOADERS)
 FLAT_NAMES: Mapping[str, str] = {}

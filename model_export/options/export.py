@@ -10,12 +10,12 @@ from typing import Any, Literal, TypedDict, Unpack
 from fastvlm_mlx.bundle.quantization import Format
 from fastvlm_mlx.errors import OptionError
 from model_export import presets
-from model_export.loaders import LOADERS
 from model_export.options import destination, encoder, limits, llm
 from model_export.options.destination import DestinationOptions
 from model_export.options.encoder import EncoderOptions
 from model_export.options.limits import GateLimits
 from model_export.options.llm import LLMOptions
+from model_export.options.loaders import LOADERS
 
 ENCODER_FORMATS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 GROUPS: Mapping[str, tuple[type, Mapping[str, str]]] = {

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from fastvlm_mlx.errors import CheckpointError
 from model_export.checkpoint import lora, lora_config
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import to_torch
-from model_export.checkpoint.weight_files import read_tensors
+from model_export.checkpoint.weights.tensors import to_torch
+from model_export.checkpoint.weights.weight_files import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # What PEFT itself merged: oracles/make_lora.py.

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError, OptionError
-from model_export.checkpoint import fast_vlm, hub, tensors
+from model_export.checkpoint import fast_vlm, hub
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
-from model_export.checkpoint.weight_files import read_tensors
+from model_export.checkpoint.weights import tensors
+from model_export.checkpoint.weights.weight_files import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEAD_PROJ = "model.vision_tower.vision_tower.model.head.proj"
@@ -74,7 +75,7 @@ class TestPickled:
         whole = torch.randn(6, 8).to(dtype)
         torch.save({"whole": whole, "view": whole[::2].T, "n": torch.tensor(3)}, tmp_path / "a.bin")
         found = read_tensors([tmp_path / "a.bin"])
-        from model_export.checkpoint.tensors import to_torch
+        from model_export.checkpoint.weights.tensors import to_torch
 
         assert torch.equal(to_torch(found["view"].read()), whole[::2].T)
         assert to_torch(found["whole"].read()).dtype == dtype

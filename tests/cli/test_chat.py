@@ -15,8 +15,9 @@ import pytest
 
 import fastvlm_mlx
 from fastvlm_mlx.cli import chat as chat_module
-from fastvlm_mlx.cli import chat_input, main, show
-from fastvlm_mlx.cli.chat_input import split_images
+from fastvlm_mlx.cli import main, show
+from fastvlm_mlx.cli.input import lines as chat_input
+from fastvlm_mlx.cli.input.lines import split_images
 from model_export.samples import scenes
 
 

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from fastvlm_mlx.cli import main
+from fastvlm_mlx.cli.app.verbs import GROUPS
 from fastvlm_mlx.cli.main import Fastvlm
-from fastvlm_mlx.cli.verbs import GROUPS
 
 VERBS = Fastvlm.table
 
@@ -73,9 +73,9 @@ class TestTheList:
 
     def test_what_needs_the_extra_is_marked_where_that_is_missing(self, shown, monkeypatch):
         assert "[export]" not in shown()
-        monkeypatch.setattr("fastvlm_mlx.cli.help_text.missing_extra", lambda: ["scipy"])
+        monkeypatch.setattr("fastvlm_mlx.cli.app.help_text.missing_extra", lambda: ["scipy"])
         monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("fastvlm_mlx.cli.help_text.WIDEST", 200)
+        monkeypatch.setattr("fastvlm_mlx.cli.app.help_text.WIDEST", 200)
         lines = {line.split()[0]: line for line in shown().splitlines() if line.startswith("  ")}
         for verb in VERBS.values():
             assert ("Needs [export]" in lines[verb.name]) == verb.needs_export

@@ -13,14 +13,14 @@ from safetensors import safe_open
 
 from fastvlm_mlx.bundle.quantization import MODES, Format
 from fastvlm_mlx.errors import CheckpointError, OptionError
-from model_export.checkpoint import tensors
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import ALL
+from model_export.checkpoint.weights import tensors
+from model_export.checkpoint.weights.tensors import ALL
 from model_export.language import llm
 from model_export.language.recipes import scheme
 from model_export.language.weights import Matrix
-from model_export.loaders import LOADERS
 from model_export.options import BITS, GROUP_SIZES, ExportOptions
+from model_export.options.loaders import LOADERS
 
 QUANTIZED = [bits for bits in BITS if bits != 16]
 

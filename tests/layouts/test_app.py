@@ -16,8 +16,8 @@ from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.tokenizer import export_tokenizer
 from model_export.language import recipes
 from model_export.layouts import app, mlx
-from model_export.loaders import LOADERS
 from model_export.options import ExportOptions, LLMOptions
+from model_export.options.loaders import LOADERS
 
 DOWN = "language_model.model.layers.0.mlp.down_proj"
 EIGHT = {"bits": 8, "group_size": 64}

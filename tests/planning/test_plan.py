@@ -32,8 +32,8 @@ from model_export.encoder.compression import uniform
 from model_export.encoder.fastvithd import FastViTHD, fold
 from model_export.encoder.multifunction import export_sizes
 from model_export.language import llm, recipes
-from model_export.loaders import LOADERS
 from model_export.options import ExportOptions
+from model_export.options.loaders import LOADERS
 from model_export.planning import devices, footprint, plan, roofline
 from model_export.planning.devices import CHIPS, DEVICES, SOURCES, find_device
 from model_export.quantization.bits.candidates import Space, at_or_below

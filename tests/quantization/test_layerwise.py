@@ -19,8 +19,8 @@ from fastvlm_mlx.cli.main import app
 from fastvlm_mlx.errors import OptionError
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import LAYER
-from model_export.checkpoint.tensors import safe_tensors
 from model_export.checkpoint.tokenizer import export_tokenizer
+from model_export.checkpoint.weights.tensors import safe_tensors
 from model_export.encoder.references import reference_features
 from model_export.gates.verify import recorded_options
 from model_export.language import llm, qwen2, recipes

@@ -18,8 +18,8 @@ from PIL import Image
 from serving import NAME, data_url, message, read, serving
 
 from fastvlm_mlx.serve.errors import ApiError
+from fastvlm_mlx.serve.formats.responses import read_responses
 from fastvlm_mlx.serve.limits import Settings
-from fastvlm_mlx.serve.responses import read_responses
 from fastvlm_mlx.serve.server import listen
 
 SMALL = data_url(Image.new("RGB", (8, 8), "red"))

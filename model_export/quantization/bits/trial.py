@@ -20,8 +20,8 @@ from fastvlm_mlx.bundle.config import TextConfig
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
 from model_export.checkpoint.names import NORM
-from model_export.checkpoint.tensors import row_blocks
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.checkpoint.weights.tensors import row_blocks
 from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
 from model_export.language.dialogue import Dialogue

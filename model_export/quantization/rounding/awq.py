@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm_mlx.bundle.quantization import Format
-from model_export.checkpoint.tensors import from_torch
+from model_export.checkpoint.weights.tensors import from_torch
 from model_export.language import llm
 from model_export.language.affine import round_weight
 from model_export.quantization.rounding.layers import (

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastvlm_mlx.bundle.quantization import Format
 from model_export.checkpoint.checkpoint import Checkpoint
-from model_export.checkpoint.tensors import ALL, safe_tensors
 from model_export.checkpoint.tokenizer import ExportedTokenizer
+from model_export.checkpoint.weights.tensors import ALL, safe_tensors
 from model_export.encoder.references import Reference
 from model_export.language import llm
 from model_export.language.evaluation import ComparedModel, dialogues_of, outcomes

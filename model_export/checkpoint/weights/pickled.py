@@ -16,7 +16,7 @@ from fastvlm_mlx.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-from model_export.checkpoint.tensors import ALL, DTYPES, from_torch
+from model_export.checkpoint.weights.tensors import ALL, DTYPES, from_torch
 
 MAPPED_BYTES = 100_000_000
 

@@ -13,8 +13,8 @@ from fastvlm_mlx.errors import CheckpointError
 
 if TYPE_CHECKING:
     pass
-from model_export.checkpoint.pickled import pickled_tensors
-from model_export.checkpoint.tensors import DTYPES, SourceTensor, safe_tensors
+from model_export.checkpoint.weights.pickled import pickled_tensors
+from model_export.checkpoint.weights.tensors import DTYPES, SourceTensor, safe_tensors
 
 # Files of full weights, by preference; an adapter's and a projector's have names of their own.
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"

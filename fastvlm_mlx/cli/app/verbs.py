@@ -17,7 +17,7 @@ from typer._click import Command, Context, HelpFormatter
 from typer._click.shell_completion import CompletionItem
 from typer.core import TyperCommand, TyperGroup
 
-from fastvlm_mlx.cli import help_text
+from fastvlm_mlx.cli.app import help_text
 from fastvlm_mlx.errors import OptionError
 
 if TYPE_CHECKING:

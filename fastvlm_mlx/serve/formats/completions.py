@@ -11,7 +11,7 @@ import msgspec
 
 from fastvlm_mlx.language.generate import GenerationResult
 from fastvlm_mlx.serve.errors import ApiError
-from fastvlm_mlx.serve.requests import Wanted
+from fastvlm_mlx.serve.formats.requests import Wanted
 
 
 class Completions:

@@ -21,7 +21,7 @@ from fastvlm_mlx.cli.common import OUTPUT, install, missing_extra
 if TYPE_CHECKING:
     from typer._click import Command, Context
 
-    from fastvlm_mlx.cli.verbs import Verbs
+    from fastvlm_mlx.cli.app.verbs import Verbs
 
 WIDEST = 100
 # A name that is longer stands on a line of its own.

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from fastvlm_mlx.language.generate import GenerationResult
-from fastvlm_mlx.serve.completions import event, timings
 from fastvlm_mlx.serve.errors import ApiError
-from fastvlm_mlx.serve.limits import Settings
-from fastvlm_mlx.serve.requests import (
+from fastvlm_mlx.serve.formats.completions import event, timings
+from fastvlm_mlx.serve.formats.requests import (
     Detail,
     ImageRef,
     Messages,
@@ -29,6 +28,7 @@ from fastvlm_mlx.serve.requests import (
     schema_of,
     wanted,
 )
+from fastvlm_mlx.serve.limits import Settings
 
 
 class InputText(Struct, frozen=True, tag="input_text"):
