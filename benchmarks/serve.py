@@ -105,9 +105,10 @@ def ours(bundle: Path) -> Iterator[tuple[int, int]]:
         text=True,
     )
     try:
-        assert process.stdout is not None
-        found = re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline())
-        assert found is not None, "the server has not started"
+        said = process.stdout.readline() if process.stdout else ""
+        found = re.search(r"127\.0\.0\.1:(\d+)", said)
+        if found is None:
+            raise SystemExit("fastvlm's server has ended before it answered")
         yield process.pid, int(found[1])
     finally:
         process.terminate()
@@ -126,7 +127,8 @@ def theirs(python: str, bundle: Path) -> Iterator[tuple[int, int]]:
     )
     try:
         for _ in range(600):
-            assert process.poll() is None, "mlx-vlm's server has ended"
+            if process.poll() is not None:
+                raise SystemExit("mlx-vlm's server has ended before it answered")
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()
                 break

@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -251,16 +251,14 @@ def _write(file: Path, text: str) -> None:
     """Whole or not at all: beside the file first, and then in its place."""
     try:
         handle, beside = tempfile.mkstemp(prefix=f".{file.name[:40]}.", dir=file.parent)
-        try:
+        with ExitStack() as undo:
+            undo.callback(Path(beside).unlink, missing_ok=True)
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(beside, file)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(beside)
-            raise
+            undo.pop_all()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(

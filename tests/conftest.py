@@ -156,3 +156,19 @@ def with_hub(hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.Complet
         )
 
     return run
+
+
+@pytest.fixture
+def fastvlm(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run a verb in this process: exit status, standard output, standard error."""
+
+    from fastvlm_mlx.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leaving:
+            main.main()
+        out, err = capsys.readouterr()
+        return leaving.value.code or 0, out, err
+
+    return run

@@ -19,6 +19,7 @@ from fastvlm_mlx.cli.options import (
     Seed,
     Temperature,
     TopP,
+    sampling,
 )
 from fastvlm_mlx.errors import FastVLMError, OptionError, printable
 
@@ -70,12 +71,9 @@ def chat(
     and one that fails makes the exit status 2."""
     from fastvlm_mlx.conversation import Conversation
     from fastvlm_mlx.image.decode import load_image
-    from fastvlm_mlx.language.sampling import SamplingOptions
     from fastvlm_mlx.loading import load
 
-    options = SamplingOptions(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
+    options = sampling(call)
     if saved is not None and system is not None:
         raise OptionError(
             "--load and --system are both given, and a saved conversation has a system message of "

@@ -24,6 +24,7 @@ from fastvlm_mlx.cli.options import (
     Temperature,
     TopK,
     TopP,
+    sampling,
 )
 from fastvlm_mlx.errors import ImageError
 
@@ -108,21 +109,9 @@ def generate(
         check_max_pixels,
         load_image,
     )
-    from fastvlm_mlx.language.sampling import SamplingOptions
-    from fastvlm_mlx.language.structured.json_schema import read_schema
     from fastvlm_mlx.loading import load
 
-    options = SamplingOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        json_schema=None if json_schema is None else read_schema(json_schema),
-    )
+    options = sampling(call)
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
     images = image or []

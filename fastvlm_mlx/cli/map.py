@@ -26,6 +26,7 @@ from fastvlm_mlx.cli.options import (
     Temperature,
     TopK,
     TopP,
+    sampling,
 )
 
 if TYPE_CHECKING:
@@ -103,22 +104,10 @@ def map(
     the image. Run the same command again to continue a run that was interrupted or killed. The exit
     status is 1 if an image or a folder could not be read."""
     from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
-    from fastvlm_mlx.language.sampling import SamplingOptions
-    from fastvlm_mlx.language.structured.json_schema import read_schema
     from fastvlm_mlx.mapping import Job, map_folder
     from fastvlm_mlx.mapping.images import Shard
 
-    options = SamplingOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        json_schema=None if json_schema is None else read_schema(json_schema),
-    )
+    options = sampling(call)
     job = Job(
         model,
         folder,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from fastvlm_mlx.cli.common import option
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.language.sampling import SamplingOptions
 
 SAMPLING, IMAGE = "Sampling", "Image and encoder"
 # As `vision.units` and `image.decode` have them, which take as long to import as all of the help.
@@ -104,3 +109,22 @@ MaxPixels = Annotated[
         default=f"{MAX_PIXELS:,}",
     ),
 ]
+
+
+def sampling(call: typer.Context) -> SamplingOptions:
+    """How a verb was told to sample, by those of the options above that it declares.
+
+    Raises:
+        OptionError: a value that is none of its option's, or a schema that can't be read.
+    """
+    from dataclasses import fields
+
+    from fastvlm_mlx.language.sampling import SamplingOptions
+    from fastvlm_mlx.language.structured.json_schema import read_schema
+
+    names = [each.name for each in fields(SamplingOptions)]
+    given = {name: call.params[name] for name in names if name in call.params}
+    given["stop"] = tuple(given.get("stop") or ())
+    if given.get("json_schema") is not None:
+        given["json_schema"] = read_schema(Path(given["json_schema"]))
+    return SamplingOptions(**given)

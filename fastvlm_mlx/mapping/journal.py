@@ -12,11 +12,12 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import DestinationError, printable
+from fastvlm_mlx.locks import is_at
 from fastvlm_mlx.machine import tell
 from fastvlm_mlx.mapping import rows
 from fastvlm_mlx.mapping.rows import Row
@@ -252,17 +253,14 @@ def check_regular(path: Path) -> None:
 def _locked(beside: Path, path: Path) -> int:
     """The descriptor of the file that says what made the rows, locked."""
     while True:
-        lock = os.open(beside, _FLAGS, 0o666)
-        try:
+        with ExitStack() as undo:
+            lock = os.open(beside, _FLAGS, 0o666)
+            undo.callback(os.close, lock)
             _lock(lock, path)
             # One that was removed since it was opened locks nothing.
-            with suppress(FileNotFoundError):
-                if os.stat(beside, follow_symlinks=False).st_ino == os.fstat(lock).st_ino:
-                    return lock
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
+            if is_at(lock, beside):
+                undo.pop_all()
+                return lock
 
 
 def _lock(lock: int, path: Path) -> None:

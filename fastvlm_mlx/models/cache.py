@@ -21,15 +21,16 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.bundle.files import is_litter, shown_bytes
 from fastvlm_mlx.bundle.schema import check, read_json, to_json
 from fastvlm_mlx.errors import BundleError, DestinationError, FastVLMError, printable
-from fastvlm_mlx.locks import locked
+from fastvlm_mlx.locks import lock_file
 from fastvlm_mlx.machine import tell
 
 VARIABLE = "FASTVLM_CACHE"
@@ -38,7 +39,6 @@ _DIRECTORY = re.compile(r"[A-Za-z0-9._-]{1,80}-[0-9a-f]{16}")
 _INNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
 # What stands in a model's directory, and the entry while it is written.
 _OWN = re.compile(rf"{re.escape(ENTRY)}(\.\d+\.new)?|{MODEL}|{PARTIAL}")
-_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -216,31 +216,28 @@ def obtain(key: Key, entry: Entry, make: Callable[[Path, Path], None], *, waitin
     if found := find(key):
         return found
     root = private()
-    with _lock(root / f"{key.directory}{LOCK}", waiting):
+    with writing(), lock_file(root / f"{key.directory}{LOCK}", partial(tell, waiting)):
         if found := find(key):
             return found
         place = root / key.directory
-        model, partial = place / MODEL / key.slug, place / PARTIAL
+        model, unfinished = place / MODEL / key.slug, place / PARTIAL
         started = time.perf_counter()
-        try:
-            with writing():
-                _clear(place)
-                place.mkdir(mode=0o700, exist_ok=True)
-                model.parent.mkdir(mode=0o700)
-                make(model, partial)
-                entry = replace(
-                    entry,
-                    directory=key.slug,
-                    bytes=size(model),
-                    seconds=round(time.perf_counter() - started, 1),
-                )
-                _remove_tree(partial)
-                _write(place, entry)
-        except BaseException:
+        with ExitStack() as undo:
             # A Ctrl-C, too, leaves nothing but what is resumed.
-            with suppress(OSError):
-                _clear(place)
-            raise
+            undo.callback(_clear_if_possible, place)
+            _clear(place)
+            place.mkdir(mode=0o700, exist_ok=True)
+            model.parent.mkdir(mode=0o700)
+            make(model, unfinished)
+            entry = replace(
+                entry,
+                directory=key.slug,
+                bytes=size(model),
+                seconds=round(time.perf_counter() - started, 1),
+            )
+            _remove_tree(unfinished)
+            _write(place, entry)
+            undo.pop_all()
     made = find(key)
     if made is None:
         raise DestinationError(f"{place} was removed while it was made: run the same command again")
@@ -258,7 +255,7 @@ def remove(place: Path) -> int:
     """
     with writing():
         taken = size(place)
-        with _lock(place.with_name(place.name + LOCK), None) as held:
+        with lock_file(place.with_name(place.name + LOCK)) as held:
             if not held:
                 raise DestinationError(
                     f"{printable(place.name)} is being made by another process: end that one, or "
@@ -279,7 +276,7 @@ def remove_books() -> None:
         for file in root.glob(f"*{LOCK}"):
             # Ours is empty.
             if _DIRECTORY.fullmatch(file.name.removesuffix(LOCK)) and not file.lstat().st_size:
-                with _lock(file, None):
+                with lock_file(file):
                     # Letting go of it removes it.
                     pass
 
@@ -382,50 +379,14 @@ def _clear(place: Path) -> None:
         place.rmdir()
 
 
+def _clear_if_possible(place: Path) -> None:
+    with suppress(OSError):
+        _clear(place)
+
+
 def _remove_tree(path: Path) -> None:
     """Remove a file, a link or a directory; no link is followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock(path: Path, waiting: str | None) -> Iterator[bool]:
-    """Hold the lock, which is a file that is there as long as somebody has it.
-
-    Args:
-        waiting: what to say while another process has it; None does not wait.
-
-    Yields:
-        Whether it is held.
-    """
-    told = False
-    while True:
-        with writing():
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            # Not a wait in the system's call: a Ctrl-C has to come through in every thread.
-            while not (held := locked(fd, wait=False)) and waiting is not None:
-                if not told:
-                    tell(waiting)
-                    told = True
-                time.sleep(_PAUSE_S)
-            if held and not _is_at(fd, path):
-                # Who had it removed it when it was done.
-                continue
-            try:
-                yield held
-            finally:
-                if held:
-                    path.unlink(missing_ok=True)
-            return
-        finally:
-            os.close(fd)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -94,18 +95,18 @@ class Service:
         try:
             wanted = await self._read(request, read, held)
             answers = Answers(self.places, wanted.n)
-            try:
+            with ExitStack() as undo:
+                undo.callback(answers.close)
                 first = await unless_gone(request.receive, self._begin(answers, wanted))
                 # What follows may take long, and needs no images.
                 wanted.turns.clear()
                 held.let_go()
                 if wanted.stream:
+                    undo.pop_all()
                     return _Events(answers, first, shaped(wanted), wanted.n, record)
                 collecting = _all(answers, first, wanted.n, record)
                 results = await unless_gone(request.receive, collecting)
-            except BaseException:
-                answers.close()
-                raise
+                undo.pop_all()
         finally:
             held.let_go()
         return json_response(shaped(wanted).whole(results))

@@ -14,7 +14,6 @@ from fastvlm_mlx.bench.settings import Plan, Setting, names, numbers
 from fastvlm_mlx.bench.spread import Spread, ratios
 from fastvlm_mlx.bench.subject import FIRST, SECOND, generated_image, marked, question
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.cli import main
 from fastvlm_mlx.errors import FastVLMError, OptionError
 from fastvlm_mlx.language.prompt.template import encode_text
 
@@ -28,20 +27,6 @@ RUN = dict.fromkeys(MEASURED, 0.5) | {
     "encoder": "torch float32",
     "peak_memory_bytes": 10**9,
 }
-
-
-@pytest.fixture
-def fastvlm(monkeypatch, capsys):
-    """Run a verb in this process: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            main.main()
-        out, err = capsys.readouterr()
-        return leaving.value.code or 0, out, err
-
-    return run
 
 
 def test_two_bundles_in_turns(fastvlm, demo_bundle, mlx_bundle, tmp_path):

@@ -9,25 +9,11 @@ import sys
 import pytest
 from edits import edit_json
 
-from fastvlm_mlx.cli import main, show
+from fastvlm_mlx.cli import show
 from fastvlm_mlx.errors import DestinationError
 from model_export.cli.export import note_padding
 from model_export.demo import run as demo
 from model_export.samples import scenes
-
-
-@pytest.fixture
-def fastvlm(monkeypatch, capsys):
-    """Run a verb in this process: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as leaving:
-            main.main()
-        out, err = capsys.readouterr()
-        return leaving.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

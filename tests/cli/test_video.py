@@ -3,12 +3,12 @@
 import json
 import sys
 from fractions import Fraction
+from functools import partial
 
 import av
 import pytest
 
 import fastvlm_mlx
-from fastvlm_mlx.cli import main
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.image import video
 from fastvlm_mlx.image.video import Frame, frames, video_messages
@@ -18,16 +18,8 @@ PROMPT = "Describe the image."
 
 
 @pytest.fixture
-def generate(demo_bundle, monkeypatch, capsys):
-    def run(*arguments):
-        command = ["fastvlm", "generate", str(demo_bundle), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as leaving:
-            main.main()
-        out, err = capsys.readouterr()
-        return leaving.value.code or 0, out, err
-
-    return run
+def generate(fastvlm, demo_bundle):
+    return partial(fastvlm, "generate", demo_bundle)
 
 
 @pytest.fixture(scope="module")
