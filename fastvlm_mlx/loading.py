@@ -21,7 +21,7 @@ from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, check_max_pixels
 from fastvlm_mlx.language.kept import DEFAULT_LIMIT, check_limit
 from fastvlm_mlx.language.worker import Worker
-from fastvlm_mlx.models.resolve import is_elsewhere, resolve
+from fastvlm_mlx.models.names import is_elsewhere
 
 
 def load(
@@ -112,5 +112,8 @@ def _here(path: str | Path) -> str | Path:
     """A bundle that is here, or on the hub under that id. What is neither is told where a bundle
     is opened."""
     if is_elsewhere(path):
+        # What downloads is not imported for what is here.
+        from fastvlm_mlx.models.resolve import resolve
+
         return resolve(path)
     return path

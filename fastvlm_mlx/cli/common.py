@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fastvlm_mlx.bundle.kind import is_bundle
 
 # The verbs take them from here.
 from fastvlm_mlx.extras import EXTRAS as EXTRAS
@@ -86,6 +89,12 @@ def resolve(call: typer.Context, model: str) -> Path:
         GateError: the export failed its check.
         DestinationError: the cache can't be written.
     """
+    # What exports and downloads is not imported for a bundle that is here; what is no path at all
+    # is told below.
+    with suppress(OSError, RuntimeError, ValueError):
+        path = Path(model).expanduser()
+        if path.is_dir() and is_bundle(path):
+            return path
     additions: Additions = call.obj
     return additions.resolve(model)
 

@@ -5,29 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
 from fastvlm_mlx.bundle.files import shown_bytes
 from fastvlm_mlx.bundle.manifest import gate_cells
 from fastvlm_mlx.errors import printable
 
+# rich takes a tenth of the time from the prompt to an answer, which is printed without it.
 if TYPE_CHECKING:
-    from fastvlm_mlx.language.generate import GenerationResult
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-_stderr = Console(stderr=True)
-_stdout = Console()
+    from fastvlm_mlx.language.generate import GenerationResult
 
 # All but the line's end and the tab, as Python writes them.
 _CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
@@ -45,15 +36,24 @@ COUNT_S = 30.0
 RATE_S = 5.0
 
 
+@cache
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 @contextmanager
 def stages() -> Iterator[Callable[[str, float | None], None]]:
     """Yield a progress callback for long work. It draws a bar on a terminal, and elsewhere prints a
     line for each stage."""
-    if not _stderr.is_terminal:
+    if not _stderr().is_terminal:
         yield _lines()
         return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=_stderr)
+    progress = Progress(*columns, console=_stderr())
     current: tuple[str, Any] = ("", None)
 
     def show(stage: str, done: float | None) -> None:
@@ -105,8 +105,10 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for how many of how many are done, which shows the rate and the time that is
     left: as a bar on a terminal, and elsewhere as a line now and then. It is called first before
     anything is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
     columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    progress = Progress(*columns, console=_stderr)
+    progress = Progress(*columns, console=_stderr())
     calls, told = 0, time.perf_counter()
     first = (0, 0.0)
     task: Any = None
@@ -118,7 +120,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         if calls <= 2:
             first = (done, now)
         text = f"{what}{_rate(done - first[0], now - first[1], total - done)}"
-        if _stderr.is_terminal:
+        if _stderr().is_terminal:
             if task is None:
                 progress.start()
                 task = progress.add_task(text, total=total)
@@ -145,7 +147,7 @@ def _rate(done: int, seconds: float, left: int) -> str:
 
 
 def note(text: str) -> None:
-    _stderr.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    _stderr().print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def answer(text: str) -> str:
@@ -170,6 +172,8 @@ def timing_line(result: GenerationResult, encoder: str | None = None) -> str:
 
 def print_facts(facts: dict[str, Any]) -> None:
     """Print the facts of `inspect` as a table; nested ones get their group's name in front."""
+    from rich.table import Table
+
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         if key == "gates":
@@ -188,6 +192,8 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def print_gates(gates: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     table = Table("gate", "measured", "limit", "", box=None, pad_edge=False)
     for gate in gates:
         table.add_row(*_cells(*gate_cells(gate)))
@@ -197,7 +203,9 @@ def print_gates(gates: list[dict[str, Any]]) -> None:
 def print_table(table: Table, width: int | None = None) -> None:
     """Print a table. Where the output is no terminal, its lines end without the spaces that fill
     them up."""
-    console = Console(width=width, highlight=False) if width else _stdout
+    from rich.console import Console
+
+    console = Console(width=width, highlight=False) if width else Console()
     if console.is_terminal:
         console.print(table, soft_wrap=width is None)
         return
@@ -209,6 +217,8 @@ def print_table(table: Table, width: int | None = None) -> None:
 def _cells(*texts: str) -> list[Text]:
     """Make cells of texts that may be somebody else's. Nothing in them is read as rich's markup or
     reaches the terminal as a command."""
+    from rich.text import Text
+
     return [Text(printable(text)) for text in texts]
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from fastvlm_mlx.bundle.kind import is_like_a_hub_id
 
 # Where Apple's own scripts (get_models.sh, get_pretrained_mlx_model.sh) download from.
 ARCHIVES = "https://ml-site.cdn-apple.com/datasets/fastvlm"
@@ -47,3 +50,14 @@ PUBLISHED = _published()
 def published(model: object) -> Published | None:
     """The published model of that name, however its letters are written."""
     return PUBLISHED.get(str(model).lower())
+
+
+def is_elsewhere(model: object) -> bool:
+    """Whether there is no directory of that name here, and it may be a model to be downloaded."""
+    try:
+        if not isinstance(model, str | Path) or Path(model).expanduser().exists():
+            return False
+    except (OSError, RuntimeError, ValueError):
+        return False
+    # What lies below a directory that exists is rather a path that is misspelt.
+    return published(model) is not None or is_like_a_hub_id(Path(model))

@@ -12,14 +12,13 @@ from fastvlm_mlx.bundle.kind import (
     HUB_ID,
     is_bundle,
     is_checkpoint,
-    is_like_a_hub_id,
     is_neither,
     what_is_below,
 )
 from fastvlm_mlx.errors import BundleError, CheckpointError, HubUnreachableError
 from fastvlm_mlx.machine import tell
 from fastvlm_mlx.models import archive, cache, hub
-from fastvlm_mlx.models.names import BUNDLE, Published, published
+from fastvlm_mlx.models.names import BUNDLE, Published, is_elsewhere, published
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,6 @@ def resolve(model: str | Path, export: Exporter = refuse) -> Path:
             "such as apple/FastVLM-0.5B, or a name that `fastvlm models` lists"
         )
     return _on_hub(str(model), match[1], match[2], export)
-
-
-def is_elsewhere(model: object) -> bool:
-    """Whether there is no directory of that name here, and it may be a model to be downloaded."""
-    try:
-        if not isinstance(model, str | Path) or Path(model).expanduser().exists():
-            return False
-    except (OSError, RuntimeError, ValueError):
-        return False
-    # What lies below a directory that exists is rather a path that is misspelt.
-    return published(model) is not None or is_like_a_hub_id(Path(model))
 
 
 def _directory(path: Path, export: Exporter) -> Path:

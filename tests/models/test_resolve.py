@@ -9,7 +9,8 @@ import pytest
 import fastvlm_mlx
 from fastvlm_mlx.errors import BundleError, CheckpointError, GateError, OptionError
 from fastvlm_mlx.models import cache
-from fastvlm_mlx.models.resolve import Found, is_elsewhere, refuse, resolve
+from fastvlm_mlx.models.names import is_elsewhere
+from fastvlm_mlx.models.resolve import Found, refuse, resolve
 from model_export import cached, pipeline
 from model_export.options import ExportOptions
 from model_export.results import ExportResult
