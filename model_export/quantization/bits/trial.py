@@ -26,6 +26,7 @@ from model_export.encoder.references import Reference
 from model_export.language import llm, qwen2
 from model_export.language.dialogue import Dialogue
 from model_export.language.evaluation import dialogues_of
+from model_export.language.products import linear
 from model_export.language.recipes import EMBEDDING, HEAD, PREFIX, PROJECTOR, Scheme
 from model_export.language.weights import SourceWeights, dequantize
 
@@ -178,11 +179,11 @@ class _Several(nn.Module):
             places.setdefault(scheme.get(self.path), []).append(i)
         if len(places) == 1:
             weight = self.forms.matrix(self.path, next(iter(places)), self.weight)
-            return F.linear(x, weight, self.bias)
+            return linear(x, weight, self.bias)
         found = x.new_empty(*x.shape[:-1], len(self.weight))
         for form, some in places.items():
             weight = self.forms.matrix(self.path, form, self.weight)
-            found[some] = F.linear(x[some], weight, self.bias)
+            found[some] = linear(x[some], weight, self.bias)
         return found
 
 
@@ -254,8 +255,8 @@ def _project(
 ) -> Tensor:
     """[N, C] → [N, D]: Linear, exact GELU, Linear."""
     biases = [forms.source.matrix(f"{path}.bias").float() for path in (_FIRST, _SECOND)]
-    hidden = F.gelu(F.linear(features, forms.matrix(_FIRST, first), biases[0]))
-    return F.linear(hidden, forms.matrix(_SECOND, second), biases[1])
+    hidden = F.gelu(linear(features, forms.matrix(_FIRST, first), biases[0]))
+    return linear(hidden, forms.matrix(_SECOND, second), biases[1])
 
 
 def _ends(
