@@ -24,6 +24,7 @@ from fastvlm_mlx.cli.options import (
     Temperature,
     TopK,
     TopP,
+    pixel_limit,
     sampling,
 )
 from fastvlm_mlx.errors import ImageError
@@ -103,17 +104,11 @@ def generate(
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
-    from fastvlm_mlx.image.decode import (
-        DEFAULT_MAX_PIXELS,
-        ImageSource,
-        check_max_pixels,
-        load_image,
-    )
+    from fastvlm_mlx.image.decode import ImageSource, load_image
     from fastvlm_mlx.loading import load
 
     options = sampling(call)
-    limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
-    check_max_pixels(limit)
+    limit = pixel_limit(max_pixels)
     images = image or []
     if images.count("-") > 1:
         raise ImageError("--image - is given twice, and standard input holds one image: give files")

@@ -15,7 +15,7 @@ import pytest
 
 import fastvlm_mlx
 from fastvlm_mlx.cli import chat as chat_module
-from fastvlm_mlx.cli import main, show
+from fastvlm_mlx.cli import main, options, show
 from fastvlm_mlx.cli.input import lines as chat_input
 from fastvlm_mlx.cli.input.lines import split_images
 from model_export.samples import scenes
@@ -43,7 +43,7 @@ def chat(monkeypatch, capsys, model, demo_bundle, folder):
 
     def run(*lines, options=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        monkeypatch.setattr(sys, "argv", ["fastvlm", "chat", str(demo_bundle), *options])
+        monkeypatch.setattr(sys, "argv", ["fastvlm", "chat", str(demo_bundle), *map(str, options)])
         with pytest.raises(SystemExit) as leaving:
             main.main()
         out, err = capsys.readouterr()
@@ -96,6 +96,37 @@ def test_questions_that_know_the_ones_before(chat, model, folder):
     assert len(out) == 3
     assert err == "All questions and images are forgotten.\n"
     assert chat("How many?", options=["--image", "one.png"])[1] == [first]
+
+
+def test_sampling_and_images_have_the_options_that_generate_has():
+    groups = [
+        {
+            option.opts[0]
+            for option in main.Fastvlm.table[verb].command().params
+            if getattr(option, "rich_help_panel", None) in (options.SAMPLING, options.IMAGE)
+        }
+        for verb in ("chat", "generate")
+    ]
+    assert groups[0] == groups[1]
+    assert {"--top-k", "--json-schema", "--max-pixels"} <= groups[0]
+
+
+def test_every_answer_obeys_the_options(chat, model, tmp_path, monkeypatch, folder):
+    whole = model.generate(folder / "one.png", "Describe the image.").text
+    stop = whole.split()[3]
+    cut = ["--stop", stop]
+    assert chat("one.png Describe the image.", options=cut)[1] == [whole[: whole.index(stop)]]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    _, out, _ = chat("one.png Red?", "Blue?", options=["--json-schema", schema])
+    assert [json.loads(line) in ("yes", "no") for line in out] == [True, True]
+
+    given = {}
+    monkeypatch.setattr("fastvlm_mlx.loading.load", lambda _, **named: given.update(named) or model)
+    assert chat("/exit", options=["--crop", "--max-pixels", 5000])[0] == 0
+    assert (given["crop"], given["max_pixels"]) == (True, 5000)
+    status, _, err = chat(options=["--image", "one.png", "--max-pixels", 99])
+    assert (status, "over the limit" in err) == (2, True)
 
 
 def test_several_images_are_warned_about_once(chat, model, folder):
