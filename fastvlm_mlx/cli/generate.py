@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 import typer
 
-from fastvlm_mlx.cli.common import Json, Model, option, print_json, resolve
+from fastvlm_mlx.cli.common import OUTPUT, Json, Model, option, print_json, resolve
 from fastvlm_mlx.cli.input import video
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
@@ -28,9 +28,6 @@ from fastvlm_mlx.cli.options import (
     sampling,
 )
 from fastvlm_mlx.errors import ImageError
-
-if TYPE_CHECKING:
-    from fastvlm_mlx.image.video import Frames
 
 QUESTION = "Question"
 
@@ -94,6 +91,7 @@ def generate(
     image_size: ImageSize = None,
     crop: Crop = False,
     max_pixels: MaxPixels = None,
+    quiet: Annotated[bool, option("Write no lines of timings.", "--quiet", group=OUTPUT)] = False,
     as_json: Json = False,
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.
@@ -135,10 +133,10 @@ def generate(
     if chosen is not None and every is not None:
         captions = video.captions(loaded, chosen, prompt[0], options)
         if not as_json:
-            video.print_captions(captions, chosen)
+            video.print_captions(captions, chosen, quiet=quiet)
             return
         told = [{"time_s": time_s, **result.to_dict()} for time_s, result in captions]
-        print_json({"model": model, "video": video_path, "captions": told})
+        print_json({"model": model, "images": [], "video": video_path, "captions": told})
         return
     if chosen is None:
         generations = loaded.ask(decoded, prompt, options)
@@ -152,12 +150,15 @@ def generate(
         answers.append(generation.result)
         if not as_json:
             print(flush=True)
-            print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
+            if not quiet:
+                print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
     if as_json:
         print_json(
             {
                 "model": model,
-                **_asked_about(images, video_path, chosen),
+                "images": images,
+                "video": video_path,
+                "times_s": [] if chosen is None else chosen.times_s,
                 "encoder": loaded.encoder.backend,
                 # A video's prompt has the times of its frames in it.
                 "answers": [
@@ -167,12 +168,6 @@ def generate(
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
             }
         )
-
-
-def _asked_about(images: list[str], path: str | None, chosen: Frames | None) -> dict[str, Any]:
-    if chosen is not None:
-        return {"video": path, "times_s": chosen.times_s}
-    return {"image": images[0]} if len(images) == 1 else {"images": images}
 
 
 def _stdin() -> BinaryIO:

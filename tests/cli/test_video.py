@@ -66,7 +66,9 @@ def test_all_frames_are_in_one_prompt_with_their_times(generate, clip, demo_bund
 
 
 def test_every_frame_becomes_a_line(generate, clip, demo_bundle):
-    status, out, _ = generate("--video", clip, "--every", 1, "--prompt", PROMPT)
+    words = ["--every", 1, "--prompt", PROMPT, "--quiet"]
+    status, out, err = generate("--video", clip, *words)
+    assert err == ""
     model = fastvlm_mlx.load(demo_bundle)
     lines = [
         f"0:0{frame.time_s:.0f}\t{model.generate(frame.image, PROMPT).text}"
@@ -76,6 +78,7 @@ def test_every_frame_becomes_a_line(generate, clip, demo_bundle):
     assert len(set(lines)) == 4
     words = ["--every", 2, "--prompt", PROMPT, "--max-tokens", 2, "--json"]
     told = json.loads(generate("--video", clip, *words)[1])
+    assert (told["video"], told["images"]) == (str(clip), [])
     assert [each["time_s"] for each in told["captions"]] == [0.0, 2.0]
 
 

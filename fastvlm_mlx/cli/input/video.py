@@ -101,7 +101,9 @@ def captions(
         yield times[number], result
 
 
-def print_captions(found: Iterator[tuple[float, GenerationResult]], chosen: Frames) -> None:
+def print_captions(
+    found: Iterator[tuple[float, GenerationResult]], chosen: Frames, *, quiet: bool
+) -> None:
     """A line "time<TAB>caption" each."""
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.image.frame_times import clocks
@@ -112,7 +114,8 @@ def print_captions(found: Iterator[tuple[float, GenerationResult]], chosen: Fram
         caption = " ".join(show.answer(result.text).split())
         clock = written.get(time_s) or clocks([time_s])[0]
         print(f"{clock}\t{caption}", flush=True)
-        print(show.timing_line(result), file=sys.stderr)
+        if not quiet:
+            print(show.timing_line(result), file=sys.stderr)
 
 
 def _ahead(frames: Iterator[Frame]) -> Iterator[Frame]:
