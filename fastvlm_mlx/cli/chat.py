@@ -96,6 +96,7 @@ def chat(
             "its own: leave one out"
         )
     for path in image or ():
+        lines.check(path)
         load_image(path, max_pixels=limit)
     loaded = load(
         resolve(call, model),
@@ -206,6 +207,7 @@ class Session:
         from fastvlm_mlx.image.decode import load_image
 
         for path in paths:
+            lines.check(path)
             # Now is when its sender can still be told.
             load_image(path, max_pixels=self.talk.model.max_pixels)
         self.images += paths

@@ -6,18 +6,24 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastvlm_mlx
 from fastvlm_mlx.cli import chat as chat_module
 from fastvlm_mlx.cli import main, options, show
 from fastvlm_mlx.cli.input import lines as chat_input
 from fastvlm_mlx.cli.input.lines import split_images
+from fastvlm_mlx.errors import ImageError
 from model_export.samples import scenes
 
 
@@ -69,6 +75,20 @@ def chat(monkeypatch, capsys, model, demo_bundle, folder):
         ("What is a Makefile? ./Makefile", ["./Makefile"], "What is a Makefile?"),
         ("Is it a PNG or gone.png?", [], "Is it a PNG or gone.png?"),
         ("/gone/far.jpg What?", ["/gone/far.jpg"], "What?"),
+        # There may be no such file, where a path stands and a sentence does not mention one.
+        ("gone.png", ["gone.png"], ""),
+        ("gone.png one.png", ["one.png", "gone.png"], ""),
+        ("gone.png?", [], "gone.png?"),
+        ("sub/gone.png What?", ["sub/gone.png"], "What?"),
+        ("one.png sub/gone.png What?", ["one.png", "sub/gone.png"], "What?"),
+        ("What is in sub/gone.png?", ["sub/gone.png?"], "What is in"),
+        ("Is 'my dir/gone.png' red?", ["my dir/gone.png"], "Is  red?"),
+        (r"Is my\ dir/gone.png red?", ["my dir/gone.png"], "Is  red?"),
+        ("Is sub/gone.png red?", [], "Is sub/gone.png red?"),
+        ("my scene (2).png", ["my scene (2).png"], ""),
+        ("./my scene (3).png", ["./my scene (3).png"], ""),
+        ("my scene (3).png", [], "my scene (3).png"),
+        ("http://a.b/c.png What?", ["http://a.b/c.png"], "What?"),
         ("left/right or up/down?", [], "left/right or up/down?"),
         ("\0/ " + "a/" * 9000, [], "\0/ " + "a/" * 9000),
         ("Say  'two  blanks' \\", [], "Say  'two  blanks' \\"),
@@ -87,6 +107,35 @@ def test_a_line_without_an_end_is_read_at_once(part):
     started = time.process_time()
     assert split_images(line) == ([], line.strip())
     assert time.process_time() - started < 10
+
+
+NAMES = st.text("abc de'\"\\.é", min_size=3, max_size=12).map(str.strip).filter(len)
+
+
+@given(NAMES, st.integers(0, 30), st.sampled_from(["", "What is it?"]))
+@settings(max_examples=30, deadline=None)
+def test_a_path_is_taken_as_one_whether_there_is_such_a_file(name, place, question):
+    place %= len(name)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"x{name}.png")
+        file.touch()
+        mistyped = str(file.with_name(f"x{name[:place]}q{name[place:]}.png"))
+        for path in (str(file), mistyped):
+            found = split_images(f"{shlex.quote(path)} {question}")
+            assert found == ([path], question)
+        chat_input.check(str(file))
+        with pytest.raises(ImageError, match="there is no file ") as error:
+            chat_input.check(mistyped)
+        # A sentence has no two blanks one after the other.
+        assert str(error.value).endswith(f": use {' '.join(shlex.quote(str(file)).split())}")
+
+
+@given(st.text(), st.text())
+@settings(max_examples=100, deadline=None)
+def test_a_sentence_may_mention_an_image(before, after):
+    before, after = before.replace("/", ""), after.replace("/", "")
+    line = f"Is {before} gone.png {after} red"
+    assert split_images(line) == ([], line)
 
 
 def test_questions_that_know_the_ones_before(chat, model, folder):
@@ -145,6 +194,10 @@ def test_what_fails_is_one_sentence_and_the_next_line_works(chat):
         "/load one.png",
         "/save /nowhere/talk.json",
         "/gone/far.jpg What?",
+        "./onw.png What?",
+        "What is in sub/onw.png?",
+        "gone.png",
+        "http://a.b/c.png What?",
         "What? " * 3000,
         "\ud83d?",
         "/nope\x1b[2J",
@@ -153,6 +206,9 @@ def test_what_fails_is_one_sentence_and_the_next_line_works(chat):
     assert (status, len(out)) == (2, 1)
     assert err.count("error: ") == len(err.splitlines()) == len(lines)
     assert "use /image" in err
+    assert "there is no file ./onw.png: use ./one.png\n" in err
+    assert "there is no file /gone/far.jpg: check the path\n" in err
+    assert "a.b/c.png is a URL" in err
     assert "\x1b" not in err
     assert chat("/exit", "Hello.") == (0, [], "")
 
@@ -162,7 +218,8 @@ def test_bytes_that_are_no_text(chat, monkeypatch):
     monkeypatch.setattr("io.StringIO", lambda _: lines)
     status, out, err = chat()
     assert (status, len(out)) == (2, 1)
-    assert err.count("half a character") == err.count("error: ") == 2
+    assert err.splitlines()[1] == r"error: there is no file \udcff.png: use one.png"
+    assert err.count("half a character") == err.count("error: ") - 1 == 1
 
 
 def test_save_and_load(chat, tmp_path):
