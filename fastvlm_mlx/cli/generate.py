@@ -49,17 +49,18 @@ def generate(
     video_path: Annotated[
         str | None,
         option(
-            "The file of a video, in place of --image: its frames, each with its time, are all in "
-            "one prompt. Needs [video].",
+            "The file of a video, in place of --image, or camera or screen: the frames, each with "
+            "its time, are all in one prompt. camera:1 is the second one. Needs [video].",
             "--video",
             group=QUESTION,
-            value="FILE",
+            value="FILE|camera|screen",
         ),
     ] = None,
     frames: Annotated[
         int | None,
         option(
-            "How many frames of the video, at even distances.",
+            "How many frames of the video, at even distances; of a camera or screen so many one "
+            "after the other, also with --fps or --every.",
             group=QUESTION,
             value="N",
             default=str(video.FRAMES),
@@ -72,7 +73,8 @@ def generate(
     every: Annotated[
         float | None,
         option(
-            "Ask about one frame in so many seconds by itself, and print a line for each.",
+            "Ask about one frame in so many seconds by itself, and print a line for each. Of a "
+            "camera or screen it is the newest one, until Ctrl-C ends it.",
             group=QUESTION,
             value="SECONDS",
         ),
@@ -132,11 +134,15 @@ def generate(
     )
     if chosen is not None and every is not None:
         captions = video.captions(loaded, chosen, prompt[0], options)
-        if not as_json:
-            video.print_captions(captions, chosen, quiet=quiet)
-            return
-        told = [{"time_s": time_s, **result.to_dict()} for time_s, result in captions]
-        print_json({"model": model, "images": [], "video": video_path, "captions": told})
+        told = []
+        with video.until_interrupted(chosen):
+            if not as_json:
+                video.print_captions(captions, chosen, quiet=quiet)
+            else:
+                for time_s, result in captions:
+                    told.append({"time_s": time_s, **result.to_dict()})
+        if as_json:
+            print_json({"model": model, "images": [], "video": video_path, "captions": told})
         return
     if chosen is None:
         generations = loaded.ask(decoded, prompt, options)
