@@ -118,7 +118,7 @@ def measure(plan: Plan, progress: Progress) -> Iterator[Row]:
     for place, setting in enumerate(settings):
         rows = [Row(bundle, setting) for bundle in plan.bundles]
         yield from rows
-        stage = f"{_shown(setting)} ({place + 1} of {len(settings)})"
+        stage = f"{shown(setting)} ({place + 1} of {len(settings)})"
         progress(f"{stage}: load", None)
         with ExitStack() as stack:
             processes = [
@@ -128,8 +128,8 @@ def measure(plan: Plan, progress: Progress) -> Iterator[Row]:
                 process.wait()
             rounds = plan.warmup + plan.runs
             for number in range(rounds):
-                progress(f"{stage}: runs", number / rounds)
-                for row, process in zip(rows, processes, strict=True):
+                for turn, (row, process) in enumerate(zip(rows, processes, strict=True)):
+                    progress(f"{stage}: runs", (number + turn / len(rows)) / rounds)
                     run = process.run(number)
                     if number >= plan.warmup:
                         row.runs.append(run)
@@ -157,7 +157,8 @@ def _job(plan: Plan, row: Row) -> dict[str, Any]:
     }
 
 
-def _shown(setting: Setting) -> str:
+def shown(setting: Setting) -> str:
+    """A setting in words, as far as it was chosen."""
     size = f"{setting.image_size} pixels, " if setting.image_size else ""
     units = f", {setting.compute_units}" if setting.compute_units != "auto" else ""
     return f"{size}question of {setting.prompt_tokens} tokens{units}"

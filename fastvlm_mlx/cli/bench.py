@@ -124,12 +124,25 @@ def bench(
     try:
         with show.stages() as progress:
             for row in measure.measure(plan, progress):
+                if rows and row.setting != rows[-1].setting:
+                    _tell([each for each in rows if each.setting == rows[-1].setting])
                 rows.append(row)
     finally:
         measured = [row for row in rows if row.runs]
         # An error's sentence stands alone; what was measured before an interruption is shown.
         if measured and isinstance(sys.exception(), KeyboardInterrupt | None):
             _deliver(plan, described, measured, plot, as_json=as_json)
+
+
+def _tell(rows: Sequence[Row]) -> None:
+    """What was measured at a setting, while the next one is measured."""
+    from fastvlm_mlx.bench.measure import shown
+    from fastvlm_mlx.cli import show
+
+    for row in rows:
+        name = f"{row.bundle}, " if len(rows) > 1 else ""
+        ttft, speed = row.spread("ttft_s").text(), row.spread("tokens_per_s").text(1)
+        show.note(f"{name}{shown(row.setting)}: TTFT {ttft} s, {speed} tokens/s")
 
 
 def _deliver(

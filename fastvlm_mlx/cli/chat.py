@@ -13,12 +13,20 @@ from fastvlm_mlx.cli.common import Model, install, option, resolve
 from fastvlm_mlx.cli.input import lines
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
+    Crop,
     EncoderCompute,
     ImageSize,
+    JsonSchema,
+    MaxPixels,
     MaxTokens,
+    MinP,
+    RepetitionPenalty,
     Seed,
+    Stop,
     Temperature,
+    TopK,
     TopP,
+    pixel_limit,
     sampling,
 )
 from fastvlm_mlx.errors import FastVLMError, OptionError, printable
@@ -61,10 +69,17 @@ def chat(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
+    stop: Stop = None,
+    json_schema: JsonSchema = None,
     compute_units: ComputeUnits = "auto",
     encoder_compute: EncoderCompute = "auto",
     image_size: ImageSize = None,
+    crop: Crop = False,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Type a question; the path of an image in it, typed or dropped onto the terminal, asks about
     that image. /help shows what else can be typed. Lines that are piped in are answered one by one,
@@ -74,18 +89,22 @@ def chat(
     from fastvlm_mlx.loading import load
 
     options = sampling(call)
+    limit = pixel_limit(max_pixels)
     if saved is not None and system is not None:
         raise OptionError(
             "--load and --system are both given, and a saved conversation has a system message of "
             "its own: leave one out"
         )
     for path in image or ():
-        load_image(path)
+        lines.check(path)
+        load_image(path, max_pixels=limit)
     loaded = load(
         resolve(call, model),
         compute_units=compute_units,
         encoder_compute=encoder_compute,
         image_size=image_size,
+        crop=crop,
+        max_pixels=limit,
     )
     if saved is None:
         talk = Conversation(loaded, system=system, options=options)
@@ -188,6 +207,7 @@ class Session:
         from fastvlm_mlx.image.decode import load_image
 
         for path in paths:
+            lines.check(path)
             # Now is when its sender can still be told.
             load_image(path, max_pixels=self.talk.model.max_pixels)
         self.images += paths

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 import typer
 
-from fastvlm_mlx.cli.common import Json, Model, option, print_json, resolve
+from fastvlm_mlx.cli.common import OUTPUT, Json, Model, option, print_json, resolve
 from fastvlm_mlx.cli.input import video
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
@@ -24,12 +24,10 @@ from fastvlm_mlx.cli.options import (
     Temperature,
     TopK,
     TopP,
+    pixel_limit,
     sampling,
 )
 from fastvlm_mlx.errors import ImageError
-
-if TYPE_CHECKING:
-    from fastvlm_mlx.image.video import Frames
 
 QUESTION = "Question"
 
@@ -51,17 +49,18 @@ def generate(
     video_path: Annotated[
         str | None,
         option(
-            "The file of a video, in place of --image: its frames, each with its time, are all in "
-            "one prompt. Needs [video].",
+            "The file of a video, in place of --image, or camera or screen: the frames, each with "
+            "its time, are all in one prompt. camera:1 is the second one. Needs [video].",
             "--video",
             group=QUESTION,
-            value="FILE",
+            value="FILE|camera|screen",
         ),
     ] = None,
     frames: Annotated[
         int | None,
         option(
-            "How many frames of the video, at even distances.",
+            "How many frames of the video, at even distances; of a camera or screen so many one "
+            "after the other, also with --fps or --every.",
             group=QUESTION,
             value="N",
             default=str(video.FRAMES),
@@ -74,7 +73,8 @@ def generate(
     every: Annotated[
         float | None,
         option(
-            "Ask about one frame in so many seconds by itself, and print a line for each.",
+            "Ask about one frame in so many seconds by itself, and print a line for each. Of a "
+            "camera or screen it is the newest one, until Ctrl-C ends it.",
             group=QUESTION,
             value="SECONDS",
         ),
@@ -93,6 +93,7 @@ def generate(
     image_size: ImageSize = None,
     crop: Crop = False,
     max_pixels: MaxPixels = None,
+    quiet: Annotated[bool, option("Write no lines of timings.", "--quiet", group=OUTPUT)] = False,
     as_json: Json = False,
 ) -> None:
     """The answer goes to standard output as it is made, and a line of timings to standard error.
@@ -103,17 +104,11 @@ def generate(
     from fastvlm_mlx.bundle.bundle import Bundle
     from fastvlm_mlx.bundle.manifest import MANIFEST
     from fastvlm_mlx.cli import show
-    from fastvlm_mlx.image.decode import (
-        DEFAULT_MAX_PIXELS,
-        ImageSource,
-        check_max_pixels,
-        load_image,
-    )
+    from fastvlm_mlx.image.decode import ImageSource, load_image
     from fastvlm_mlx.loading import load
 
     options = sampling(call)
-    limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
-    check_max_pixels(limit)
+    limit = pixel_limit(max_pixels)
     images = image or []
     if images.count("-") > 1:
         raise ImageError("--image - is given twice, and standard input holds one image: give files")
@@ -139,11 +134,15 @@ def generate(
     )
     if chosen is not None and every is not None:
         captions = video.captions(loaded, chosen, prompt[0], options)
-        if not as_json:
-            video.print_captions(captions, chosen)
-            return
-        told = [{"time_s": time_s, **result.to_dict()} for time_s, result in captions]
-        print_json({"model": model, "video": video_path, "captions": told})
+        told = []
+        with video.until_interrupted(chosen):
+            if not as_json:
+                video.print_captions(captions, chosen, quiet=quiet)
+            else:
+                for time_s, result in captions:
+                    told.append({"time_s": time_s, **result.to_dict()})
+        if as_json:
+            print_json({"model": model, "images": [], "video": video_path, "captions": told})
         return
     if chosen is None:
         generations = loaded.ask(decoded, prompt, options)
@@ -157,12 +156,15 @@ def generate(
         answers.append(generation.result)
         if not as_json:
             print(flush=True)
-            print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
+            if not quiet:
+                print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
     if as_json:
         print_json(
             {
                 "model": model,
-                **_asked_about(images, video_path, chosen),
+                "images": images,
+                "video": video_path,
+                "times_s": [] if chosen is None else chosen.times_s,
                 "encoder": loaded.encoder.backend,
                 # A video's prompt has the times of its frames in it.
                 "answers": [
@@ -172,12 +174,6 @@ def generate(
                 "peak_memory_bytes": max(answer.peak_memory_bytes for answer in answers),
             }
         )
-
-
-def _asked_about(images: list[str], path: str | None, chosen: Frames | None) -> dict[str, Any]:
-    if chosen is not None:
-        return {"video": path, "times_s": chosen.times_s}
-    return {"image": images[0]} if len(images) == 1 else {"images": images}
 
 
 def _stdin() -> BinaryIO:

@@ -111,6 +111,13 @@ MaxPixels = Annotated[
 ]
 
 
+def pixel_limit(max_pixels: int | None) -> int:
+    """Raises OptionError: no number of pixels."""
+    from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, check_max_pixels
+
+    return check_max_pixels(DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels)
+
+
 def sampling(call: typer.Context) -> SamplingOptions:
     """How a verb was told to sample, by those of the options above that it declares.
 

@@ -205,12 +205,8 @@ class Frames:
     def _image(self, frame: VideoFrame) -> Image.Image:
         if getattr(frame, "is_corrupt", False):
             raise self._error("holds a damaged frame", "get it again")
-        alpha = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
-        mode = "rgba" if alpha else "rgb24"
-        # The matrix and the range that the frame says, or BT.601 and limited, as ffmpeg has it.
         with self._damage():
-            pixels = frame.to_ndarray(format=mode)
-        return _upright(to_rgb(Image.fromarray(pixels)), frame)
+            return to_image(frame)
 
     def _scan(self) -> Index:
         positions, keys = array("q"), array("q")
@@ -324,6 +320,14 @@ class Frames:
 
     def _error(self, found: str, remedy: str) -> ImageError:
         return ImageError(f"{self._name} {found}: {remedy}")
+
+
+def to_image(frame: VideoFrame) -> Image.Image:
+    """A decoded frame in 8-bit RGB, upright, over white."""
+    alpha = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
+    # The matrix and the range that the frame says, or BT.601 and limited, as ffmpeg has it.
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+    return _upright(to_rgb(Image.fromarray(pixels)), frame)
 
 
 def _position(of: Packet[Any] | VideoFrame) -> int | None:

@@ -115,6 +115,25 @@ def test_an_interruption_shows_what_was_measured(fastvlm, demo_bundle, monkeypat
     assert err.splitlines()[-1] == "interrupted"
 
 
+def test_each_setting_is_told_when_it_was_measured(fastvlm, demo_bundle, monkeypatch):
+    class Worker(Interrupted):
+        def run(self, number):
+            return RUN
+
+    monkeypatch.setattr(measure, "Process", Worker)
+    settings = ["--prompt-tokens", "8,16", "--against", demo_bundle, "--runs", 2, "--json"]
+    status, out, err = fastvlm("bench", demo_bundle, *settings)
+    assert (status, len(json.loads(out)["rows"])) == (0, 4)
+    begun, run, *told, next_begun, _ = err.splitlines()
+    assert begun.endswith(" s question of 8 tokens (1 of 2): load")
+    assert run.endswith(" s question of 8 tokens (1 of 2): runs")
+    both = (
+        f"{demo_bundle}, question of 8 tokens: TTFT 0.500 (0.500–0.500) s, 0.5 (0.5–0.5) tokens/s"
+    )
+    assert told == [both, both]
+    assert next_begun.endswith(" s question of 16 tokens (2 of 2): load")
+
+
 def test_a_worker_that_dies_is_one_sentence():
     code = "import os, sys; print('no room', file=sys.stderr); sys.stderr.flush(); os._exit(9)"
     with Process("my-bundle", {}, [sys.executable, "-c", code]) as process:

@@ -6,18 +6,24 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastvlm_mlx
 from fastvlm_mlx.cli import chat as chat_module
-from fastvlm_mlx.cli import main, show
+from fastvlm_mlx.cli import main, options, show
 from fastvlm_mlx.cli.input import lines as chat_input
 from fastvlm_mlx.cli.input.lines import split_images
+from fastvlm_mlx.errors import ImageError
 from model_export.samples import scenes
 
 
@@ -43,7 +49,7 @@ def chat(monkeypatch, capsys, model, demo_bundle, folder):
 
     def run(*lines, options=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        monkeypatch.setattr(sys, "argv", ["fastvlm", "chat", str(demo_bundle), *options])
+        monkeypatch.setattr(sys, "argv", ["fastvlm", "chat", str(demo_bundle), *map(str, options)])
         with pytest.raises(SystemExit) as leaving:
             main.main()
         out, err = capsys.readouterr()
@@ -69,6 +75,20 @@ def chat(monkeypatch, capsys, model, demo_bundle, folder):
         ("What is a Makefile? ./Makefile", ["./Makefile"], "What is a Makefile?"),
         ("Is it a PNG or gone.png?", [], "Is it a PNG or gone.png?"),
         ("/gone/far.jpg What?", ["/gone/far.jpg"], "What?"),
+        # There may be no such file, where a path stands and a sentence does not mention one.
+        ("gone.png", ["gone.png"], ""),
+        ("gone.png one.png", ["one.png", "gone.png"], ""),
+        ("gone.png?", [], "gone.png?"),
+        ("sub/gone.png What?", ["sub/gone.png"], "What?"),
+        ("one.png sub/gone.png What?", ["one.png", "sub/gone.png"], "What?"),
+        ("What is in sub/gone.png?", ["sub/gone.png?"], "What is in"),
+        ("Is 'my dir/gone.png' red?", ["my dir/gone.png"], "Is  red?"),
+        (r"Is my\ dir/gone.png red?", ["my dir/gone.png"], "Is  red?"),
+        ("Is sub/gone.png red?", [], "Is sub/gone.png red?"),
+        ("my scene (2).png", ["my scene (2).png"], ""),
+        ("./my scene (3).png", ["./my scene (3).png"], ""),
+        ("my scene (3).png", [], "my scene (3).png"),
+        ("http://a.b/c.png What?", ["http://a.b/c.png"], "What?"),
         ("left/right or up/down?", [], "left/right or up/down?"),
         ("\0/ " + "a/" * 9000, [], "\0/ " + "a/" * 9000),
         ("Say  'two  blanks' \\", [], "Say  'two  blanks' \\"),
@@ -89,6 +109,35 @@ def test_a_line_without_an_end_is_read_at_once(part):
     assert time.process_time() - started < 10
 
 
+NAMES = st.text("abc de'\"\\.é", min_size=3, max_size=12).map(str.strip).filter(len)
+
+
+@given(NAMES, st.integers(0, 30), st.sampled_from(["", "What is it?"]))
+@settings(max_examples=30, deadline=None)
+def test_a_path_is_taken_as_one_whether_there_is_such_a_file(name, place, question):
+    place %= len(name)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"x{name}.png")
+        file.touch()
+        mistyped = str(file.with_name(f"x{name[:place]}q{name[place:]}.png"))
+        for path in (str(file), mistyped):
+            found = split_images(f"{shlex.quote(path)} {question}")
+            assert found == ([path], question)
+        chat_input.check(str(file))
+        with pytest.raises(ImageError, match="there is no file ") as error:
+            chat_input.check(mistyped)
+        # A sentence has no two blanks one after the other.
+        assert str(error.value).endswith(f": use {' '.join(shlex.quote(str(file)).split())}")
+
+
+@given(st.text(), st.text())
+@settings(max_examples=100, deadline=None)
+def test_a_sentence_may_mention_an_image(before, after):
+    before, after = before.replace("/", ""), after.replace("/", "")
+    line = f"Is {before} gone.png {after} red"
+    assert split_images(line) == ([], line)
+
+
 def test_questions_that_know_the_ones_before(chat, model, folder):
     first = model.generate(folder / "one.png", "How many?").text
     status, out, err = chat("", "one.png How many?", "And?", "/clear", "one.png", "How many?")
@@ -96,6 +145,37 @@ def test_questions_that_know_the_ones_before(chat, model, folder):
     assert len(out) == 3
     assert err == "All questions and images are forgotten.\n"
     assert chat("How many?", options=["--image", "one.png"])[1] == [first]
+
+
+def test_sampling_and_images_have_the_options_that_generate_has():
+    groups = [
+        {
+            option.opts[0]
+            for option in main.Fastvlm.table[verb].command().params
+            if getattr(option, "rich_help_panel", None) in (options.SAMPLING, options.IMAGE)
+        }
+        for verb in ("chat", "generate")
+    ]
+    assert groups[0] == groups[1]
+    assert {"--top-k", "--json-schema", "--max-pixels"} <= groups[0]
+
+
+def test_every_answer_obeys_the_options(chat, model, tmp_path, monkeypatch, folder):
+    whole = model.generate(folder / "one.png", "Describe the image.").text
+    stop = whole.split()[3]
+    cut = ["--stop", stop]
+    assert chat("one.png Describe the image.", options=cut)[1] == [whole[: whole.index(stop)]]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    _, out, _ = chat("one.png Red?", "Blue?", options=["--json-schema", schema])
+    assert [json.loads(line) in ("yes", "no") for line in out] == [True, True]
+
+    given = {}
+    monkeypatch.setattr("fastvlm_mlx.loading.load", lambda _, **named: given.update(named) or model)
+    assert chat("/exit", options=["--crop", "--max-pixels", 5000])[0] == 0
+    assert (given["crop"], given["max_pixels"]) == (True, 5000)
+    status, _, err = chat(options=["--image", "one.png", "--max-pixels", 99])
+    assert (status, "over the limit" in err) == (2, True)
 
 
 def test_several_images_are_warned_about_once(chat, model, folder):
@@ -114,6 +194,10 @@ def test_what_fails_is_one_sentence_and_the_next_line_works(chat):
         "/load one.png",
         "/save /nowhere/talk.json",
         "/gone/far.jpg What?",
+        "./onw.png What?",
+        "What is in sub/onw.png?",
+        "gone.png",
+        "http://a.b/c.png What?",
         "What? " * 3000,
         "\ud83d?",
         "/nope\x1b[2J",
@@ -122,6 +206,9 @@ def test_what_fails_is_one_sentence_and_the_next_line_works(chat):
     assert (status, len(out)) == (2, 1)
     assert err.count("error: ") == len(err.splitlines()) == len(lines)
     assert "use /image" in err
+    assert "there is no file ./onw.png: use ./one.png\n" in err
+    assert "there is no file /gone/far.jpg: check the path\n" in err
+    assert "a.b/c.png is a URL" in err
     assert "\x1b" not in err
     assert chat("/exit", "Hello.") == (0, [], "")
 
@@ -131,7 +218,8 @@ def test_bytes_that_are_no_text(chat, monkeypatch):
     monkeypatch.setattr("io.StringIO", lambda _: lines)
     status, out, err = chat()
     assert (status, len(out)) == (2, 1)
-    assert err.count("half a character") == err.count("error: ") == 2
+    assert err.splitlines()[1] == r"error: there is no file \udcff.png: use one.png"
+    assert err.count("half a character") == err.count("error: ") - 1 == 1
 
 
 def test_save_and_load(chat, tmp_path):

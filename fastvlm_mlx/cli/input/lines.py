@@ -7,12 +7,16 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from fastvlm_mlx.bundle.files import is_url
+from fastvlm_mlx.errors import ImageError, escaped
 from fastvlm_mlx.image.suffixes import SUFFIXES
 
 PROMPT = "> "
@@ -25,14 +29,22 @@ _LONGEST_PATH = 3 * 4096
 # Characters after the word that each was begun with that all readings of a line may take. Where
 # every word may begin one that goes on to the line's end, their sum is the square of its length.
 _MOST_READ = 100_000
+# How a path begins that is none of a sentence's words.
+_BEGINNINGS = ("/", "~/", "./", "../")
+# Names of a directory that are compared with one that is not there.
+_MOST_NAMES = 10_000
 
 
 def split_images(line: str) -> tuple[list[str], str]:
     """The paths of images in a line, and the rest of it.
 
     A word is an image if it is the path of a file and either ends as images do or has a slash in
-    it; or if it can't be meant as anything else, as an absolute path that ends so.
+    it; or if it can't be meant as anything else, as an absolute path that ends so. There may be no
+    file of that name, which `check` finds out.
     """
+    line = line.strip()
+    if _is_path_with_blanks(line):
+        return [line], ""
     paths: list[str] = []
     rest, place, left = "", 0, _MOST_READ
     while word := _WORD.search(line, place):
@@ -42,13 +54,54 @@ def split_images(line: str) -> tuple[list[str], str]:
         left -= end - word.end()
         short = given is not None and end - word.start() <= _LONGEST_PATH
         path = unquoted(given.group()) if given is not None and short else None
-        if given is not None and path is not None and _is_image(path):
+        # Where people put a path, or written as a terminal writes one that is dropped onto it.
+        apart = path is not None and (
+            rest.isspace()
+            or not rest
+            or end == len(line)
+            or word.group() != path[: len(word.group())]
+        )
+        if given is not None and path is not None and _is_image(path, apart):
             paths.append(path)
             place = given.end()
         else:
             rest += word.group()
             place = word.end()
+    left_over = rest.split()
+    # Names of images and nothing else: a sentence has another word.
+    if all(_ends_so(name) and len(name) <= _LONGEST_PATH for name in left_over):
+        return paths + left_over, ""
     return paths, rest.strip()
+
+
+def check(path: str) -> None:
+    """Raises ImageError: there is no such file; with the nearest name that there is beside it."""
+    if is_url(path):
+        return
+    try:
+        file = Path(path).expanduser()
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        near = _nearest(file)
+        hint = "check the path"
+        if near is not None:
+            hint = f"use {shlex.quote(os.path.join(os.path.dirname(path), near))}"
+        raise ImageError(escaped(f"there is no file {path}: {hint}")) from None
+    except (OSError, ValueError, RuntimeError):
+        # Whoever opens it says what is wrong with it.
+        return
+
+
+def _nearest(file: Path) -> str | None:
+    """The name of an image that is most like this one's, in the same directory."""
+    try:
+        with os.scandir(file.parent) as entries:
+            names = [entry.name for entry in islice(entries, _MOST_NAMES)]
+    except OSError:
+        return None
+    images = {name.lower(): name for name in names if _ends_so(name) and name != file.name}
+    near = get_close_matches(file.name.lower(), images, 1)
+    return images[near[0]] if near else None
 
 
 def unquoted(text: str) -> str | None:
@@ -77,12 +130,34 @@ def one_path(text: str) -> str:
     return text if path is None else path
 
 
-def _is_image(path: str) -> bool:
-    ends_so = path.lower().endswith(SUFFIXES)
-    if not ends_so and "/" not in path:
-        return False
-    if ends_so and path.startswith(("/", "~/", "./", "../")):
+def _is_image(path: str, apart: bool) -> bool:
+    """
+    Args:
+        apart: it stands where a sentence would not mention a path.
+    """
+    if "/" not in path:
+        return _ends_so(path) and _is_file(path)
+    if _ends_so(path) and path.startswith(_BEGINNINGS):
         return True
+    # With the question's own mark, which no name of an image ends with.
+    return (apart and _ends_so(path.rstrip("?!.,;:"))) or _is_file(path)
+
+
+def _is_path_with_blanks(line: str) -> bool:
+    """Whether the whole line is the path of an image, typed without quotes."""
+    if " " not in line or not _ends_so(line) or len(line) > _LONGEST_PATH:
+        return False
+    if _is_file(line):
+        return True
+    words = line.split()
+    return line.startswith(_BEGINNINGS) and not any(_ends_so(word) for word in words[:-1])
+
+
+def _ends_so(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _is_file(path: str) -> bool:
     try:
         return Path(path).expanduser().is_file()
     except (OSError, ValueError, RuntimeError):

@@ -5,18 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.errors import OptionError
 
 if TYPE_CHECKING:
     from fastvlm_mlx.fastvlm import FastVLM
+    from fastvlm_mlx.image.live import Live
     from fastvlm_mlx.image.video import Frame, Frames
     from fastvlm_mlx.language.generate import Generation, GenerationResult
     from fastvlm_mlx.language.sampling import SamplingOptions
 
 # Frames of one prompt where nothing is said of their number.
 FRAMES = 8
+# Frames in a second of a camera or a screen where nothing is said of it.
+FPS = 1.0
 # Captions that are decoded together: more would let the first ones wait.
 _CAPTIONS = 4
 
@@ -51,17 +55,23 @@ def check(
 
 def choose(
     path: str, frames: int | None, fps: float | None, every: float | None, max_pixels: int
-) -> Frames:
-    """Raises ImageError, OptionError: as `fastvlm_mlx.image.video.frames`."""
-    from fastvlm_mlx.image import video
+) -> Frames | Live:
+    """Raises ImageError, OptionError: as `fastvlm_mlx.image.video.frames` and `live`."""
+    from fastvlm_mlx.image import devices, live, video
 
+    if devices.is_live(path):
+        if fps is None and every is None:
+            fps = FPS
+        if frames is None and every is None:
+            frames = FRAMES
+        return live.live(path, every_s=every, fps=fps, count=frames, max_pixels=max_pixels)
     if frames is None and fps is None and every is None:
         frames = FRAMES
     return video.frames(path, count=frames, fps=fps, every_s=every, max_pixels=max_pixels)
 
 
 def answers(
-    loaded: FastVLM, chosen: Frames, prompts: list[str], options: SamplingOptions
+    loaded: FastVLM, chosen: Frames | Live, prompts: list[str], options: SamplingOptions
 ) -> Iterator[Generation]:
     """One prompt with all frames, once for each of the prompts; they are encoded once.
 
@@ -85,10 +95,17 @@ def answers(
 
 
 def captions(
-    loaded: FastVLM, chosen: Frames, prompt: str, options: SamplingOptions
+    loaded: FastVLM, chosen: Frames | Live, prompt: str, options: SamplingOptions
 ) -> Iterator[tuple[float, GenerationResult]]:
-    """Each frame's time with what is answered about it, as it comes. Frames are decoded and made
-    ready beside the decode of the answers before them."""
+    """Each frame's time with what is answered about it, as it comes. Frames of a file are decoded
+    and made ready beside the decode of the answers before them; of a device each is the newest when
+    the answer before it has ended."""
+    from fastvlm_mlx.image.live import Live
+
+    if isinstance(chosen, Live):
+        for frame in chosen:
+            yield frame.time_s, loaded.generate(frame.image, prompt, options)
+        return
     times: list[float] = []
 
     def images() -> Iterator[Any]:
@@ -101,18 +118,38 @@ def captions(
         yield times[number], result
 
 
-def print_captions(found: Iterator[tuple[float, GenerationResult]], chosen: Frames) -> None:
+@contextmanager
+def until_interrupted(chosen: Frames | Live) -> Iterator[None]:
+    """Take Ctrl-C as the end of what has no end by itself: of a camera or a screen."""
+    from fastvlm_mlx.image.live import Live
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not isinstance(chosen, Live):
+            raise
+
+
+def print_captions(
+    found: Iterator[tuple[float, GenerationResult]], chosen: Frames | Live, *, quiet: bool
+) -> None:
     """A line "time<TAB>caption" each."""
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.image.frame_times import clocks
+    from fastvlm_mlx.image.live import Live
 
-    written = dict(zip(chosen.times_s, clocks(chosen.times_s), strict=True))
+    # What a device will send has no times before.
+    known = [] if isinstance(chosen, Live) else chosen.times_s
+    written = dict(zip(known, clocks(known), strict=True))
+    before: float | None = None
     for time_s, result in found:
         # A caption's own line ends and tabs would look like the next line.
         caption = " ".join(show.answer(result.text).split())
-        clock = written.get(time_s) or clocks([time_s])[0]
+        clock = written.get(time_s) or clocks([*([] if before is None else [before]), time_s])[-1]
+        before = time_s
         print(f"{clock}\t{caption}", flush=True)
-        print(show.timing_line(result), file=sys.stderr)
+        if not quiet:
+            print(show.timing_line(result), file=sys.stderr)
 
 
 def _ahead(frames: Iterator[Frame]) -> Iterator[Frame]:
