@@ -20,6 +20,9 @@ from fastvlm_mlx.mapping import rows
 from fastvlm_mlx.mapping.images import Shard, check_patterns, special
 from fastvlm_mlx.mapping.rows import Row
 
+# Options that stand elsewhere among what a row depends on, or that no row shows.
+_LATER = ("seed", "logprobs")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -86,7 +89,7 @@ class Job:
             "image_size": self.image_size or bundle.config.vision.image_size,
             "crop": self.crop,
             "encoder_compute": self.encoder_compute,
-            **{key: value for key, value in asdict(self.options).items() if key != "seed"},
+            **{key: value for key, value in asdict(self.options).items() if key not in _LATER},
             "seed": self.options.seed,
         }
 

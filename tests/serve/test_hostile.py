@@ -337,7 +337,9 @@ REQUEST = st.fixed_dictionaries(
         "instructions": JSON,
         "metadata": JSON,
         "tools": JSON,
-        "logprobs": JSON,
+        "logprobs": st.booleans() | JSON,
+        "top_logprobs": NUMBER,
+        "include": st.just(["message.output_text.logprobs"]) | JSON,
     },
 )
 
