@@ -25,10 +25,9 @@ from fastvlm_mlx.language.generate import (
     GenerationResult,
     Question,
     Timings,
-    check_room,
     generate,
 )
-from fastvlm_mlx.language.prompt.template import asked, encode_messages
+from fastvlm_mlx.language.prompt.template import asked, check_room, encode_messages
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.schedule import Schedule
 from fastvlm_mlx.looking import Looking

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,6 +98,17 @@ def map(
         bool,
         option("Begin anew what an earlier run made at --out.", "--overwrite", group=OUTPUT),
     ] = False,
+    retry_errors: Annotated[
+        bool,
+        option(
+            "Ask again about the images that an earlier run has errors for.",
+            "--retry-errors",
+            group=OUTPUT,
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, option("Show errors and nothing else.", "--quiet", group=OUTPUT)
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Each image gets a row with its path, the answer and its tokens, or with what is wrong with
@@ -124,26 +135,29 @@ def map(
     )
     # Last, since an export takes minutes.
     job = replace(job, bundle=resolve(call, model))
-    with _shown(out) as progress:
-        tally = map_folder(job, out, overwrite=overwrite, ray=ray, progress=progress)
-    _report(tally, out, as_json=as_json)
+    with _shown(out, quiet=quiet) as progress:
+        tally = map_folder(
+            job, out, overwrite=overwrite, retry_errors=retry_errors, ray=ray, progress=progress
+        )
+    if as_json or not quiet:
+        _report(tally, out, as_json=as_json)
     if not tally.complete:
         raise typer.Exit(1)
 
 
 @contextmanager
-def _shown(out: Path) -> Iterator[Progress]:
+def _shown(out: Path, *, quiet: bool) -> Iterator[Progress]:
     """A callback for `map_folder` that shows how far it is; an interruption says how to go on."""
     from fastvlm_mlx.cli import show
 
     last: Tally | None = None
     errors = 0
-    with show.counting("images") as count:
+    with nullcontext() if quiet else show.counting("images") as count:
 
         def progress(tally: Tally, row: Row | None) -> None:
             nonlocal last, errors
             if last is None:
-                _introduce(tally)
+                _introduce(tally, quiet=quiet)
             last = tally
             if row is not None and row.error is not None:
                 errors += 1
@@ -151,7 +165,8 @@ def _shown(out: Path) -> Iterator[Progress]:
                     show.note(row.error)
                 if errors == SHOWN_ERRORS:
                     show.note(f"{SHOWN_ERRORS} errors are shown; further ones are in {out} only")
-            count(tally.done, tally.images)
+            if count is not None:
+                count(tally.done, tally.images)
 
         try:
             yield progress
@@ -164,14 +179,14 @@ def _shown(out: Path) -> Iterator[Progress]:
             raise
 
 
-def _introduce(tally: Tally) -> None:
+def _introduce(tally: Tally, *, quiet: bool) -> None:
     from fastvlm_mlx.cli import show
 
-    if tally.done:
+    if tally.done and not quiet:
         show.note(f"{tally.done:,} of {tally.images:,} images were done before")
-    if tally.others:
+    if tally.others and not quiet:
         show.note(f"left out, as their names are not those of images: {tally.others:,} files")
-    if tally.links:
+    if tally.links and not quiet:
         show.note(f"not followed, as they lead to folders: {tally.links:,} links")
     for sentence in tally.unreadable:
         show.note(sentence)

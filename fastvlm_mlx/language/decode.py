@@ -8,6 +8,7 @@ short answer; and `BatchGenerator` copies the caches of every prompt that waits.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import mlx.core as mx
 
 from fastvlm_mlx.imports import part
 from fastvlm_mlx.language.kept import Kept, Prompt, keep, take
+from fastvlm_mlx.language.logprobs import Scores
 
 if TYPE_CHECKING:
     from fastvlm_mlx.language.structured.constraint import Constraint
@@ -35,6 +37,7 @@ class Continuation:
         token: the latest id, [1].
         cached_tokens: places of the prompt that were computed for an earlier one.
         constraint: what the ids must lead to, or None.
+        scores: of each id that was chosen and not yet read, where they are wanted.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Continuation:
         sampler: Callable[[mx.array], mx.array],
         processors: Sequence[Process] = (),
         constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ):
         """
         Args:
@@ -52,11 +56,14 @@ class Continuation:
             sampler: logits [1, V] → a token [1].
             processors: change logits [1, V] by the tokens [n] before them.
             constraint: at its beginning; it comes after the processors.
+            logprobs: how many of the likeliest ids the scores tell, or None for no scores.
         """
         self.prompt, self.max_tokens, self.constraint = prompt, max_tokens, constraint
         self.caches: list[Any] = []
         self.token: mx.array
         self.cached_tokens = 0
+        self.scores: deque[Scores] = deque()
+        self._logprobs = logprobs
         self._sampler, self._processors = sampler, processors
         self._history = prompt.ids
         self._count = 0
@@ -96,7 +103,11 @@ class Continuation:
             logits = self.constraint.mask(logits)
         self.token = self._sampler(logits)
         self._count += 1
-        mx.async_eval(self.token)
+        if self._logprobs is None:
+            mx.async_eval(self.token)
+        else:
+            self.scores.append(Scores.of(logits, self.token, self._logprobs))
+            mx.async_eval(self.token, *self.scores[-1].arrays)
         if self._processors:
             self._history = mx.concatenate([self._history, self.token])
 

@@ -17,6 +17,11 @@ class Text:
     """The text of an answer as its tokens come.
 
     It is cut where the first stop string is complete, whatever the tokens that it came in.
+
+    Attributes:
+        shown: what can be shown, so far.
+        decoded: characters that have come, shown or not.
+        stopped: whether a stop string has come.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
@@ -25,6 +30,7 @@ class Text:
         self._stop = _StopStrings(stop)
         self._pending = ""
         self.shown = ""
+        self.decoded = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -35,6 +41,7 @@ class Text:
         """
         with no_panic("the tokenizer can't decode the answer", BundleError, EXPORT_AGAIN):
             came = self._decoder.step(self._tokenizer, token) or ""
+        self.decoded += len(came)
         for character in came:
             self._pending += character
             if found := self._stop.add(character):

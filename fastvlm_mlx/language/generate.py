@@ -21,12 +21,12 @@ from weakref import finalize
 import mlx.core as mx
 from tokenizers import Tokenizer
 
-from fastvlm_mlx.bundle.config import TextConfig
-from fastvlm_mlx.errors import FastVLMError, PromptError
+from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.language.decode import Continuation, decode
 from fastvlm_mlx.language.detokenizer import Text
 from fastvlm_mlx.language.kept import Kept, Prompt, Span, content_hash, cut, keys
-from fastvlm_mlx.language.prompt.template import TURN_START, Encoded
+from fastvlm_mlx.language.logprobs import Logprobs, TokenLogprob, says
+from fastvlm_mlx.language.prompt.template import TURN_START, Encoded, check_room
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
 from fastvlm_mlx.language.structured.constraint import Constraint
 from fastvlm_mlx.language.wired_memory import wired
@@ -84,6 +84,9 @@ class GenerationResult:
     `tokens` are the generated ids without the end token; `generation_tokens` counts what was
     decoded, the end token included. `cached_tokens` of the prompt's were computed for an earlier
     question, those of the image among them. `peak_memory_bytes` is the process's.
+
+    `logprobs` has an entry for each of `tokens` that a stop string did not cut off, if the option
+    of that name was given.
     """
 
     prompt: str
@@ -97,10 +100,11 @@ class GenerationResult:
     timings: Timings
     peak_memory_bytes: int
     compute: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        data = asdict(self)
-        del data["tokens"]
+        data = asdict(replace(self, logprobs=None))
+        del data["tokens"], data["logprobs"]
         return data
 
 
@@ -145,7 +149,7 @@ class Generation:
             while not self._over:
                 step = self._step()
                 if isinstance(step, str):
-                    if step:
+                    if says(step):
                         self._shown.append(step)
                         return step
                 else:
@@ -262,7 +266,9 @@ class Answer:
             sampler=Sampler(options, text.vocab_size),
             processors=processors(options),
             constraint=question.constraint,
+            logprobs=options.logprobs,
         )
+        self._logprobs = None if options.logprobs is None else Logprobs(tokenizer)
         self.model, self._question, self._spent = model, question, spent
         self._eos_token_ids = eos_token_ids
         self._text = Text(tokenizer, options.stop)
@@ -285,12 +291,17 @@ class Answer:
             constraint.add(self._count, token)
             whole = constraint.whole
         self._count += 1
+        scores = self.continued.scores.popleft() if self._logprobs is not None else None
         shown = ""
         if token in self._eos_token_ids:
             self._finish_reason, self.ended = "stop", True
         else:
             self._tokens.append(token)
+            before = self._text.decoded
             shown = self._text.add(token)
+            if self._logprobs is not None and scores is not None:
+                self._logprobs.add(token, scores, before, self._text.decoded)
+                shown = self._logprobs.piece(shown, len(self._text.shown))
             if self._text.stopped or whole:
                 self._finish_reason, self.ended = "stop", True
         self.ended |= self._count == self.continued.max_tokens
@@ -298,7 +309,10 @@ class Answer:
 
     def flush(self) -> str:
         """The text that waited for what did not come."""
-        return self._text.flush()
+        piece, text = self._text.flush(), self._text
+        if self._logprobs is None:
+            return piece
+        return self._logprobs.last(piece, len(text.shown), stopped=text.stopped)
 
     def result(self) -> GenerationResult:
         """After its end, and after `flush`."""
@@ -323,6 +337,7 @@ class Answer:
             ),
             peak_memory_bytes=peak_memory_bytes(),
             compute=self.model.compute,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs.given),
         )
 
 
@@ -363,29 +378,6 @@ def generate(make: Callable[[], Answer], kept: Kept) -> Generator[str | Generati
                 break
     yield answer.flush()
     yield answer.result()
-
-
-def check_room(config: TextConfig, encoded: Encoded) -> int:
-    """Tokens that the context has left after the prompt.
-
-    Raises:
-        PromptError: none.
-    """
-    room = config.max_position_embeddings - len(encoded.ids)
-    if room < 1:
-        what, cure = "prompt", "shorten the prompt"
-        if encoded.turns > 1:
-            what, cure = "conversation", "begin a new one, or ask a shorter question"
-        elif len(encoded.places) > 1:
-            cure = "give fewer images, or shorten the prompt"
-        of_images = sum(map(len, encoded.places))
-        count = len(encoded.places)
-        shares = f", {of_images:,} of them of {count} images," if count > 1 else ""
-        raise PromptError(
-            f"the {what} has {len(encoded.ids):,} tokens{shares} and the context is "
-            f"{config.max_position_embeddings:,}: {cure}"
-        )
-    return room
 
 
 def peak_memory_bytes() -> int:

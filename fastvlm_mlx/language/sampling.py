@@ -20,6 +20,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.imports import part
+from fastvlm_mlx.language.logprobs import MAX_TOP
 from fastvlm_mlx.language.structured.json_schema import schema_text
 
 sampling = part("mlx_lm.sample_utils")
@@ -81,6 +82,7 @@ _RANGES = {
     "min_p": _Range(float, 0, 1),
     "repetition_penalty": _Range(float, 0, open=True, optional=True),
     "seed": _Range(int, 0, 2**64 - 1, optional=True),
+    "logprobs": _Range(int, 0, MAX_TOP, optional=True),
 }
 
 
@@ -101,6 +103,8 @@ class SamplingOptions:
         stop: texts that end the answer, of 100,000 characters in all; one alone may be a str.
         json_schema: the answer is JSON that meets it: a dict, JSON text, or a pydantic model. It is
             held as JSON text.
+        logprobs: how likely each token was is told too, with so many of the likeliest at its
+            place, up to 20; None tells nothing.
 
     Raises:
         OptionError: a value of another type, or outside its range; a schema that can't be followed;
@@ -116,6 +120,7 @@ class SamplingOptions:
     seed: int | None = None
     stop: Sequence[str] = ()
     json_schema: Any = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, range_ in _RANGES.items():

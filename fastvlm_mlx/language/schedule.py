@@ -18,6 +18,7 @@ from fastvlm_mlx.language.batch import Asked
 from fastvlm_mlx.language.decode import Batch
 from fastvlm_mlx.language.generate import Answer, GenerationResult
 from fastvlm_mlx.language.kept import Kept
+from fastvlm_mlx.language.logprobs import says
 from fastvlm_mlx.language.wired_memory import wired
 from fastvlm_mlx.language.worker import Worker
 
@@ -50,7 +51,7 @@ class Ticket:
     def tell(self, told: Told) -> None:
         if not self.over:
             self.over = not isinstance(told, str)
-            if told != "":
+            if not isinstance(told, str) or says(told):
                 self._tell(told)
 
 

@@ -20,6 +20,9 @@ from fastvlm_mlx.mapping import rows
 from fastvlm_mlx.mapping.images import Shard, check_patterns, special
 from fastvlm_mlx.mapping.rows import Row
 
+# Options that stand elsewhere among what a row depends on, or that no row shows.
+_LATER = ("seed", "logprobs")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -59,6 +62,11 @@ class Job:
         check_batch_size(self.batch_size)
         check_max_pixels(self.max_pixels)
 
+    @property
+    def structured(self) -> bool:
+        """Whether the answers are JSON by a schema."""
+        return self.options.json_schema is not None
+
     def load(self) -> FastVLM:
         """The model. Raises: as `fastvlm_mlx.load`."""
         return load(
@@ -86,7 +94,7 @@ class Job:
             "image_size": self.image_size or bundle.config.vision.image_size,
             "crop": self.crop,
             "encoder_compute": self.encoder_compute,
-            **{key: value for key, value in asdict(self.options).items() if key != "seed"},
+            **{key: value for key, value in asdict(self.options).items() if key not in _LATER},
             "seed": self.options.seed,
         }
 
@@ -110,11 +118,11 @@ class Job:
                 yield from _taken(refused)
                 name = asked.pop(index)
                 if isinstance(result, ImageError):
-                    yield rows.failed(name, result)
+                    yield rows.failed(name, result, structured=self.structured)
                 elif isinstance(result, Exception):
                     raise result
                 else:
-                    yield rows.answered(name, result)
+                    yield rows.answered(name, result, structured=self.structured)
             yield from _taken(refused)
         finally:
             results.close()
@@ -128,7 +136,7 @@ class Job:
             kind = special(path)
             if kind is not None:
                 error = ImageError(f"{path} is {kind}: expected a regular file")
-                refused.append(rows.failed(name, error))
+                refused.append(rows.failed(name, error, structured=self.structured))
                 continue
             asked[index] = name
             index += 1

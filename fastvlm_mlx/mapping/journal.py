@@ -10,8 +10,9 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Journal:
         self._lock, self._made_of = lock, made_of
         self._file: int | None = None
         self._size, self._tail = 0, b""
+        self._forgotten: set[str] = set()
         if self._has_rows():
             self._scan()
             if self._tail and not (_is_row(self._tail) or _begins_as_ours(self._tail)):
@@ -65,8 +67,38 @@ class Journal:
         """
         self.begin()
         self._check_ours()
+        if self._forgotten:
+            self._remove(self._forgotten)
+            self._forgotten = set()
         self._append(rows.line(row))
         self.done[row.name] = row.error is not None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Have other rows in place of those of these images. They are removed, in one step, when
+        the first new row comes."""
+        self._forgotten = set(names)
+        for name in self._forgotten:
+            del self.done[name]
+
+    def _remove(self, names: set[str]) -> None:
+        part = self.path.with_name(f".{self.path.name[:40]}.{secrets.token_hex(8)}.part")
+        with ExitStack() as undo, writing(self.path):
+            to = os.open(part, _FLAGS | os.O_APPEND | os.O_EXCL, 0o600)
+            undo.callback(os.close, to)
+            undo.callback(part.unlink, missing_ok=True)
+            os.fchmod(to, stat.S_IMODE(os.fstat(self.file).st_mode))
+            size = 0
+            with self.path.open("rb") as source, open(to, "ab", closefd=False) as target:
+                for line in source:
+                    if rows.read(line).name not in names:
+                        size += target.write(line)
+            os.fsync(to)
+            self._check_ours()
+            os.replace(part, self.path)
+            undo.pop_all()
+            os.close(self.file)
+            self._file, self._size = to, size
+            _sync_directory(self.path.parent)
 
     def sync(self) -> None:
         """Have the rows on the disk. Raises DestinationError: it refuses."""

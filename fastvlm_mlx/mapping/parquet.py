@@ -14,8 +14,9 @@ from msgspec import UNSET
 
 from fastvlm_mlx.errors import DestinationError
 from fastvlm_mlx.extras import needs_extra
-from fastvlm_mlx.mapping import rows
+from fastvlm_mlx.mapping import rows, structured
 from fastvlm_mlx.mapping.journal import check_regular, writing
+from fastvlm_mlx.mapping.structured import Column
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,13 +42,20 @@ def check(path: Path, rows_path: Path, *, overwrite: bool) -> None:
         )
 
 
-def convert(source: Path, path: Path) -> None:
-    """Make `path` of the rows in `source`, in one step. Raises DestinationError: no room for it, or
-    `path` is somebody else's by now."""
+def convert(source: Path, path: Path, json_schema: str | None = None) -> None:
+    """Make `path` of the rows in `source`, in one step.
+
+    Args:
+        json_schema: of the answers, whose properties are columns then.
+
+    Raises:
+        DestinationError: no room for it, or `path` is somebody else's by now.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema()
+    columns = structured.columns(json_schema, (*_TEXTS, *_COUNTS))
+    schema = _schema(columns)
     # A name that nothing else has: what is there already is somebody else's.
     part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
     with writing(path):
@@ -56,7 +64,7 @@ def convert(source: Path, path: Path) -> None:
                 part.open("xb") as stream,
                 pq.ParquetWriter(stream, schema, compression="zstd") as writer,
             ):
-                for group in _groups(source):
+                for group in _groups(source, columns):
                     writer.write_table(pa.Table.from_pylist(group, schema))
                 writer.close()
                 stream.flush()
@@ -87,20 +95,22 @@ def _check_ours(path: Path) -> None:
         )
 
 
-def _groups(source: Path) -> Iterator[list[dict[str, object]]]:
+def _groups(source: Path, columns: list[Column]) -> Iterator[list[dict[str, object]]]:
     with source.open("rb") as stream:
-        while group := [_cells(rows.read(line)) for line in islice(stream, _GROUP)]:
+        while group := [_cells(rows.read(line), columns) for line in islice(stream, _GROUP)]:
             yield group
 
 
-def _cells(row: rows.Row) -> dict[str, object]:
+def _cells(row: rows.Row, columns: list[Column]) -> dict[str, object]:
     cells = {name: getattr(row, name) for name in (*_TEXTS, *_COUNTS)}
-    return {name: None if value is UNSET else value for name, value in cells.items()}
+    found = {name: None if value is UNSET else value for name, value in cells.items()}
+    return found | structured.cells(columns, row.value)
 
 
-def _schema() -> pyarrow.Schema:
+def _schema(columns: list[Column]) -> pyarrow.Schema:
     import pyarrow as pa
 
     kinds = {**dict.fromkeys(_TEXTS, pa.string()), **dict.fromkeys(_COUNTS, pa.int32())}
-    fields = [pa.field(name, kinds[name]) for name in rows.Row.__struct_fields__]
+    fields = [pa.field(name, kinds[name]) for name in rows.Row.__struct_fields__ if name in kinds]
+    fields += [column.field() for column in columns]
     return pa.schema(fields, metadata={MADE_BY: b"1"})

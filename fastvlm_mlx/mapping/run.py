@@ -54,6 +54,7 @@ def map_folder(
     out: str | Path,
     *,
     overwrite: bool = False,
+    retry_errors: bool = False,
     ray: int | None = None,
     progress: Progress | None = None,
 ) -> Tally:
@@ -66,6 +67,7 @@ def map_folder(
         out: a file that ends in `.jsonl` or `.parquet`. The rows of the latter are collected beside
             it, and converted when every image has one.
         overwrite: begin anew what an earlier run made there.
+        retry_errors: ask again, once each, about the images whose rows are errors.
         ray: how many workers of a Ray cluster are to ask, in place of this process.
 
     Raises:
@@ -89,6 +91,8 @@ def map_folder(
     found = images.find(str(job.folder), job.patterns, job.shard, own)
     _check_some(job, found)
     with journal.opened(rows_path, made_of, overwrite=overwrite) as written:
+        if retry_errors:
+            written.forget(name for name in found.names if written.done.get(name))
         tally = _tally(found, written.done)
         left = [name for name in found.names if name not in written.done]
         if progress is not None:
@@ -99,7 +103,7 @@ def map_folder(
         written.begin()
         written.sync()
         if parquet:
-            convert(rows_path, path)
+            convert(rows_path, path, job.options.json_schema)
     return tally
 
 

@@ -71,8 +71,15 @@ class Guard:
             self._write(scope, _GONE if record.gone else status, record)
 
     def _check(self, scope: Scope) -> None:
-        """Raises ApiError: the request comes from where none should come from, or has no key."""
+        """Raises ApiError: the request comes from where none should come from, has no key, or ends
+        in two places."""
         headers, settings = Headers(scope=scope), self._settings
+        # A proxy may believe the one and take for the next request what the other calls the body.
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise ApiError(
+                "the request has both Content-Length and Transfer-Encoding: send one of them",
+                headers={"Connection": "close"},
+            )
         host = headers.get("host", "").lower()
         names = {*_LOOPBACK_NAMES, settings.host}
         # A page of somebody else's may have had its name pointed here.

@@ -24,6 +24,7 @@ SHARES = {
     "packages": 10,
     "options": 8,
     "api": 5,
+    "server": 5,
     "exports": 1,
     "concurrency": 1,
 }

@@ -337,7 +337,9 @@ REQUEST = st.fixed_dictionaries(
         "instructions": JSON,
         "metadata": JSON,
         "tools": JSON,
-        "logprobs": JSON,
+        "logprobs": st.booleans() | JSON,
+        "top_logprobs": NUMBER,
+        "include": st.just(["message.output_text.logprobs"]) | JSON,
     },
 )
 
@@ -354,6 +356,25 @@ def test_no_request_is_a_fault_of_the_server(running, body, path):
     if answer.status != 200:
         assert 400 <= answer.status < 500
         check_refused(answer, answer.status)
+
+
+@pytest.mark.parametrize("first", ["Content-Length", "Transfer-Encoding"])
+@pytest.mark.parametrize("length", [0, 4, 1000])
+def test_a_request_that_ends_in_two_places_is_refused_and_what_follows_it_not_read(
+    running, first, length
+):
+    body = json.dumps({"model": NAME, "messages": USER, "max_tokens": 1}).encode()
+    lines = {"Content-Length": str(length), "Transfer-Encoding": "chunked"}
+    order = sorted(lines, reverse=first == "Transfer-Encoding")
+    head = "".join(f"{name}: {lines[name]}\r\n" for name in order)
+    sent = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}"
+    sent += "Content-Type: application/json\r\n\r\n"
+    hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answer = running.send(sent.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) + hidden)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    check_refused(parsed(answer))
+    assert parsed(answer).headers["connection"] == "close"
+    check_well(running)
 
 
 def test_threads_are_not_left_behind(running):

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fastvlm_mlx.bundle.config import IMAGE_TOKEN
+from fastvlm_mlx.bundle.config import IMAGE_TOKEN, TextConfig
 from fastvlm_mlx.bundle.manifest import EXPORT_AGAIN
 from fastvlm_mlx.bundle.tokenizer import no_panic
 from fastvlm_mlx.errors import BundleError, PromptError
@@ -246,3 +246,26 @@ def _control_id(tokenizer: Tokenizer, token: str) -> int:
     if token_id is None:
         raise BundleError(f"the tokenizer lacks {token}: expected the tokenizer of a FastVLM")
     return token_id
+
+
+def check_room(config: TextConfig, encoded: Encoded) -> int:
+    """Tokens that the context has left after the prompt.
+
+    Raises:
+        PromptError: none.
+    """
+    room = config.max_position_embeddings - len(encoded.ids)
+    if room < 1:
+        what, cure = "prompt", "shorten the prompt"
+        if encoded.turns > 1:
+            what, cure = "conversation", "begin a new one, or ask a shorter question"
+        elif len(encoded.places) > 1:
+            cure = "give fewer images, or shorten the prompt"
+        of_images = sum(map(len, encoded.places))
+        count = len(encoded.places)
+        shares = f", {of_images:,} of them of {count} images," if count > 1 else ""
+        raise PromptError(
+            f"the {what} has {len(encoded.ids):,} tokens{shares} and the context is "
+            f"{config.max_position_embeddings:,}: {cure}"
+        )
+    return room

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from fastvlm_mlx.language.generate import GenerationResult
+from fastvlm_mlx.language.logprobs import TokenLogprob, logprobs_of
 from fastvlm_mlx.serve.errors import ApiError
 from fastvlm_mlx.serve.formats.requests import Wanted
 
@@ -33,7 +34,7 @@ class Completions:
                 {
                     "index": index,
                     "message": {"role": "assistant", "content": result.text, "refusal": None},
-                    "logprobs": None,
+                    "logprobs": self._logprobs(result.logprobs or ()),
                     "finish_reason": result.finish_reason,
                 }
                 for index, result in enumerate(results)
@@ -47,7 +48,8 @@ class Completions:
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def piece(self, index: int, text: str) -> Iterator[bytes]:
-        yield self._chunk(index, {"content": text})
+        logprobs = self._logprobs(logprobs_of(text))
+        yield self._chunk(index, {"content": str(text)}, logprobs=logprobs)
 
     def ended(self, index: int, result: GenerationResult) -> Iterator[bytes]:
         yield self._chunk(index, {}, result.finish_reason)
@@ -68,8 +70,19 @@ class Completions:
     def failed(self, error: ApiError) -> Iterable[bytes]:
         yield event(error.body())
 
-    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _logprobs(self, each: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+        if self._wanted.options.logprobs is None:
+            return None
+        return {"content": told(each), "refusal": None}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         chunk = {**self._about, "object": "chat.completion.chunk", "choices": [choice]}
         if self._wanted.include_usage:
             chunk["usage"] = None
@@ -80,6 +93,16 @@ def event(data: dict[str, Any], name: str = "") -> bytes:
     """A server-sent event."""
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def told(each: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    """Log-probabilities in the form that both kinds of answer have."""
+    return [{**_one(token), "top_logprobs": [_one(other) for other in token.top]} for token in each]
+
+
+def _one(token: TokenLogprob) -> dict[str, Any]:
+    data = None if token.bytes is None else list(token.bytes)
+    return {"token": token.text, "logprob": token.logprob, "bytes": data}
 
 
 def usage(results: list[GenerationResult]) -> dict[str, Any]:

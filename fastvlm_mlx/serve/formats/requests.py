@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from fastvlm_mlx.bundle import schema
 from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.language.logprobs import MAX_TOP
 from fastvlm_mlx.language.sampling import MAX_STOP_CHARACTERS, SamplingOptions
 from fastvlm_mlx.serve.errors import ApiError
 from fastvlm_mlx.serve.limits import MAX_CHOICES, MAX_STOPS, Settings
@@ -31,6 +32,7 @@ Temperature = Annotated[float, Meta(ge=0, le=2)] | None
 TopP = Annotated[float, Meta(ge=0, le=1)] | None
 Messages = Meta(min_length=1, max_length=10_000)
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)] | None
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP)] | None
 
 
 class ImageURL(Struct, frozen=True):
@@ -80,6 +82,8 @@ class ChatRequest(Struct, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
@@ -166,6 +168,7 @@ def read_chat(body: bytes, settings: Settings) -> Wanted:
         top_p=asked.top_p,
         seed=asked.seed,
         stop=asked.stop,
+        logprobs=logprobs(bool(asked.logprobs), asked.top_logprobs, "logprobs: true"),
         schema=schema_of(form, inner, "response_format"),
         n=asked.n or 1,
         stream=bool(asked.stream),
@@ -183,6 +186,7 @@ def wanted(
     top_p: float | None,
     seed: int | None = None,
     stop: str | list[str] | None = None,
+    logprobs: int | None = None,
     schema: dict[str, Any] | None = None,
     **more: Any,
 ) -> Wanted:
@@ -202,6 +206,7 @@ def wanted(
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             json_schema=schema,
+            logprobs=logprobs,
         )
     except FastVLMError as error:
         # It names options as the command line does.
@@ -269,6 +274,19 @@ def check_unsupported(found: dict[str, Any], table: dict[str, tuple[Any, ...]]) 
                 param=name,
                 code="unsupported_parameter",
             )
+
+
+def logprobs(wanted: bool, top: int | None, remedy: str) -> int | None:
+    """How many of the likeliest tokens are told beside each, or None if nothing is.
+
+    Raises:
+        ApiError: there are such without what they stand beside.
+    """
+    if top and not wanted:
+        raise ApiError(
+            f"top_logprobs is {top} without log-probabilities: add {remedy}", param="top_logprobs"
+        )
+    return (top or 0) if wanted else None
 
 
 def schema_of(form: dict[str, Any] | None, holder: Any, name: str) -> dict[str, Any] | None:

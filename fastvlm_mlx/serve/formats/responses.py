@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from secrets import token_hex
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from fastvlm_mlx.language.generate import GenerationResult
+from fastvlm_mlx.language.logprobs import TokenLogprob, logprobs_of
 from fastvlm_mlx.serve.errors import ApiError
-from fastvlm_mlx.serve.formats.completions import event, timings
+from fastvlm_mlx.serve.formats.completions import event, timings, told
 from fastvlm_mlx.serve.formats.requests import (
     Detail,
     ImageRef,
@@ -19,11 +20,13 @@ from fastvlm_mlx.serve.formats.requests import (
     Role,
     Temperature,
     Tokens,
+    TopLogprobs,
     TopP,
     Turn,
     Wanted,
     check_unsupported,
     convert,
+    logprobs,
     parse,
     schema_of,
     wanted,
@@ -80,8 +83,11 @@ class ResponsesRequest(Struct, frozen=True):
     text: TextOptions | None = None
     # As OpenAI limits it; it comes back in the answer.
     metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
+    top_logprobs: TopLogprobs = None
 
 
+# What `include` names the log-probabilities of the answer's tokens.
+_LOGPROBS = "message.output_text.logprobs"
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -89,8 +95,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "conversation": (None,),
     "prompt": (None,),
     "background": (None, False),
-    "include": (None, []),
-    "top_logprobs": (None, 0),
+    "include": (None, [], [_LOGPROBS]),
     "truncation": (None, "disabled"),
 }
 
@@ -117,11 +122,15 @@ def read_responses(body: bytes, settings: Settings) -> Wanted:
         max_tokens=("max_output_tokens", asked.max_output_tokens),
         temperature=asked.temperature,
         top_p=asked.top_p,
+        logprobs=logprobs(
+            bool(found.get("include")), asked.top_logprobs, f'include: ["{_LOGPROBS}"]'
+        ),
         schema=schema_of(form, form, "text.format"),
         stream=bool(asked.stream),
         about={
             "instructions": asked.instructions,
             "metadata": asked.metadata or {},
+            "top_logprobs": asked.top_logprobs or 0,
             "text": {"format": form or {"type": "text"}},
         },
     )
@@ -155,18 +164,20 @@ class Responses:
         yield self._event("response.created", response=self._response())
         yield self._event("response.in_progress", response=self._response())
         yield self._event(
-            "response.output_item.added", output_index=0, item=self._message("in_progress")
+            "response.output_item.added", output_index=0, item=self._message("in_progress", [])
         )
         yield self._of_part("response.content_part.added", part=_text(""))
 
     def piece(self, index: int, text: str) -> Iterator[bytes]:
-        yield self._of_part("response.output_text.delta", delta=text, logprobs=[])
+        yield self._of_part(
+            "response.output_text.delta", delta=str(text), logprobs=told(logprobs_of(text))
+        )
 
     def ended(self, index: int, result: GenerationResult) -> Iterator[bytes]:
-        text, status = result.text, _status(result)
-        yield self._of_part("response.output_text.done", text=text, logprobs=[])
-        yield self._of_part("response.content_part.done", part=_text(text))
-        item = self._message(status, text)
+        text, status, scored = result.text, _status(result), result.logprobs or ()
+        yield self._of_part("response.output_text.done", text=text, logprobs=told(scored))
+        yield self._of_part("response.content_part.done", part=_text(text, scored))
+        item = self._message(status, [_text(text, scored)])
         yield self._event("response.output_item.done", output_index=0, item=item)
 
     def end(self, results: list[GenerationResult]) -> Iterator[bytes]:
@@ -187,13 +198,13 @@ class Responses:
     def _of_part(self, kind: str, **fields: Any) -> bytes:
         return self._event(kind, item_id=self._item, output_index=0, content_index=0, **fields)
 
-    def _message(self, status: str, text: str | None = None) -> dict[str, Any]:
+    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self._item,
             "type": "message",
             "role": "assistant",
             "status": status,
-            "content": [] if text is None else [_text(text)],
+            "content": content,
         }
 
     def _response(self, result: GenerationResult | None = None) -> dict[str, Any]:
@@ -221,7 +232,8 @@ class Responses:
             **self._wanted.about,
         }
         if result is not None:
-            made["output"] = [self._message(status, result.text)]
+            content = [_text(result.text, result.logprobs or ())]
+            made["output"] = [self._message(status, content)]
             made["usage"] = _usage(result)
             made["timings"] = timings([result])
         if status == "incomplete":
@@ -233,8 +245,8 @@ def _status(result: GenerationResult) -> str:
     return "completed" if result.finish_reason == "stop" else "incomplete"
 
 
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text(text: str, scored: Iterable[TokenLogprob] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": told(scored)}
 
 
 def _usage(result: GenerationResult) -> dict[str, Any]:
