@@ -26,6 +26,7 @@ from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.language.decode import Continuation, decode
 from fastvlm_mlx.language.detokenizer import Text
 from fastvlm_mlx.language.kept import Kept, Prompt, Span, content_hash, cut, keys
+from fastvlm_mlx.language.prompt.messages import ORIGINAL
 from fastvlm_mlx.language.prompt.template import TURN_START, Encoded
 from fastvlm_mlx.language.sampling import Sampler, SamplingOptions, processors
 from fastvlm_mlx.language.structured.constraint import Constraint
@@ -378,6 +379,8 @@ def check_room(config: TextConfig, encoded: Encoded) -> int:
             what, cure = "conversation", "begin a new one, or ask a shorter question"
         elif len(encoded.places) > 1:
             cure = "give fewer images, or shorten the prompt"
+        elif any(image.detail == ORIGINAL for image in encoded.images):
+            cure = "give the image a lower detail, or shorten the prompt"
         of_images = sum(map(len, encoded.places))
         count = len(encoded.places)
         shares = f", {of_images:,} of them of {count} images," if count > 1 else ""
