@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -156,6 +159,86 @@ def test_mlx_has_the_sizes_of_its_export_and_the_one_that_was_loaded(mlx_bundle:
     for detail, peer in (("high", own), ("auto", fastvlm_mlx.load(mlx_bundle, image_size=192))):
         found = model.generate(SCENE, QUESTIONS[0], detail=detail, max_tokens=8)
         assert found.tokens == peer.generate(SCENE, QUESTIONS[0], max_tokens=8).tokens
+
+
+class TestTheCommands:
+    @pytest.fixture
+    def loaded(self, model: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Loading takes no time."""
+        monkeypatch.setattr("fastvlm_mlx.loading.load", lambda *_, **__: model)
+        monkeypatch.setattr("fastvlm_mlx.mapping.job.load", lambda *_, **__: model)
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "images"
+        folder.mkdir()
+        SCENE.save(folder / "scene.png")
+        return folder
+
+    @pytest.mark.usefixtures("loaded")
+    def test_generate(self, fastvlm, model: FastVLM, folder: Path, sizes_bundle: Path) -> None:
+        image = folder / "scene.png"
+        words = ["generate", sizes_bundle, "--image", image, "--prompt", QUESTIONS[0], "--detail"]
+        for detail in ("low", "original"):
+            status, out, err = fastvlm(*words, detail, "--json")
+            (answer,) = json.loads(out)["answers"]
+            expected = model.generate(image, QUESTIONS[0], detail=detail)
+            assert (status, answer["text"]) == (0, expected.text)
+            assert answer["image_tokens"] == TOKENS[detail]
+            assert ("without tiles" in err) == (detail == "original")
+        status, out, err = fastvlm(*words, "medium")
+        assert (status, out) == (2, "")
+        assert err.startswith(
+            "error: the detail of an image is 'medium': expected one of auto, low"
+        )
+
+    @pytest.mark.usefixtures("loaded")
+    def test_generate_about_a_video(
+        self, fastvlm, model: FastVLM, tmp_path: Path, sizes_bundle: Path
+    ) -> None:
+        clip = tmp_path / "clip.mp4"
+        write_clip(clip, [SCENE, SCENE])
+        words = ["generate", sizes_bundle, "--video", clip, "--prompt", QUESTIONS[0], "--json"]
+        (answer,) = json.loads(fastvlm(*words, "--detail", "low")[1])["answers"]
+        assert answer["image_tokens"] == 2 * TOKENS["low"]
+        captions = json.loads(fastvlm(*words, "--detail", "low", "--every", "9")[1])["captions"]
+        assert [each["image_tokens"] for each in captions] == [TOKENS["low"]]
+
+    @pytest.mark.usefixtures("loaded")
+    def test_chat(
+        self,
+        fastvlm,
+        model: FastVLM,
+        folder: Path,
+        sizes_bundle: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"scene.png {QUESTIONS[0]}\n"))
+        status, out, _ = fastvlm("chat", sizes_bundle, "--detail", "low")
+        expected = model.generate("scene.png", QUESTIONS[0], detail="low").text
+        assert (status, out.strip()) == (0, expected)
+        assert expected != model.generate("scene.png", QUESTIONS[0]).text
+
+    @pytest.mark.usefixtures("loaded")
+    def test_map(self, fastvlm, folder: Path, tmp_path: Path, sizes_bundle: Path) -> None:
+        out = tmp_path / "captions.jsonl"
+        words = ["map", sizes_bundle, folder, "--prompt", QUESTIONS[0], "--out", out]
+        assert fastvlm(*words, "--detail", "low")[0] == 0
+        assert json.loads(out.read_text())["image_tokens"] == TOKENS["low"]
+        status, _, err = fastvlm(*words)
+        assert (status, "was begun with detail low, not auto" in err) == (2, True)
+
+
+def write_clip(path: Path, images: list[Image.Image]) -> None:
+    """A frame each second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 256
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
 
 
 class TestRefused:

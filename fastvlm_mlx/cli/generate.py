@@ -12,6 +12,7 @@ from fastvlm_mlx.cli.input import video
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,
+    Detail,
     EncoderCompute,
     ImageSize,
     JsonSchema,
@@ -91,6 +92,7 @@ def generate(
     compute_units: ComputeUnits = "auto",
     encoder_compute: EncoderCompute = "auto",
     image_size: ImageSize = None,
+    detail: Detail = "auto",
     crop: Crop = False,
     max_pixels: MaxPixels = None,
     as_json: Json = False,
@@ -110,8 +112,10 @@ def generate(
         load_image,
     )
     from fastvlm_mlx.loading import load
+    from fastvlm_mlx.sizes import ORIGINAL, check_detail
 
     options = sampling(call)
+    check_detail(detail)
     limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
     check_max_pixels(limit)
     images = image or []
@@ -129,6 +133,8 @@ def generate(
         )
     if len(decoded) > 1:
         show.note(f"warning: {show.SEVERAL_IMAGES}")
+    if detail == ORIGINAL:
+        show.note(f"warning: {show.TILES}")
     loaded = load(
         bundle,
         compute_units=compute_units,
@@ -138,7 +144,7 @@ def generate(
         encoder_compute=encoder_compute,
     )
     if chosen is not None and every is not None:
-        captions = video.captions(loaded, chosen, prompt[0], options)
+        captions = video.captions(loaded, chosen, prompt[0], options, detail)
         if not as_json:
             video.print_captions(captions, chosen)
             return
@@ -146,9 +152,10 @@ def generate(
         print_json({"model": model, "video": video_path, "captions": told})
         return
     if chosen is None:
-        generations = loaded.ask(decoded, prompt, options)
+        generations = loaded.ask(decoded, prompt, options, detail=detail)
     else:
-        generations = video.answers(loaded, chosen, prompt, options)
+        generations = video.answers(loaded, chosen, prompt, options, detail)
+    backend = loaded.encoder_for(detail).backend
     answers = []
     for generation in generations:
         for piece in generation:
@@ -157,13 +164,13 @@ def generate(
         answers.append(generation.result)
         if not as_json:
             print(flush=True)
-            print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
+            print(show.timing_line(generation.result, backend), file=sys.stderr)
     if as_json:
         print_json(
             {
                 "model": model,
                 **_asked_about(images, video_path, chosen),
-                "encoder": loaded.encoder.backend,
+                "encoder": backend,
                 # A video's prompt has the times of its frames in it.
                 "answers": [
                     {**answer.to_dict(), "prompt": asked}
