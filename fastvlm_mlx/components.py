@@ -74,8 +74,12 @@ def load_bundle_encoder(
     compute_units: str = "auto",
     image_size: int | None = None,
     encoder_compute: str = "auto",
+    like: VisionEncoder | None = None,
 ) -> VisionEncoder:
     """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
+
+    Args:
+        like: the bundle's encoder of another size, whose weights are used again.
 
     Raises:
         OptionError: compute units for an encoder that Core ML does not run, a type for one that
@@ -88,12 +92,14 @@ def load_bundle_encoder(
     bundle.check_unchanged(bundle.encoder_files)
     if bundle.layout == "app":
         encoder: VisionEncoder = load_encoder(
-            bundle.package, compute_units, image_size, encoder_compute
+            bundle.package, compute_units, image_size, encoder_compute, like
         )
     else:
         from fastvlm_mlx.vision.fastvithd import FastViTHD
 
         vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
+        if isinstance(like, FastViTHD):
+            return like.at(vision)
         encoder = FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
     bundle.check_unchanged(bundle.encoder_files)
     return encoder

@@ -113,9 +113,10 @@ class Looking:
     # Asked for on the worker alone: nothing else keeps two threads from making it twice.
     def _encoder(self, pixels: int) -> VisionEncoder:
         if pixels not in self._encoders:
+            like = next(iter(self._encoders.values()), None)
             with self._loading():
                 self._encoders[pixels] = load_bundle_encoder(
-                    self.bundle, self.compute_units, pixels, self.encoder_compute
+                    self.bundle, self.compute_units, pixels, self.encoder_compute, like
                 )
         return self._encoders[pixels]
 
