@@ -18,8 +18,6 @@ from fastvlm_mlx.vision import (
     check_encoder_compute,
     load_encoder,
 )
-from fastvlm_mlx.vision.interface import encoder_shape
-from fastvlm_mlx.vision.package import describe
 
 
 def read_weights(bundle: Bundle) -> dict[str, mx.array]:
@@ -76,8 +74,12 @@ def load_bundle_encoder(
     compute_units: str = "auto",
     image_size: int | None = None,
     encoder_compute: str = "auto",
+    like: VisionEncoder | None = None,
 ) -> VisionEncoder:
     """The encoder of a bundle of either layout: its package's, or FastViTHD in MLX.
+
+    Args:
+        like: the bundle's encoder of another size, whose weights are used again.
 
     Raises:
         OptionError: compute units for an encoder that Core ML does not run, a type for one that
@@ -90,37 +92,17 @@ def load_bundle_encoder(
     bundle.check_unchanged(bundle.encoder_files)
     if bundle.layout == "app":
         encoder: VisionEncoder = load_encoder(
-            bundle.package, compute_units, image_size, encoder_compute
+            bundle.package, compute_units, image_size, encoder_compute, like
         )
     else:
         from fastvlm_mlx.vision.fastvithd import FastViTHD
 
         vision = bundle.config.vision if image_size is None else bundle.at(image_size).config.vision
+        if isinstance(like, FastViTHD):
+            return like.at(vision)
         encoder = FastViTHD(bundle.encoder_arrays(), vision, bundle.config.quantization)
     bundle.check_unchanged(bundle.encoder_files)
     return encoder
-
-
-def encoder_sizes(bundle: Bundle, image_size: int | None) -> tuple[int, int]:
-    """S and N of the bundle's encoder, as its package declares them, or config.json.
-
-    Raises:
-        EncoderError: the package is damaged, or no encoder's.
-        BundleError: it is not the encoder that config.json describes.
-        OptionError, ConfigError: it does not take `image_size`.
-    """
-    vision = bundle.config.vision
-    if bundle.layout == "mlx":
-        if image_size is not None:
-            vision = bundle.at(image_size).config.vision
-        return vision.image_size, vision.num_tokens
-    size, num_tokens, channels = encoder_shape(describe(bundle.package, image_size))
-    if channels != vision.hidden_size:
-        raise BundleError(
-            f"{bundle.package} makes {channels} channels where config.json says "
-            f"{vision.hidden_size}: they belong to different models, export again"
-        )
-    return size, num_tokens
 
 
 def check_bundle_compute_units(bundle: Bundle, compute_units: str) -> None:

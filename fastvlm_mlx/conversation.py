@@ -14,7 +14,7 @@ from fastvlm_mlx.bundle.schema import read_json, to_json
 from fastvlm_mlx.errors import FastVLMError, OptionError, PromptError, escaped, printable
 from fastvlm_mlx.fastvlm import FastVLM, Images
 from fastvlm_mlx.language.generate import Generation
-from fastvlm_mlx.language.prompt.messages import history
+from fastvlm_mlx.language.prompt.messages import AUTO, history
 from fastvlm_mlx.language.prompt.template import asked
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 
@@ -76,12 +76,15 @@ class Conversation:
         text: str,
         images: Images = None,
         options: SamplingOptions | None = None,
+        *,
+        detail: str = AUTO,
         **sampling: Any,
     ) -> Generation:
         """Ask, and get the answer piece by piece, as of `FastVLM.stream`.
 
         Args:
             images: one or a list, which come before the text; None asks about the earlier ones.
+            detail: of these images, as `FastVLM.encode` takes it.
 
         Raises:
             ImageError, PromptError, OptionError: before anything is computed, also if the context
@@ -95,7 +98,7 @@ class Conversation:
             )
         chosen = self.options if options is None and not sampling else None
         chosen = chosen or resolve_options(options, sampling)
-        messages = [*self._messages, *asked(images, text)]
+        messages = [*self._messages, *asked(images, text, detail)]
         given = [*self._images, *_images(messages[-1:])]
         generation, features = self.model.begin(_with_images(messages, given), chosen)
         self._latest, self._with_latest = generation, (messages, list(features))
@@ -174,7 +177,7 @@ class Conversation:
 
 
 def _images(messages: Sequence[dict[str, Any]]) -> list[Any]:
-    return [image for message in history(messages) for image in message.images]
+    return [each.image for message in history(messages) for each in message.images]
 
 
 def _with_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:

@@ -27,17 +27,18 @@ from fastvlm_mlx.language.generate import (
     Timings,
     generate,
 )
+from fastvlm_mlx.language.prompt.messages import AUTO, Image
 from fastvlm_mlx.language.prompt.template import asked, check_room, encode_messages
 from fastvlm_mlx.language.sampling import SamplingOptions, resolve_options
 from fastvlm_mlx.language.schedule import Schedule
-from fastvlm_mlx.looking import Looking
+from fastvlm_mlx.looking import Looking, Pixels
 
 # An image as it may be asked about: itself, or its features.
 Askable = ImageSource | ImageFeatures
 # What one prompt may be about.
 Images = Askable | Sequence[Askable] | None
-# An image that is ready for the encoder, as `FastVLM._pixels` returns it; or its features.
-Ready = ImageFeatures | tuple[np.ndarray, bytes, float]
+# An image that is ready for the encoder, or its features.
+Ready = ImageFeatures | Pixels
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +53,7 @@ class FastVLM(Looking):
     thread: there every use, and loading anew, is a FastVLMError.
     """
 
-    def embed(self, image: Askable) -> np.ndarray:
+    def embed(self, image: Askable, detail: str = AUTO) -> np.ndarray:
         """One vector for an image, float32 [D] of length 1: the mean of its projected features.
 
         The dot product of two vectors of one model says how alike two images look to it.
@@ -60,7 +61,7 @@ class FastVLM(Looking):
         Raises:
             ImageError, EncoderError, OptionError: as `encode` and `stream`.
         """
-        (features,), _ = self._features([image])
+        (features,), _ = self._features([Image(image, detail)])
         return self.worker.run(pooled, features)
 
     def stream(
@@ -68,6 +69,8 @@ class FastVLM(Looking):
         image: Images,
         prompt: str,
         options: SamplingOptions | None = None,
+        *,
+        detail: str = AUTO,
         **sampling: Any,
     ) -> Generation:
         """Answer piece by piece: iterate over the generation, then read its `result`.
@@ -77,32 +80,37 @@ class FastVLM(Looking):
                 list every image is put before the prompt, each on a line; FastVLM was trained with
                 one.
             options: how to sample; or its fields as keywords (`max_tokens=64`).
+            detail: of every image, as `encode` takes it. Features have theirs already.
 
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
         """
-        return self.chat(asked(image, prompt), options, **sampling)
+        return self.chat(asked(image, prompt, detail), options, **sampling)
 
     def generate(
         self,
         image: Images,
         prompt: str,
         options: SamplingOptions | None = None,
+        *,
+        detail: str = AUTO,
         **sampling: Any,
     ) -> GenerationResult:
         """Answer in one piece. Arguments and errors are those of `stream`."""
-        return self.stream(image, prompt, options, **sampling).result
+        return self.stream(image, prompt, options, detail=detail, **sampling).result
 
     async def astream(
         self,
         image: Images,
         prompt: str,
         options: SamplingOptions | None = None,
+        *,
+        detail: str = AUTO,
         **sampling: Any,
     ) -> AsyncGenerator[str]:
         """As `stream`, without blocking an event loop: `async for piece in model.astream(…)`. An
         answer that is cancelled or left half way is given up."""
-        ask = partial(self.stream, image, prompt, options, **sampling)
+        ask = partial(self.stream, image, prompt, options, detail=detail, **sampling)
         async with aclosing(aiter(await asyncio.to_thread(ask))) as pieces:
             async for piece in pieces:
                 yield piece
@@ -118,7 +126,8 @@ class FastVLM(Looking):
         Args:
             messages: `{"role": "user", "content": "…"}` with the roles system, user and assistant;
                 a content may be a list of parts, `{"type": "text", "text": "…"}` and
-                `{"type": "image", "image": image}`, and an image stands where its part does.
+                `{"type": "image", "image": image}`, and an image stands where its part does. It
+                may have a `"detail"` of its own, as `encode` takes it.
 
         Raises:
             ImageError, PromptError, OptionError: before anything is computed.
@@ -150,13 +159,19 @@ class FastVLM(Looking):
         features, spent = self._features(question.encoded.images)
         return self._answer(question, features, spent), features
 
-    def _features(self, images: Sequence[Any]) -> tuple[list[ImageFeatures], Timings]:
+    def _features(self, images: Sequence[Image]) -> tuple[list[ImageFeatures], Timings]:
         """The features of each image, and what encoding those took that had none."""
-        for image in images:
+        given = [each.image for each in images]
+        for image in given:
             if isinstance(image, ImageFeatures):
                 self._check(image)
-        features = [i if isinstance(i, ImageFeatures) else self.encode(i) for i in images]
-        new = [f.timings for f, i in zip(features, images, strict=True) if f is not i]
+        features = [
+            each.image
+            if isinstance(each.image, ImageFeatures)
+            else self.encode(each.image, each.detail)
+            for each in images
+        ]
+        new = [f.timings for f, image in zip(features, given, strict=True) if f is not image]
         return features, Timings.of_images(new)
 
     def ask(
@@ -164,6 +179,8 @@ class FastVLM(Looking):
         image: Images,
         prompts: Sequence[str],
         options: SamplingOptions | None = None,
+        *,
+        detail: str = AUTO,
         **sampling: Any,
     ) -> Iterator[Generation]:
         """Ask several questions about an image, or about several, which are encoded once, in the
@@ -176,7 +193,8 @@ class FastVLM(Looking):
             found = f"of type {type(prompts).__name__}" if prompts else "empty"
             raise PromptError(f"the list of prompts is {found}: expected a list of one or more")
         options = resolve_options(options, sampling)
-        return self._answers([self._question(asked(image, each), options) for each in prompts])
+        messages = [asked(image, each, detail) for each in prompts]
+        return self._answers([self._question(each, options) for each in messages])
 
     def _answers(self, questions: list[Question]) -> Iterator[Generation]:
         features, spent = self._features(questions[0].encoded.images)
@@ -191,6 +209,7 @@ class FastVLM(Looking):
         options: SamplingOptions | None = None,
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        detail: str = AUTO,
         **sampling: Any,
     ) -> Answers:
         """Ask about many images, and decode the answers together, each as it would be alone.
@@ -202,6 +221,7 @@ class FastVLM(Looking):
             images: of each question its image, the features of one, a list of them, or None.
             prompts: one for each image, or one text for all.
             batch_size: how many answers are decoded together, 1 or more.
+            detail: of every image, as `encode` takes it.
 
         Returns:
             An iterator over the results in the order of the images. What is wrong with one of them
@@ -216,11 +236,12 @@ class FastVLM(Looking):
         if options.json_schema is not None:
             self._grammars.constraint(options.json_schema)
         size = check_batch_size(batch_size)
-        asked = (
-            Asked(partial(self._ask_about, image, prompt, options), self._begin)
+        self.sizes.of(detail)
+        questions = (
+            Asked(partial(self._ask_about, image, prompt, detail, options), self._begin)
             for image, prompt in pairs(images, prompts)
         )
-        return Answers(self.worker, self.model, lambda: self._kept, asked, size)
+        return Answers(self.worker, self.model, lambda: self._kept, questions, size)
 
     def schedule(self, batch_size: int = DEFAULT_BATCH_SIZE) -> Schedule:
         """Decodes together the answers of all who ask at the same time, each as it would be alone.
@@ -239,17 +260,21 @@ class FastVLM(Looking):
         return Asked(partial(self._prepare, messages, options), self._begin)
 
     def _ask_about(
-        self, image: Images, prompt: str, options: SamplingOptions
+        self, image: Images, prompt: str, detail: str, options: SamplingOptions
     ) -> tuple[Question, list[Ready]]:
-        return self._prepare(asked(image, prompt), options)
+        return self._prepare(asked(image, prompt, detail), options)
 
     def _prepare(
         self, messages: Sequence[dict[str, Any]], options: SamplingOptions
     ) -> tuple[Question, list[Ready]]:
         """What can be done on any thread."""
         question = self._question(messages, options)
-        images = question.encoded.images
-        return question, [i if isinstance(i, ImageFeatures) else self._pixels(i) for i in images]
+        return question, [
+            each.image
+            if isinstance(each.image, ImageFeatures)
+            else self._pixels(each.image, self.sizes.of(each.detail))
+            for each in question.encoded.images
+        ]
 
     def _begin(self, prepared: tuple[Question, list[Ready]]) -> Answer:
         """The answer to what was prepared. On the thread that computes."""
@@ -257,7 +282,7 @@ class FastVLM(Looking):
         for image in images:
             if isinstance(image, ImageFeatures):
                 self._check(image)
-        features = [i if isinstance(i, ImageFeatures) else self._look(*i) for i in images]
+        features = [i if isinstance(i, ImageFeatures) else self._look(i) for i in images]
         new = [f.timings for f, i in zip(features, images, strict=True) if f is not i]
         return self._make(question, features, Timings.of_images(new))
 
@@ -268,7 +293,7 @@ class FastVLM(Looking):
             self.tokenizer,
             messages,
             image_token_id=self.config.image_token_index,
-            num_image_tokens=self.num_tokens,
+            num_image_tokens=self._num_tokens,
             context=text.max_position_embeddings,
         )
         check_room(text, encoded)

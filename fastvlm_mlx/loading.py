@@ -10,7 +10,6 @@ from fastvlm_mlx.bundle.bundle import Bundle
 from fastvlm_mlx.components import (
     check_bundle_compute_units,
     check_bundle_encoder_compute,
-    encoder_sizes,
     evaluated_model,
     image_processor,
     placeholder_id,
@@ -22,6 +21,7 @@ from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, check_max_pixels
 from fastvlm_mlx.language.kept import DEFAULT_LIMIT, check_limit
 from fastvlm_mlx.language.worker import Worker
 from fastvlm_mlx.models.names import is_elsewhere
+from fastvlm_mlx.sizes import sizes_of
 
 
 def load(
@@ -51,7 +51,8 @@ def load(
         compute_units: where Core ML runs the encoder, on macOS: "auto" (what this Mac does best,
             measured once), "all", "cpu", "gpu" or "ne".
         image_size: the encoder's input in pixels, where it takes several: of a package one that it
-            was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens.
+            was exported with, in MLX any multiple of 64. Fewer pixels are fewer tokens. An image
+            that is asked about in another detail than "auto" has a size of its own.
         crop: the demo app's centre crop in place of the checkpoint's own geometry.
         check_hashes: compare every file with the manifest before use.
         max_pixels: width × height of the largest image that is looked at.
@@ -84,7 +85,7 @@ def load(
     worker = Worker()
     weights = worker.submit(read_weights, bundle)
     tokenizer = bundle.tokenizer()
-    size, num_tokens = encoder_sizes(bundle, image_size)
+    sizes = sizes_of(bundle, image_size)
     if image_size is not None:
         bundle = bundle.at(image_size)
     config = replace(bundle.config, image_token_index=placeholder_id(tokenizer, bundle))
@@ -94,10 +95,10 @@ def load(
     return FastVLM(
         bundle=bundle,
         config=config,
-        num_tokens=num_tokens,
+        sizes=sizes,
         model=model,
         tokenizer=tokenizer,
-        image_processor=image_processor(bundle, size, aspect_ratio),
+        image_processor=image_processor(bundle, sizes.auto.pixels, aspect_ratio),
         eos_token_ids=bundle.eos_token_ids | {token_id(tokenizer, "<|im_end|>", bundle)},
         compute_units=compute_units,
         worker=worker,

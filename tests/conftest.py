@@ -90,6 +90,13 @@ def mlx_bundle(shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sizes_bundle(shared: Shared) -> Path:
+    """The demo checkpoint at its own 256 pixels and at 128, its gates passed. Not to write to."""
+    options = ExportOptions.of(llm_bits=4, image_sizes=(128, 256))
+    return shared.get("sizes", "bundle", lambda out: export(DEMO, out, options))
+
+
+@pytest.fixture(scope="session")
 def exact_bundle(shared: Shared) -> Path:
     """The golden checkpoint exported with nothing rounded. Not to be written to."""
     options = ExportOptions.of(llm_bits=16, dtype="float32", encoder_precision="fp32")

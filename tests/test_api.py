@@ -215,10 +215,13 @@ class TestFeatures:
         found = again.generate(features, LONG, max_tokens=8)
         assert found.tokens == model.generate(features, LONG, max_tokens=8).tokens
 
-    def test_of_another_model_and_of_another_size(self, features, mlx_bundle):
+    def test_of_another_model_and_of_another_size(self, model, features, mlx_bundle):
         other = fastvlm_mlx.load(mlx_bundle, image_size=192)
+        seen = other.encode(scenes.generate(3, held_out=True).draw(300))
         with pytest.raises(OptionError, match="another model's, or of another image size"):
-            other.generate(features, LONG)
+            model.generate(seen, LONG)
+        # It has the bundle's own size too.
+        assert other.generate(features, LONG, max_tokens=1).image_tokens == model.num_tokens
 
     def test_made_by_hand_or_changed(self, model, features):
         wrong = [

@@ -36,7 +36,7 @@ def model(cold):
     """It keeps what it computes, and counts the images that its encoder looks at."""
     warm = replace(cold, kept_bytes=10**8, _loading_s=[])
     encoder, seen = cold.encoder, []
-    vars(warm)["_encoder"] = lambda pixels: (seen.append(1), encoder(pixels))[1]
+    warm._encoders[encoder.image_size] = lambda pixels: (seen.append(1), encoder(pixels))[1]
     vars(warm)["seen"] = seen
     return warm
 

@@ -38,10 +38,11 @@ from fastvlm_mlx.bench.measure import MEASURED
 from fastvlm_mlx.bench.process import WORKER, Process
 from fastvlm_mlx.bench.spread import Spread, ratios
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.components import encoder_sizes, placeholder_id
+from fastvlm_mlx.components import placeholder_id
 from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.image.decode import load_image
 from fastvlm_mlx.language.prompt.template import encode_prompt
+from fastvlm_mlx.sizes import sizes_of
 from model_export.samples.images import photographs
 
 HERE = Path(__file__).parent
@@ -192,15 +193,15 @@ def _systems(
 def _transformers_job(checkpoint: Path, bundle: Path, image: Path, work: Path) -> dict[str, Any]:
     opened = Bundle.open(bundle)
     tokenizer = opened.tokenizer()
-    size, count = encoder_sizes(opened, None)
+    size = sizes_of(opened, None).auto
     ids = encode_prompt(
         tokenizer,
         PROMPTS[0],
         image_token_id=placeholder_id(tokenizer, opened),
-        num_image_tokens=count,
+        num_image_tokens=size.num_tokens,
     )
     layout = inputs.transformers_checkpoint(checkpoint, bundle, work)
-    return {"checkpoint": str(layout), "image": str(image), "size": size, "ids": ids}
+    return {"checkpoint": str(layout), "image": str(image), "size": size.pixels, "ids": ids}
 
 
 def take_turns(

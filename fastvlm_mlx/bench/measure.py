@@ -91,15 +91,16 @@ def check(plan: Plan) -> None:
         ImageError: the image can't be read.
     """
     from fastvlm_mlx.bundle.bundle import Bundle
-    from fastvlm_mlx.components import check_bundle_compute_units, encoder_sizes
+    from fastvlm_mlx.components import check_bundle_compute_units
     from fastvlm_mlx.image.decode import load_image
+    from fastvlm_mlx.sizes import sizes_of
 
     for path in plan.bundles:
         bundle = Bundle.open(path)
         for units in plan.compute_units:
             check_bundle_compute_units(bundle, units)
         for size in plan.image_sizes:
-            encoder_sizes(bundle, size)
+            sizes_of(bundle, size)
         context = bundle.config.text.max_position_embeddings
         longest = max(plan.prompt_tokens)
         if longest + plan.max_tokens > context:

@@ -14,6 +14,7 @@ from fastvlm_mlx.cli.input import lines
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,
+    Detail,
     EncoderCompute,
     ImageSize,
     JsonSchema,
@@ -80,6 +81,7 @@ def chat(
     image_size: ImageSize = None,
     crop: Crop = False,
     max_pixels: MaxPixels = None,
+    detail: Detail = "auto",
 ) -> None:
     """Type a question; the path of an image in it, typed or dropped onto the terminal, asks about
     that image. /help shows what else can be typed. Lines that are piped in are answered one by one,
@@ -87,8 +89,10 @@ def chat(
     from fastvlm_mlx.conversation import Conversation
     from fastvlm_mlx.image.decode import load_image
     from fastvlm_mlx.loading import load
+    from fastvlm_mlx.sizes import check_detail
 
     options = sampling(call)
+    check_detail(detail)
     limit = pixel_limit(max_pixels)
     if saved is not None and system is not None:
         raise OptionError(
@@ -110,7 +114,7 @@ def chat(
         talk = Conversation(loaded, system=system, options=options)
     else:
         talk = Conversation.load(loaded, saved, options)
-    if Session(talk, image or []).run():
+    if Session(talk, image or [], detail).run():
         raise typer.Exit(2)
 
 
@@ -119,10 +123,11 @@ class Session:
 
     Attributes:
         images: the images that the next question is about.
+        detail: of all images.
     """
 
-    def __init__(self, talk: Conversation, images: list[str]):
-        self.talk, self.images = talk, list(images)
+    def __init__(self, talk: Conversation, images: list[str], detail: str = "auto"):
+        self.talk, self.images, self.detail = talk, list(images), detail
         self._interactive = lines.is_interactive()
         self._warned = False
 
@@ -227,7 +232,7 @@ class Session:
         # They are this question's, also where it fails.
         images, self.images = self.images, []
         try:
-            generation = self.talk.ask(text, images)
+            generation = self.talk.ask(text, images, detail=self.detail)
             self._warn()
             for piece in generation:
                 print(show.answer(piece), end="", flush=True)

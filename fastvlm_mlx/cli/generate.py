@@ -12,6 +12,7 @@ from fastvlm_mlx.cli.input import video
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,
+    Detail,
     EncoderCompute,
     ImageSize,
     JsonSchema,
@@ -91,6 +92,7 @@ def generate(
     compute_units: ComputeUnits = "auto",
     encoder_compute: EncoderCompute = "auto",
     image_size: ImageSize = None,
+    detail: Detail = "auto",
     crop: Crop = False,
     max_pixels: MaxPixels = None,
     quiet: Annotated[bool, option("Write no lines of timings.", "--quiet", group=OUTPUT)] = False,
@@ -106,8 +108,10 @@ def generate(
     from fastvlm_mlx.cli import show
     from fastvlm_mlx.image.decode import ImageSource, load_image
     from fastvlm_mlx.loading import load
+    from fastvlm_mlx.sizes import ORIGINAL, check_detail
 
     options = sampling(call)
+    check_detail(detail)
     limit = pixel_limit(max_pixels)
     images = image or []
     if images.count("-") > 1:
@@ -124,6 +128,8 @@ def generate(
         )
     if len(decoded) > 1:
         show.note(f"warning: {show.SEVERAL_IMAGES}")
+    if detail == ORIGINAL:
+        show.note(f"warning: {show.TILES}")
     loaded = load(
         bundle,
         compute_units=compute_units,
@@ -133,7 +139,7 @@ def generate(
         encoder_compute=encoder_compute,
     )
     if chosen is not None and every is not None:
-        captions = video.captions(loaded, chosen, prompt[0], options)
+        captions = video.captions(loaded, chosen, prompt[0], options, detail)
         told = []
         with video.until_interrupted(chosen):
             if not as_json:
@@ -145,9 +151,10 @@ def generate(
             print_json({"model": model, "images": [], "video": video_path, "captions": told})
         return
     if chosen is None:
-        generations = loaded.ask(decoded, prompt, options)
+        generations = loaded.ask(decoded, prompt, options, detail=detail)
     else:
-        generations = video.answers(loaded, chosen, prompt, options)
+        generations = video.answers(loaded, chosen, prompt, options, detail)
+    backend = loaded.encoder_for(detail).backend
     answers = []
     for generation in generations:
         for piece in generation:
@@ -157,7 +164,7 @@ def generate(
         if not as_json:
             print(flush=True)
             if not quiet:
-                print(show.timing_line(generation.result, loaded.encoder.backend), file=sys.stderr)
+                print(show.timing_line(generation.result, backend), file=sys.stderr)
     if as_json:
         print_json(
             {
@@ -165,7 +172,7 @@ def generate(
                 "images": images,
                 "video": video_path,
                 "times_s": [] if chosen is None else chosen.times_s,
-                "encoder": loaded.encoder.backend,
+                "encoder": backend,
                 # A video's prompt has the times of its frames in it.
                 "answers": [
                     {**answer.to_dict(), "prompt": asked}

@@ -14,6 +14,7 @@ from fastvlm_mlx.cli.common import OUTPUT, Json, Model, argument, option, print_
 from fastvlm_mlx.cli.options import (
     ComputeUnits,
     Crop,
+    Detail,
     EncoderCompute,
     ImageSize,
     JsonSchema,
@@ -77,6 +78,7 @@ def map(
     compute_units: ComputeUnits = "auto",
     encoder_compute: EncoderCompute = "auto",
     image_size: ImageSize = None,
+    detail: Detail = "auto",
     crop: Crop = False,
     max_pixels: MaxPixels = None,
     batch_size: Annotated[
@@ -128,6 +130,7 @@ def map(
         shard=Shard.parse(shard),
         batch_size=batch_size,
         image_size=image_size,
+        detail=detail,
         crop=crop,
         max_pixels=DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels,
         compute_units=compute_units,

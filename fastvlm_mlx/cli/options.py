@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from fastvlm_mlx.language.sampling import SamplingOptions
 
 SAMPLING, IMAGE = "Sampling", "Image and encoder"
-# As `vision.units` and `image.decode` have them, which take as long to import as all of the help.
+# As the modules have them that use them, which take as long to import as all of the help.
 COMPUTE_UNITS = ("auto", "all", "cpu", "gpu", "ne")
 ENCODER_COMPUTES = ("auto", "float32", "bfloat16")
+DETAILS = ("auto", "low", "high", "original")
 MAX_PIXELS = 178_956_970
 
 MaxTokens = Annotated[
@@ -90,6 +91,16 @@ ImageSize = Annotated[
         group=IMAGE,
         value="PIXELS",
         default="the bundle's own",
+    ),
+]
+Detail = Annotated[
+    str,
+    option(
+        "The size that each image is looked at in: low is the bundle's smallest and high its "
+        "largest, such as 512 and 1024 of a bundle exported with --image-sizes 512,1024; auto is "
+        "--image-size; original is an overview and 2×2 tiles, five times the tokens of auto.",
+        group=IMAGE,
+        choices=DETAILS,
     ),
 ]
 Crop = Annotated[

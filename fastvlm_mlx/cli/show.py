@@ -28,6 +28,7 @@ SEVERAL_IMAGES = (
     "FastVLM was trained with one image in a conversation, and answers about several may confuse "
     "them"
 )
+TILES = "FastVLM was trained without tiles, and may answer worse about an image that has them"
 # In these huggingface_hub may draw bars of its own, with bytes and speed: none of ours meanwhile.
 HUB_STAGES = ("checkpoint", "upload")
 # Seconds between two lines of a count where there is no terminal.

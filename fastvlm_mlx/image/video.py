@@ -79,7 +79,7 @@ def frames(
 
 
 def video_messages(
-    frames: Iterable[Frame], prompt: str, system: str | None = None
+    frames: Iterable[Frame], prompt: str, system: str | None = None, detail: str = "auto"
 ) -> list[dict[str, Any]]:
     """The frames as messages for `FastVLM.chat`: each after a line with its time, such as "0:03",
     and then the prompt.
@@ -88,6 +88,7 @@ def video_messages(
         frames: all are taken before this returns; what is in the place of an image, features say,
             stays as it is.
         system: replaces the model's system message.
+        detail: of every frame, as `FastVLM.encode` takes it.
 
     Raises:
         PromptError: the prompt is empty.
@@ -95,11 +96,12 @@ def video_messages(
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError("the prompt is empty: say what to do with the video")
     taken = list(frames)
+    chosen = {} if detail == "auto" else {"detail": detail}
     parts: list[dict[str, Any]] = []
     for frame, clock in zip(taken, clocks([frame.time_s for frame in taken]), strict=True):
         parts += [
             {"type": "text", "text": f"{clock}\n"},
-            {"type": "image", "image": frame.image},
+            {"type": "image", "image": frame.image, **chosen},
             {"type": "text", "text": "\n"},
         ]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}

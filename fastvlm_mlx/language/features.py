@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,13 @@ class ImageFeatures:
     """An image as the language model reads it, reusable for any number of prompts.
 
     Made by `FastVLM.encode` and `FastVLM.project`; any model takes it whose projector has the same
-    weights and whose images the same size, as that of the same bundle loaded again.
+    weights and which has images of the same size, as that of the same bundle loaded again.
 
     Attributes:
-        features: the encoder's output, float32 [1, N, C].
-        projected: the projector's, [N, D] in the model's dtype.
+        features: the encoder's output, float32 [1, N, C]; with tiles [5, N, C].
+        projected: the projector's, [N, D] in the model's dtype; with tiles [5 · N, D].
         timings: what preprocessing, encoding and projecting took.
-        model: the fingerprint of the model that made it.
+        model: the fingerprint of the model that made it, and of the size of the image.
     """
 
     features: np.ndarray = field(repr=False)
@@ -36,10 +37,16 @@ class ImageFeatures:
     timings: Timings
     model: str = ""
 
+    @property
+    def num_tokens(self) -> int:
+        """How many placeholders it stands for; of features that were changed any number."""
+        shape = getattr(self.projected, "shape", ())
+        return int(shape[0]) if shape else 0
 
-def fingerprint(model: RunningModel, num_tokens: int, image_size: int) -> str:
-    """Of what decides which features suit a model: its projector, and the size of its images."""
-    digest = hashlib.blake2b(f"{image_size} {num_tokens}".encode(), digest_size=16)
+
+def fingerprint(model: RunningModel) -> str:
+    """Of what decides which features suit a model, whatever their size: its projector."""
+    digest = hashlib.blake2b(digest_size=16)
     arrays = dict(tree_flatten(model.multi_modal_projector.parameters()))
     for name, array in sorted(arrays.items()):
         digest.update(f" {name} {array.dtype} {array.shape} ".encode())
@@ -47,14 +54,21 @@ def fingerprint(model: RunningModel, num_tokens: int, image_size: int) -> str:
     return digest.hexdigest()
 
 
-def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
-    """Raises OptionError: not made by a model with this fingerprint, or changed since."""
+def check_features(features: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Hold features to a model.
+
+    Args:
+        shapes: of what is projected, by the fingerprints that the model's features may have.
+
+    Raises:
+        OptionError: they are another model's, or were changed.
+    """
     if not isinstance(features, ImageFeatures) or not features.model:
         raise OptionError(
             "the image's features were put together by hand: expected what `encode` or `project` "
             "of this model returns"
         )
-    if features.model != model:
+    if features.model not in shapes:
         raise OptionError(
             "the image's features are another model's, or of another image size: encode the "
             "image with the model that is asked"
@@ -71,12 +85,12 @@ def check_features(features: Any, model: str, shape: tuple[int, int]) -> None:
         ) from error
     if (
         not isinstance(projected, mx.array)
-        or projected.shape != shape
+        or projected.shape != shapes[features.model]
         or not mx.issubdtype(projected.dtype, mx.floating)
     ):
         raise OptionError(
             "the image's features were changed: expected an MLX array of floating-point numbers "
-            f"of shape {list(shape)}"
+            f"of shape {list(shapes[features.model])}"
         )
 
 
@@ -110,3 +124,15 @@ def copied(features: ImageFeatures) -> ImageFeatures:
     projected = mx.array(features.projected)
     mx.eval(projected)
     return replace(features, features=features.features.copy(), projected=projected)
+
+
+def joined(each: Sequence[ImageFeatures]) -> ImageFeatures:
+    """Those of an image's inputs, one after the other."""
+    projected = mx.concatenate([one.projected for one in each])
+    mx.eval(projected)
+    return replace(
+        each[0],
+        features=np.concatenate([one.features for one in each]),
+        projected=projected,
+        timings=Timings.of_images(one.timings for one in each),
+    )

@@ -19,6 +19,7 @@ from fastvlm_mlx.loading import load
 from fastvlm_mlx.mapping import rows
 from fastvlm_mlx.mapping.images import Shard, check_patterns, special
 from fastvlm_mlx.mapping.rows import Row
+from fastvlm_mlx.sizes import AUTO, check_detail
 
 # Options that stand elsewhere among what a row depends on, or that no row shows.
 _LATER = ("seed", "logprobs")
@@ -37,6 +38,7 @@ class Job:
         batch_size: how many answers are decoded together.
         image_size, crop, max_pixels, compute_units, encoder_compute: as `fastvlm_mlx.load` takes
             them.
+        detail: of each image, as `FastVLM.encode` takes it.
 
     Raises:
         OptionError: a value that is none of its option's.
@@ -54,6 +56,7 @@ class Job:
     max_pixels: int = DEFAULT_MAX_PIXELS
     compute_units: str = "auto"
     encoder_compute: str = "auto"
+    detail: str = AUTO
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bundle", os.path.abspath(self.bundle))
@@ -61,6 +64,7 @@ class Job:
         object.__setattr__(self, "patterns", check_patterns(self.patterns))
         check_batch_size(self.batch_size)
         check_max_pixels(self.max_pixels)
+        check_detail(self.detail)
 
     @property
     def structured(self) -> bool:
@@ -92,6 +96,7 @@ class Job:
             "bundle": _fingerprint(bundle),
             "prompt": self.prompt,
             "image_size": self.image_size or bundle.config.vision.image_size,
+            "detail": self.detail,
             "crop": self.crop,
             "encoder_compute": self.encoder_compute,
             **{key: value for key, value in asdict(self.options).items() if key not in _LATER},
@@ -112,6 +117,7 @@ class Job:
             self.prompt,
             self.options,
             batch_size=self.batch_size,
+            detail=self.detail,
         )
         try:
             for index, result in results.completed():

@@ -7,6 +7,7 @@ import binascii
 import re
 from typing import Any
 
+from fastvlm_mlx.language.prompt.messages import AUTO, image_part
 from fastvlm_mlx.serve.errors import ApiError
 from fastvlm_mlx.serve.fetch import Fetcher
 from fastvlm_mlx.serve.formats.requests import ImageRef, Wanted
@@ -40,7 +41,7 @@ async def fetched(wanted: Wanted, fetcher: Fetcher) -> list[dict[str, Any]]:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
-                content.append({"type": "image", "image": await _image(part, fetcher)})
+                content.append(image_part(await _image(part, fetcher), part.detail or AUTO))
         messages.append({"role": turn.role, "content": content})
     return messages
 

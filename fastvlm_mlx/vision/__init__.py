@@ -40,6 +40,7 @@ def load_encoder(
     compute_units: str = AUTO,
     image_size: int | None = None,
     encoder_compute: str = AUTO,
+    like: VisionEncoder | None = None,
 ) -> VisionEncoder:
     """Load the encoder in an `.mlpackage`.
 
@@ -51,6 +52,7 @@ def load_encoder(
         image_size: in pixels, where the package takes several; its default one unless given.
         encoder_compute: what torch computes in, where it evaluates the package: "float32", or
             "bfloat16" where the CPU multiplies that natively. "auto" is float32.
+        like: the encoder of another size, whose weights are used again; Core ML does so by itself.
 
     Raises:
         OptionError: what `check_compute_units` and `check_encoder_compute` refuse; or a size that
@@ -65,9 +67,9 @@ def load_encoder(
         return CoreMLEncoder(package, compute_units, image_size)
     from fastvlm_mlx.vision.program.mlprogram import MLProgramEncoder
 
-    return MLProgramEncoder(
-        package, image_size, FLOAT32 if encoder_compute == AUTO else encoder_compute
-    )
+    compute = FLOAT32 if encoder_compute == AUTO else encoder_compute
+    same = like if isinstance(like, MLProgramEncoder) else None
+    return MLProgramEncoder(package, image_size, compute, same)
 
 
 def check_compute_units(compute_units: str) -> None:

@@ -9,6 +9,7 @@ has fused attention for, and the whole is compiled.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from math import sqrt
 from typing import Literal
 
@@ -96,6 +97,12 @@ class FastViTHD:
         weights.check_all_taken()
         mx.clear_cache()
         self._run = mx.compile(self.graph) if device else self.graph
+
+    def at(self, config: VisionConfig) -> FastViTHD:
+        """The same encoder for another size of images, with the same weights."""
+        other = copy(self)
+        other.image_size, other.num_tokens = config.image_size, config.num_tokens
+        return other
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] → float32 [1, N, C]."""

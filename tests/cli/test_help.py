@@ -111,7 +111,9 @@ class TestAVerb:
 
     def test_choices_and_defaults_are_those_of_the_options(self, shown, monkeypatch):
         from fastvlm_mlx.cli.options import COMPUTE_UNITS, MAX_PIXELS
+        from fastvlm_mlx.cli.options import DETAILS as SHOWN_DETAILS
         from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS
+        from fastvlm_mlx.language.prompt.messages import DETAILS
         from fastvlm_mlx.vision.units import NAMES
 
         monkeypatch.setenv("COLUMNS", "100")
@@ -121,6 +123,7 @@ class TestAVerb:
         assert " [default: 8]" in text
         assert ("auto", *NAMES) == COMPUTE_UNITS
         assert MAX_PIXELS == DEFAULT_MAX_PIXELS
+        assert SHOWN_DETAILS == DETAILS
 
 
 class TestCompletion:

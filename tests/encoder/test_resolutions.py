@@ -53,11 +53,8 @@ QUESTIONS = ("Describe the image.", "What number is written?")
 
 
 @pytest.fixture(scope="module")
-def bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint at its own 256 pixels and at 128, its gates passed. Not to write to."""
-    out = tmp_path_factory.mktemp("sizes") / "bundle"
-    export(demo_checkpoint, out, ExportOptions.of(llm_bits=4, image_sizes=(128, 256)))
-    return out
+def bundle(sizes_bundle: Path) -> Path:
+    return sizes_bundle
 
 
 def written(

@@ -121,7 +121,8 @@ def test_images_in_a_conversation_equal_transformers(
         place for place, token in enumerate(encoded.ids) if token == image
     ]
 
-    projected = [EXPECTED[f"{each}.projected"][0] for each in encoded.images]
+    images = [each.image for each in encoded.images]
+    projected = [EXPECTED[f"{each}.projected"][0] for each in images]
     features = BaseModelOutputWithPooling(pooler_output=torch.from_numpy(np.stack(projected)))
     seen = {}
     hook = reference.model.language_model.register_forward_pre_hook(
@@ -143,7 +144,7 @@ def test_images_in_a_conversation_equal_transformers(
     found = model.model.language_model(array[None], input_embeddings=embedded[None])
     assert np.abs(np.array(found[0, -4:]) - first).max() <= 1e-5 * np.abs(first).max()
 
-    encoder_made = {each: model.project(EXPECTED[f"{each}.features"]) for each in encoded.images}
+    encoder_made = {each: model.project(EXPECTED[f"{each}.features"]) for each in images}
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [
@@ -153,5 +154,5 @@ def test_images_in_a_conversation_equal_transformers(
     result = model.chat(messages, max_tokens=NEW_TOKENS).result
     ended = next((n for n, t in enumerate(tokens) if t in model.eos_token_ids), NEW_TOKENS)
     assert list(result.tokens) == tokens[:ended]
-    assert result.image_tokens == count * len(encoded.images)
+    assert result.image_tokens == count * len(images)
     assert result.prompt_tokens == len(encoded.ids)

@@ -121,7 +121,7 @@ class TestImages:
             seen.append(pixels)
             return encoder(pixels)
 
-        vars(model)["_encoder"] = look
+        model._encoders[encoder.image_size] = look
         return model, seen
 
     def test_an_image_is_known_by_its_pixels(self, counted, tmp_path):
@@ -160,7 +160,7 @@ class TestImages:
     def test_nothing_is_kept_where_that_is_asked_for(self, counted):
         model, seen = counted
         cold = replace(model, kept_bytes=0)
-        vars(cold)["_encoder"] = model._encoder
+        cold._encoders.update(model._encoders)
         for _ in range(2):
             assert cold.generate(IMAGES[0], PROMPTS[0], max_tokens=2).cached_tokens == 0
         assert (len(seen), len(cold._kept)) == (2, 0)

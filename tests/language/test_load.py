@@ -91,7 +91,7 @@ class TestPutOff:
     def test_the_encoder_is_made_once_and_counted_as_loading(self, demo_bundle):
         model = fastvlm_mlx.load(demo_bundle)
         opened = model.load_s
-        assert "_encoder" not in vars(model)
+        assert not model._encoders
         first = model.encode(Image.new("RGB", (8, 8)))
         made = model.encoder
         second = model.encode(Image.new("RGB", (8, 8)))
@@ -103,7 +103,7 @@ class TestPutOff:
     def test_a_question_without_an_image_makes_no_encoder(self, demo_bundle):
         model = fastvlm_mlx.load(demo_bundle)
         assert model.generate(None, "Hello", max_tokens=1).image_tokens == 0
-        assert "_encoder" not in vars(model)
+        assert not model._encoders
 
 
 class TestFoundAtLoad:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.language.prompt.messages import read_messages, user_message
+from fastvlm_mlx.language.prompt.messages import Image, read_messages, user_message
 from fastvlm_mlx.language.prompt.template import SYSTEM_PROMPT, encode_messages, encode_prompt
 
 TOKENIZER = Tokenizer.from_file(
@@ -56,7 +56,8 @@ def parts(*given: object) -> list[dict]:
         (parts({"type": "image_url", "image_url": {}}), "is 'image_url': expected text or image"),
         (parts({"type": "text", "text": 1}), "text of part 1 of message 1 is of type int"),
         (parts({"type": "text"}), "part 1 of message 1 has no text"),
-        (parts({"type": "image", "image": 1, "detail": "low"}), "has a key 'detail'"),
+        (parts({"type": "image", "image": 1, "size": 512}), "has a key 'size'"),
+        (parts({"type": "text", "text": "Who?", "detail": "low"}), "has a key 'detail'"),
         (parts({"type": NESTED}), "is of type list: expected text or image"),
         ([WHO | {"content": NESTED}], "part 1 of message 1 is of type list"),
         ([WHO | {"content": {"type": "text"}}], "content of message 1 is of type dict"),
@@ -110,7 +111,7 @@ def test_one_question_is_the_thin_case() -> None:
         messages = [user_message("Who?", ["a.png"] if count else [])]
         encoded = encode_messages(TOKENIZER, messages, num_image_tokens=count)
         assert encoded.ids == encode_prompt(TOKENIZER, "Who?", num_image_tokens=count)
-        assert encoded.images == (("a.png",) if count else ())
+        assert encoded.images == ((Image("a.png"),) if count else ())
 
 
 def test_control_tokens_of_every_role_are_text() -> None:

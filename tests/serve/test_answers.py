@@ -10,6 +10,7 @@ import pydantic
 import pytest
 from serving import NAME, busy, client_of, data_url, message, serving, until
 
+import fastvlm_mlx
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.language.decode import Batch
 from model_export.samples import scenes
@@ -115,6 +116,33 @@ def test_responses(client, model):
     short = client.responses.create(model=NAME, input="Hello", max_output_tokens=1)
     assert short.status == "incomplete"
     assert short.incomplete_details.reason == "max_output_tokens"
+
+
+def test_each_image_has_its_detail(mlx_bundle):
+    model = fastvlm_mlx.load(mlx_bundle, image_size=128)
+    tokens = {"auto": 4, "low": 4, "high": 16, "original": 20}
+    with serving(model) as running:
+        client = client_of(running)
+        for detail, count in tokens.items():
+            expected = model.generate(IMAGES[0], PROMPTS[0], detail=detail, max_tokens=8)
+            assert expected.image_tokens == count
+            url = {"url": URLS[0], "detail": detail}
+            parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": PROMPTS[0]}]
+            messages = [{"role": "user", "content": parts}]
+            found = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8)
+            assert found.choices[0].message.content == expected.text
+            assert found.usage.prompt_tokens == expected.prompt_tokens
+        parts = [
+            {"type": "input_image", "image_url": URLS[0], "detail": "original"},
+            {"type": "input_text", "text": PROMPTS[0]},
+        ]
+        asked_for = [{"role": "user", "content": parts}]
+        answer = client.responses.create(model=NAME, input=asked_for, max_output_tokens=8)
+        assert answer.output_text == expected.text
+        assert answer.usage.input_tokens == expected.prompt_tokens
+        parts[0]["detail"] = "medium"
+        with pytest.raises(openai.BadRequestError, match="detail"):
+            client.responses.create(model=NAME, input=asked_for)
 
 
 def test_json_by_a_schema(client):

@@ -71,9 +71,14 @@ def choose(
 
 
 def answers(
-    loaded: FastVLM, chosen: Frames | Live, prompts: list[str], options: SamplingOptions
+    loaded: FastVLM,
+    chosen: Frames | Live,
+    prompts: list[str],
+    options: SamplingOptions,
+    detail: str,
 ) -> Iterator[Generation]:
-    """One prompt with all frames, once for each of the prompts; they are encoded once.
+    """One prompt with all frames, once for each of the prompts; they are encoded once, each in the
+    detail.
 
     Raises:
         PromptError: a prompt has no room, before a frame is decoded.
@@ -84,18 +89,19 @@ def answers(
 
     for prompt in prompts:
         empty = [Frame(time_s, None) for time_s in chosen.times_s]
-        loaded.check(video_messages(empty, prompt), options)
+        loaded.check(video_messages(empty, prompt, detail=detail), options)
     frames = list(chosen)
     if len(frames) > 1:
         show.note(f"warning: {show.SEVERAL_IMAGES}")
     for prompt in prompts:
-        generation, features = loaded.begin(video_messages(frames, prompt), options)
+        messages = video_messages(frames, prompt, detail=detail)
+        generation, features = loaded.begin(messages, options)
         frames = [Frame(frame.time_s, each) for frame, each in zip(frames, features, strict=True)]
         yield generation
 
 
 def captions(
-    loaded: FastVLM, chosen: Frames | Live, prompt: str, options: SamplingOptions
+    loaded: FastVLM, chosen: Frames | Live, prompt: str, options: SamplingOptions, detail: str
 ) -> Iterator[tuple[float, GenerationResult]]:
     """Each frame's time with what is answered about it, as it comes. Frames of a file are decoded
     and made ready beside the decode of the answers before them; of a device each is the newest when
@@ -104,7 +110,7 @@ def captions(
 
     if isinstance(chosen, Live):
         for frame in chosen:
-            yield frame.time_s, loaded.generate(frame.image, prompt, options)
+            yield frame.time_s, loaded.generate(frame.image, prompt, options, detail=detail)
         return
     times: list[float] = []
 
@@ -113,7 +119,7 @@ def captions(
             times.append(frame.time_s)
             yield frame.image
 
-    results = loaded.batch(images(), prompt, options, batch_size=_CAPTIONS)
+    results = loaded.batch(images(), prompt, options, batch_size=_CAPTIONS, detail=detail)
     for number, result in enumerate(results):
         yield times[number], result
 

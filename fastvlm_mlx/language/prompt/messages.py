@@ -5,6 +5,9 @@ A message is a dict with a role and a content, and a content is text or a list o
     {"role": "system" | "user" | "assistant", "content": "…" or [part, …]}
     {"type": "text", "text": "…"}
     {"type": "image", "image": what `load_image` reads, or ImageFeatures}
+
+An image may have a "detail" too, by which it chooses its size, as the module
+`sizes` says; features have theirs already.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ from typing import Any
 from fastvlm_mlx.errors import PromptError, printable
 
 ROLES = ("system", "user", "assistant")
+# Those of OpenAI's API. An image without one has the first.
+DETAILS = AUTO, LOW, HIGH, ORIGINAL = ("auto", "low", "high", "original")
 # Characters of a key or a value that a sentence shows.
 _SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image where it stands in a message."""
+    """An image where it stands in a message, and its detail, which `sizes` checks."""
 
     image: Any
+    detail: Any = AUTO
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,21 @@ class Message:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def images(self) -> list[Any]:
-        return [part.image for part in self.parts if isinstance(part, Image)]
+    def images(self) -> list[Image]:
+        return [part for part in self.parts if isinstance(part, Image)]
 
 
-def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-    """The images, and then the text."""
+def user_message(text: str, images: Sequence[Any] = (), detail: str = AUTO) -> dict[str, Any]:
+    """The images, all in one detail, and then the text."""
     if not images:
         return {"role": "user", "content": text}
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    parts = [image_part(image, detail) for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def image_part(image: Any, detail: str = AUTO) -> dict[str, Any]:
+    part = {"type": "image", "image": image}
+    return part if detail == AUTO else part | {"detail": detail}
 
 
 def read_messages(messages: Any) -> list[Message]:
@@ -128,22 +139,24 @@ def _part(part: Any, name: str) -> str | Image:
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in ("text", "image"):
         raise PromptError(f"the type of {name} is {_value(kind)}: expected text or image")
-    _, value = _fields(part, ("type", kind), name)
     if kind == "image":
-        return Image(value)
+        _, value = _fields(part, ("type", kind), name, "detail")
+        return Image(value, part.get("detail", AUTO))
+    _, value = _fields(part, ("type", kind), name)
     if not isinstance(value, str):
         raise PromptError(f"the text of {name} is of type {type(value).__name__}: expected a str")
     return value
 
 
-def _fields(given: Any, names: tuple[str, str], name: str) -> tuple[Any, Any]:
+def _fields(given: Any, names: tuple[str, str], name: str, *more: str) -> tuple[Any, Any]:
+    """The values of two keys, beside which there may be some of `more`."""
     if not isinstance(given, Mapping):
         raise PromptError(f"{name} is of type {type(given).__name__}: expected a dict")
     for key in names:
         if key not in given:
             raise PromptError(f"{name} has no {key}: expected a dict with {' and '.join(names)}")
     for key in given:
-        if key not in names:
+        if key not in (*names, *more):
             raise PromptError(
                 f"{name} has a key {_value(key)}: expected nothing but {' and '.join(names)}"
             )

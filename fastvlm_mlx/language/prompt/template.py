@@ -8,7 +8,7 @@ so that nothing written in a prompt can act as control; ordinary prompts give th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,14 @@ from fastvlm_mlx.bundle.config import IMAGE_TOKEN, TextConfig
 from fastvlm_mlx.bundle.manifest import EXPORT_AGAIN
 from fastvlm_mlx.bundle.tokenizer import no_panic
 from fastvlm_mlx.errors import BundleError, PromptError
-from fastvlm_mlx.language.prompt.messages import Message, read_messages, user_message
+from fastvlm_mlx.language.prompt.messages import (
+    AUTO,
+    ORIGINAL,
+    Image,
+    Message,
+    read_messages,
+    user_message,
+)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 TURN_START = "<|im_start|>"
@@ -47,14 +54,14 @@ class Encoded:
 
     Attributes:
         ids: the placeholders in place; their number is the number of positions in the KV cache.
-        images: what the messages hold as images, in their order.
+        images: what the messages hold as images, in their order, each with its detail.
         places: of each image where its placeholders stand.
         prompt: the text of the last message.
         turns: how many messages are the user's.
     """
 
     ids: list[int]
-    images: tuple[Any, ...]
+    images: tuple[Image, ...]
     places: tuple[range, ...]
     prompt: str
     turns: int
@@ -65,7 +72,7 @@ def encode_messages(
     messages: Sequence[dict[str, Any]],
     *,
     image_token_id: int | None = None,
-    num_image_tokens: int = 0,
+    num_image_tokens: int | Callable[[Image], int] = 0,
     context: int | None = None,
 ) -> Encoded:
     """A conversation in ChatML.
@@ -81,7 +88,7 @@ def encode_messages(
         messages: as the module `messages` describes them; without a system message the
             model's own comes first. Control tokens and `<image>` in a text are text.
         image_token_id: the placeholder; the tokenizer's `<image>` where not given.
-        num_image_tokens: N placeholders for each image.
+        num_image_tokens: N placeholders for each image, or how many an image has.
         context: positions that there are. Of a conversation that is far longer only the beginning
             is tokenized, so that a mistaken one of many megabytes is refused at once.
 
@@ -98,14 +105,16 @@ def encode_messages(
     placeholder = -1 if image_token_id is None else image_token_id
     start = _control_id(tokenizer, TURN_START)
     end = _control_id(tokenizer, TURN_END)
-    if context is not None and len(images) * num_image_tokens > context:
-        raise PromptError(
-            f"there are {len(images):,} images of {num_image_tokens:,} tokens each and the context "
-            f"is {context:,}: give fewer images"
-        )
+    counts = [
+        num_image_tokens(image) if callable(num_image_tokens) else num_image_tokens
+        for image in images
+    ]
+    if context is not None:
+        _check_images(counts, context)
     newline = encode_text(tokenizer, "\n")
     ids: list[int] = []
     places: list[range] = []
+    following = iter(counts)
     for message in read:
         if context is not None and len(ids) > 2 * context:
             raise PromptError(
@@ -121,8 +130,9 @@ def encode_messages(
                 text, leading = text + part, False
                 continue
             ids += encode_text(tokenizer, text)
-            places.append(range(len(ids), len(ids) + num_image_tokens))
-            ids += [placeholder] * num_image_tokens
+            count = next(following)
+            places.append(range(len(ids), len(ids) + count))
+            ids += [placeholder] * count
             text = "\n" if leading else ""
         ids += [*encode_text(tokenizer, text), end, *newline]
     ids += [start, *encode_text(tokenizer, "assistant\n")]
@@ -173,15 +183,16 @@ def image_places(ids: list[int], image_token_id: int, lengths: Sequence[int]) ->
     return found
 
 
-def asked(images: Any, prompt: Any) -> list[dict[str, Any]]:
+def asked(images: Any, prompt: Any, detail: str = AUTO) -> list[dict[str, Any]]:
     """One question as messages.
 
     Args:
         images: an image, a list of them, or None.
+        detail: of all of them.
     """
     if not isinstance(images, list | tuple):
         images = [] if images is None else [images]
-    return [user_message(check_prompt(prompt), images)]
+    return [user_message(check_prompt(prompt), images, detail)]
 
 
 def check_prompt(prompt: Any) -> str:
@@ -193,6 +204,22 @@ def check_prompt(prompt: Any) -> str:
     if not prompt or prompt.isspace():
         raise PromptError("the prompt is empty: say what to do with the image")
     return prompt
+
+
+def _check_images(counts: Sequence[int], context: int) -> None:
+    """Raises PromptError: the images alone are beyond the context."""
+    if sum(counts) <= context:
+        return
+    if len(counts) == 1:
+        raise PromptError(
+            f"the image has {counts[0]:,} tokens and the context is {context:,}: give it a lower "
+            "detail"
+        )
+    each = f"{counts[0]:,} tokens each" if len(set(counts)) == 1 else f"{sum(counts):,} tokens"
+    raise PromptError(
+        f"there are {len(counts):,} images of {each} and the context is {context:,}: give fewer "
+        "images"
+    )
 
 
 def _check_length(tokenizer: Tokenizer, prompt: str, context: int) -> None:
@@ -261,6 +288,8 @@ def check_room(config: TextConfig, encoded: Encoded) -> int:
             what, cure = "conversation", "begin a new one, or ask a shorter question"
         elif len(encoded.places) > 1:
             cure = "give fewer images, or shorten the prompt"
+        elif any(image.detail == ORIGINAL for image in encoded.images):
+            cure = "give the image a lower detail, or shorten the prompt"
         of_images = sum(map(len, encoded.places))
         count = len(encoded.places)
         shares = f", {of_images:,} of them of {count} images," if count > 1 else ""

@@ -21,11 +21,12 @@ import platform
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
 from fastvlm_mlx.vision.program.milops import Cast, Convolution, Matmul, Softmax
-from fastvlm_mlx.vision.program.steps import Step, with_lifetimes
+from fastvlm_mlx.vision.program.steps import Shared, Step, with_lifetimes
 
 if TYPE_CHECKING:
     import torch
@@ -59,17 +60,19 @@ def fused(
     shapes: Mapping[str, tuple[int, ...]],
     outputs: Iterable[str],
     dtype: torch.dtype,
+    shared: Shared,
 ) -> tuple[list[Step], dict[str, Tensor]]:
     """The same program joined where it can be, its weights in `dtype`.
 
     Args:
         constants: what the steps read; it is emptied, so that no weight is in memory twice.
         shapes: of the program's inputs, by name.
+        shared: with other functions of the package.
 
     Returns:
         Its steps, and the constants that they still read by name.
     """
-    program = _Program(steps, constants, shapes, outputs)
+    program = _Program(steps, constants, shapes, outputs, shared)
     program.convert(dtype)
     if fuses():
         program.each(_attention)
@@ -87,7 +90,9 @@ class _Program:
         constants: dict[str, Tensor],
         shapes: Mapping[str, tuple[int, ...]],
         outputs: Iterable[str],
+        shared: Shared,
     ):
+        self._shared = shared
         self.steps: list[Step | None] = [*steps]
         self.constants, self.outputs = constants, set(outputs)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in constants.items()}
@@ -100,7 +105,7 @@ class _Program:
         """Floating-point constants, and casts to floating point, become `dtype`."""
         for name, tensor in self.constants.items():
             if tensor.is_floating_point():
-                self.constants[name] = tensor.to(dtype)
+                self.constants[name] = self._shared.one(name, str(dtype), partial(tensor.to, dtype))
         for i, step in enumerate(self.steps):
             if step and isinstance(step.compute, Cast) and step.compute.dtype.is_floating_point:
                 self.steps[i] = replace(step, compute=Cast(dtype))
@@ -139,7 +144,7 @@ class _Program:
         uses.update(name for names in drafts for name in names)
         for i, step in enumerate(left):
             if isinstance(draft := step.compute, _Draft):
-                left[i] = replace(step, compute=draft.packed(self.constants))
+                left[i] = replace(step, compute=draft.packed(self.constants, self._shared))
                 uses.subtract(draft.parameters)
                 for name in draft.parameters:
                     if not uses[name]:
@@ -259,14 +264,16 @@ class _Draft:
         plain = (*made.strides, *made.dilations, *self.kernel[2:]) == (1,) * 6
         return plain and not any(made.padding)
 
-    def packed(self, constants: Mapping[str, Tensor]) -> PackedConvolution | PackedPair:
+    def packed(
+        self, constants: Mapping[str, Tensor], shared: Shared
+    ) -> PackedConvolution | PackedPair:
         size = list(self.size)
         if self.second is None:
-            return PackedConvolution(self, constants, size)
+            return PackedConvolution(self, constants, size, shared)
         size[2] = self.band
-        first = PackedConvolution(self, constants, size)
+        first = PackedConvolution(self, constants, size, shared)
         second = PackedConvolution(
-            self.second, constants, [size[0], *self.second.size[1:2], *size[2:]]
+            self.second, constants, [size[0], *self.second.size[1:2], *size[2:]], shared
         )
         return PackedPair(first, second, self.band)
 
@@ -274,7 +281,9 @@ class _Draft:
 class PackedConvolution:
     """[1, I, H, W] → [1, O, H', W'], and what follows it."""
 
-    def __init__(self, draft: _Draft, constants: Mapping[str, Tensor], size: list[int]):
+    def __init__(
+        self, draft: _Draft, constants: Mapping[str, Tensor], size: list[int], shared: Shared
+    ):
         import torch
 
         weight, *bias = (constants[name] for name in draft.names)
@@ -282,7 +291,10 @@ class PackedConvolution:
         self._bias = bias[0] if bias else None
         self._window = (made.padding, made.strides, made.dilations, made.groups)
         self._gelu = draft.gelu
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._window, size)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._window, size)
+        # How oneDNN lays a weight out may depend on the size of the image, and mostly does not.
+        laid_out = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        self._weight = shared.one(draft.names[0], laid_out, lambda: packed)
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         import torch

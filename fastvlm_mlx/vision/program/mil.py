@@ -8,7 +8,7 @@ than everything else between a question and the first word of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -36,12 +36,14 @@ class MILVariable:
     Attributes:
         dtype: as MIL.proto names it, in lower case: float16, int32, string …
         read: reads the value of a constant, decompressed; None for what is computed.
+        source: what it is read from; that of equal constants in several functions is the same.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Constant] | None = None
+    source: Hashable = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,7 @@ class _Reader:
         dtype, shape = _tensor_type(output.type)
         if _tensor_type(value.type) != (dtype, shape):
             raise ValueError(f"the constant {output.name!r} is not of the type that it declares")
-        self._add(output.name, dtype, shape, partial(self._value, value))
+        self._add(output.name, dtype, shape, partial(self._value, value), _source(value))
 
     def _add_constexpr(self, message: Any) -> None:
         """Until iOS 17 the parameters are attributes, from iOS 18 on they are inputs."""
@@ -134,17 +136,21 @@ class _Reader:
             for name, value in message.attributes.items()
             if name != "name"
         }
+        sources: dict[str, Hashable] = {
+            name: _source(message.attributes[name]) for name in parameters
+        }
         depth = 1
         for name in message.inputs:
             (variable,) = self._argument(message, name)
-            parameters[name] = variable.read
+            parameters[name], sources[name] = variable.read, variable.source
             depth = max(depth, self._depths.get(variable.name, 0) + 1)
         if depth > _MAX_DEPTH:
             raise ValueError(f"a weight is compressed {depth} times over")
         for index, output in enumerate(message.outputs):
             dtype, shape = _tensor_type(output.type)
             read = partial(_decompressed, decompress, parameters, index, dtype, shape)
-            self._add(output.name, dtype, shape, read)
+            source = (message.type, index, dtype, shape, tuple(sorted(sources.items())))
+            self._add(output.name, dtype, shape, read, source)
             self._depths[output.name] = depth
 
     def _argument(self, message: Any, parameter: str) -> Iterator[MILVariable]:
@@ -155,7 +161,8 @@ class _Reader:
             else:
                 name = f"{message.outputs[0].name}.{parameter}.{len(self._variables)}"
                 dtype, shape = _tensor_type(binding.value.type)
-                yield self._add(name, dtype, shape, partial(self._value, binding.value))
+                read = partial(self._value, binding.value)
+                yield self._add(name, dtype, shape, read, _source(binding.value))
 
     def _add(
         self,
@@ -163,10 +170,11 @@ class _Reader:
         dtype: str,
         shape: tuple[int, ...],
         read: Callable[[], Constant] | None = None,
+        source: Hashable = None,
     ) -> MILVariable:
         if name in self._variables:
             raise ValueError(f"{name!r} is made twice")
-        self._variables[name] = MILVariable(name, dtype, shape, read)
+        self._variables[name] = MILVariable(name, dtype, shape, read, source)
         return self._variables[name]
 
     def _variable(self, name: str) -> MILVariable:
@@ -194,6 +202,11 @@ class _Reader:
         if kind == "bytes":
             return unpack(held, dtype, prod(shape)).reshape(shape)
         return np.array(held).astype(NUMPY_TYPES[dtype]).reshape(shape)
+
+
+def _source(value: Any) -> bytes:
+    """A constant's value, or the place in the weights that it points to, as the package has it."""
+    return bytes(value.SerializeToString(deterministic=True))
 
 
 def _tensor_type(value_type: Any) -> tuple[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -33,10 +34,12 @@ from fastvlm_mlx.vision.package import (
 from fastvlm_mlx.vision.program.memory import MAX_ELEMENTS, check_memory
 from fastvlm_mlx.vision.program.mil import is_constant, read_function
 from fastvlm_mlx.vision.program.milops import BUILDERS
-from fastvlm_mlx.vision.program.steps import compile_steps
+from fastvlm_mlx.vision.program.steps import Shared, compile_steps
 
 if TYPE_CHECKING:
     import torch
+
+    from fastvlm_mlx.vision.program.steps import Held
 
 __all__ = ["MLProgram", "MLProgramEncoder", "PackageInfo", "describe"]
 
@@ -68,6 +71,8 @@ class MLProgram:
         image_size: of the function, where the package has several; else it is the default one.
         fused_in: "float32" or "bfloat16" joins operations for speed, as `fusion` says, and
             computes in this type. Then nothing can be rounded or observed.
+        like: another function of the same package, whose weights are used as far as they lie in
+            memory as this one reads them.
 
     Raises:
         EncoderError: the package is missing or damaged, or holds an operation, a parameter or a
@@ -75,7 +80,13 @@ class MLProgram:
         OptionError: it has no function of that size.
     """
 
-    def __init__(self, package: Path, image_size: int | None = None, fused_in: str | None = None):
+    def __init__(
+        self,
+        package: Path,
+        image_size: int | None = None,
+        fused_in: str | None = None,
+        like: MLProgram | None = None,
+    ):
         if find_spec("torch") is None:
             raise EncoderError(
                 "torch is not installed, which evaluates an encoder package where Core ML does "
@@ -97,10 +108,12 @@ class MLProgram:
             self._shapes = {variable.name: variable.shape for variable in function.inputs}
             self.inputs = tuple(self._shapes)
             self.outputs = tuple(variable.name for variable in function.outputs)
-            self._steps, self.constants = compile_steps(function)
+            self._held: Held = WeakValueDictionary() if like is None else like._held
+            shared = Shared(function, self._held)
+            self._steps, self.constants = compile_steps(function, shared)
             self._fused_in = None
             if fused_in is not None:
-                self._fuse(fused_in)
+                self._fuse(fused_in, shared)
         except EncoderError as error:
             raise EncoderError(f"{package}: {error}") from error
         except _PROGRAM_ERRORS as error:
@@ -109,14 +122,14 @@ class MLProgram:
                 "written by coremltools, export it again"
             ) from error
 
-    def _fuse(self, name: str) -> None:
+    def _fuse(self, name: str, shared: Shared) -> None:
         import torch
 
         from fastvlm_mlx.vision.program.fusion import fused
 
         self._fused_in = dtype = getattr(torch, name)
         self._steps, self.constants = fused(
-            self._steps, self.constants, self._shapes, self.outputs, dtype
+            self._steps, self.constants, self._shapes, self.outputs, dtype, shared
         )
 
     def run(
@@ -228,6 +241,7 @@ class MLProgramEncoder:
 
     Args:
         image_size: S, where the package takes several; its default one's unless given.
+        fused_in, like: as `MLProgram` has them.
 
     Raises:
         EncoderError: the package is missing, damaged, not an encoder's, or uses what is not known
@@ -237,8 +251,15 @@ class MLProgramEncoder:
 
     backend = "ML Program evaluated with torch"
 
-    def __init__(self, package: Path, image_size: int | None = None, fused_in: str | None = None):
-        self._program = MLProgram(Path(package), image_size, fused_in)
+    def __init__(
+        self,
+        package: Path,
+        image_size: int | None = None,
+        fused_in: str | None = None,
+        like: MLProgramEncoder | None = None,
+    ):
+        program = None if like is None else like._program
+        self._program: MLProgram = MLProgram(Path(package), image_size, fused_in, program)
         if fused_in is not None:
             self.backend = f"torch {fused_in}"
         self.info = self._program.info

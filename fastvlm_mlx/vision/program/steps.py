@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from fastvlm_mlx.vision.program.operation import Operation
 
 if TYPE_CHECKING:
     import torch
+
+    Held = WeakValueDictionary[Hashable, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,39 @@ class Step:
     dead: tuple[str, ...] = ()
 
 
-def compile_steps(function: MILFunction) -> tuple[list[Step], dict[str, torch.Tensor]]:
+class Shared:
+    """The weights of a function, which another function of the package may have in memory already.
+
+    Nothing changes a weight, so equal ones are one, for as long as either function is there.
+
+    Args:
+        held: of all functions of the package, by what they are read from and how they lie.
+    """
+
+    def __init__(self, function: MILFunction, held: Held):
+        self._held = held
+        variables = [v for op in function.operations for group in op.inputs.values() for v in group]
+        self._sources = {v.name: v.source for v in (*variables, *function.outputs)}
+
+    def one(self, name: str, kind: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The constant `name` in the form that `kind` tells from others."""
+        key = (self._sources[name], kind)
+        found = self._held.get(key)
+        if found is None:
+            found = self._held[key] = make()
+        return found
+
+
+def compile_steps(
+    function: MILFunction, shared: Shared | None = None
+) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """The function's operations in order, and the constants that they read, in float32.
 
     Raises:
         EncoderError: an operation has a parameter or a value that is not known.
         ValueError, LookupError, TypeError: it is not well formed.
     """
+    shared = shared or Shared(function, WeakValueDictionary())
     constants: dict[str, torch.Tensor] = {}
     steps: list[Step] = []
     for op in function.operations:
@@ -54,7 +84,9 @@ def compile_steps(function: MILFunction) -> tuple[list[Step], dict[str, torch.Te
         operation.finish()
         for variable in operation.operands:
             if variable.name not in constants and variable.read is not None:
-                constants[variable.name] = _constant(variable.read())
+                constants[variable.name] = shared.one(
+                    variable.name, "float32", partial(_constant, variable.read)
+                )
         steps.append(
             Step(
                 op.name,
@@ -69,7 +101,7 @@ def compile_steps(function: MILFunction) -> tuple[list[Step], dict[str, torch.Te
         )
     for variable in function.outputs:
         if variable.read is not None:
-            constants[variable.name] = _constant(variable.read())
+            constants[variable.name] = _constant(variable.read)
     outputs = [variable.name for variable in function.outputs]
     return with_lifetimes(steps, [*outputs, *constants]), constants
 
@@ -85,11 +117,11 @@ def with_lifetimes(steps: Sequence[Step], kept: Iterable[str]) -> list[Step]:
     return timed[::-1]
 
 
-def _constant(value: Constant) -> torch.Tensor:
+def _constant(read: Callable[[], Constant]) -> torch.Tensor:
     """A constant as an operand, fp32, convolutions' channels-last."""
     import torch
 
-    array = np.asarray(value)
+    array = np.asarray(read())
     if array.dtype == np.float16:
         array = array.astype(np.float32)
     tensor = torch.from_numpy(np.array(array, copy=not array.flags.writeable))
