@@ -35,7 +35,9 @@ class Row(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def name(self) -> str:
         """The path in the folder, as the system's functions take it."""
-        return self.image if self.image_bytes is UNSET else named(self.image_bytes)
+        # What is UTF-8 may be something else to a system that is set to another encoding.
+        hexadecimal = self.image.encode().hex() if self.image_bytes is UNSET else self.image_bytes
+        return named(hexadecimal)
 
 
 # Whatever is the first in a line of ours.
@@ -66,11 +68,11 @@ def failed(name: str, error: ImageError) -> Row:
 def _row(name: str, **fields: str | int | None) -> Row:
     raw = os.fsencode(name)
     try:
-        raw.decode()
+        image = raw.decode()
     except UnicodeDecodeError:
         shown = raw.decode(errors="replace")
         return Row(image=shown, image_bytes=raw.hex(), **fields)  # type: ignore[arg-type]
-    return Row(image=name, **fields)  # type: ignore[arg-type]
+    return Row(image=image, **fields)  # type: ignore[arg-type]
 
 
 def line(row: Row) -> bytes:
