@@ -37,6 +37,7 @@ VARIABLE = "FASTVLM_CACHE"
 ENTRY, MODEL, PARTIAL, LOCK, HASHES = "entry.json", "model", "partial", ".lock", "hashes"
 _DIRECTORY = re.compile(r"[A-Za-z0-9._-]{1,80}-[0-9a-f]{16}")
 _INNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
+_HASHES = re.compile(r"[0-9a-f]{32}\.json(\.\d+\.new)?")
 # What stands in a model's directory, and the entry while it is written.
 _OWN = re.compile(rf"{re.escape(ENTRY)}(\.\d+\.new)?|{MODEL}|{PARTIAL}")
 
@@ -236,6 +237,8 @@ def obtain(key: Key, entry: Entry, make: Callable[[Path, Path], None], *, waitin
                 seconds=round(time.perf_counter() - started, 1),
             )
             _remove_tree(unfinished)
+            # Before the entry, so that a machine that loses its power keeps no half model with one.
+            _sync_tree(model)
             _write(place, entry)
             undo.pop_all()
     made = find(key)
@@ -272,13 +275,23 @@ def remove_books() -> None:
     """Remove what is in the cache beside models, which is made again when it is needed."""
     root = directory()
     with writing():
-        _remove_tree(root / HASHES)
+        _remove_hashes(root / HASHES)
         for file in root.glob(f"*{LOCK}"):
             # Ours is empty.
             if _DIRECTORY.fullmatch(file.name.removesuffix(LOCK)) and not file.lstat().st_size:
                 with lock_file(file):
                     # Letting go of it removes it.
                     pass
+
+
+def _remove_hashes(place: Path) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for file in [] if place.is_symlink() else list(place.iterdir()):
+            if _HASHES.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+    # What is left, somebody else has put there.
+    with suppress(OSError):
+        place.rmdir()
 
 
 def size(path: Path) -> int:
@@ -312,6 +325,11 @@ def write_whole(file: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
+def as_kept(text: str) -> str:
+    """A name as an entry has it: JSON can't hold the bytes of a path that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _used_now(entry: Entry) -> Entry:
     # A cache that can only be read is as good.
     with suppress(OSError):
@@ -343,7 +361,21 @@ def _is_place(path: Path) -> bool:
     except OSError:
         return False
     own = all(_OWN.fullmatch(name) or is_litter(name) for name in names)
-    return own and not path.is_symlink()
+    return own and not path.is_symlink() and _is_model(path / MODEL, path.name.rpartition("-")[0])
+
+
+def _is_model(path: Path, slug: str) -> bool:
+    """Whether in a directory there is nothing but what is called as a model is; what failed its
+    check and what is being made have names that begin or end differently."""
+    try:
+        names = [] if path.is_symlink() else os.listdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return all(
+        slug in name or name.startswith((".", "fastvlm-kept-")) or is_litter(name) for name in names
+    )
 
 
 def _read(place: Path) -> Entry | None:
@@ -360,8 +392,26 @@ def _read(place: Path) -> Entry | None:
 
 
 def _write(place: Path, entry: Entry) -> None:
-    facts = {k: v for k, v in asdict(entry).items() if k not in ("place", "used")}
+    facts = {
+        k: as_kept(v) if isinstance(v, str) else v
+        for k, v in asdict(entry).items()
+        if k not in ("place", "used")
+    }
     write_whole(place / ENTRY, to_json(facts) + "\n")
+
+
+def _sync_tree(path: Path) -> None:
+    """Have the files below a directory on the disk, and their names."""
+    for folder, _, names in os.walk(path):
+        for name in (*names, ""):
+            file = os.path.join(folder, name)
+            if os.path.islink(file) or not os.access(file, os.R_OK):
+                continue
+            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def _clear(place: Path) -> None:

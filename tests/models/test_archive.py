@@ -122,7 +122,6 @@ class TestResuming:
             archive.entry(STAGE2)
         assert archive.entry(STAGE2).path.is_dir()
 
-
     def test_one_that_changes_between_its_halves(self, server, stage2, monkeypatch):
         """Its server goes on with another archive in place of beginning anew."""
         reply = server.RequestHandlerClass.reply
@@ -203,7 +202,7 @@ def test_an_archive_of_something_else(server, content, words, tmp_path):
 @pytest.mark.parametrize(
     "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )
-def test_damage_at_every_byte_is_one_sentence(method, tmp_path, monkeypatch):
+def test_damage_anywhere_is_one_sentence(method, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "_check_room", lambda needed: None)
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", method) as found:
@@ -212,7 +211,7 @@ def test_damage_at_every_byte_is_one_sentence(method, tmp_path, monkeypatch):
     whole = stream.getvalue()
     file, target = tmp_path / archive._FILE, tmp_path / "target"
     refused = 0
-    for at in range(len(whole)):
+    for at in range(0, len(whole), 3):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x81]) + whole[at + 1 :]):
             file.write_bytes(damaged)
             try:
@@ -224,7 +223,7 @@ def test_damage_at_every_byte_is_one_sentence(method, tmp_path, monkeypatch):
                 # The damage is in what nobody reads, a date for example.
                 assert (target / "config.json").read_text().startswith('{"some": "text"')
                 shutil.rmtree(target)
-    assert refused > 1.5 * len(whole)
+    assert refused > len(whole) / 2
 
 
 def test_a_file_that_is_shorter_than_the_archive_says(tmp_path):
