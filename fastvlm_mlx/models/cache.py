@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import time
@@ -32,6 +31,9 @@ from fastvlm_mlx.bundle.schema import check, read_json, to_json
 from fastvlm_mlx.errors import BundleError, DestinationError, FastVLMError, printable
 from fastvlm_mlx.locks import lock_file
 from fastvlm_mlx.machine import tell
+from fastvlm_mlx.models.disk import remove_tree, sync_tree
+from fastvlm_mlx.models.disk import size as size
+from fastvlm_mlx.models.disk import write_whole as write_whole
 
 VARIABLE = "FASTVLM_CACHE"
 ENTRY, MODEL, PARTIAL, LOCK, HASHES = "entry.json", "model", "partial", ".lock", "hashes"
@@ -236,9 +238,9 @@ def obtain(key: Key, entry: Entry, make: Callable[[Path, Path], None], *, waitin
                 bytes=size(model),
                 seconds=round(time.perf_counter() - started, 1),
             )
-            _remove_tree(unfinished)
+            remove_tree(unfinished)
             # Before the entry, so that a machine that loses its power keeps no half model with one.
-            _sync_tree(model)
+            sync_tree(model)
             _write(place, entry)
             undo.pop_all()
     made = find(key)
@@ -267,7 +269,7 @@ def remove(place: Path) -> int:
             with suppress(FileNotFoundError):
                 # First, so that nothing is taken for whole if this is interrupted.
                 os.unlink(place / ENTRY)
-            _remove_tree(place)
+            remove_tree(place)
     return taken
 
 
@@ -294,35 +296,12 @@ def _remove_hashes(place: Path) -> None:
         place.rmdir()
 
 
-def size(path: Path) -> int:
-    """The bytes of all files; links are not followed."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
-
-
 def announce(entry: Entry) -> None:
     """Say what was made, with its size and seconds."""
     tell(
         f"{printable(entry.name)}: {shown_bytes(entry.bytes)} in {entry.seconds:.0f} s, kept in "
         f"{printable(entry.path)} and used from now on; `fastvlm models` lists it"
     )
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all. Raises OSError."""
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    try:
-        with open(new, "w", encoding="utf-8", opener=_private) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def as_kept(text: str) -> str:
@@ -335,10 +314,6 @@ def _used_now(entry: Entry) -> Entry:
     with suppress(OSError):
         os.utime(Path(entry.place, ENTRY))
     return entry
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _places() -> list[Path]:
@@ -400,20 +375,6 @@ def _write(place: Path, entry: Entry) -> None:
     write_whole(place / ENTRY, to_json(facts) + "\n")
 
 
-def _sync_tree(path: Path) -> None:
-    """Have the files below a directory on the disk, and their names."""
-    for folder, _, names in os.walk(path):
-        for name in (*names, ""):
-            file = os.path.join(folder, name)
-            if os.path.islink(file) or not os.access(file, os.R_OK):
-                continue
-            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-
 def _clear(place: Path) -> None:
     """Remove what is at a place that holds no whole model, but for what can be resumed."""
     if place.is_symlink() or (place.exists() and not place.is_dir()):
@@ -422,7 +383,7 @@ def _clear(place: Path) -> None:
         return
     for path in place.iterdir():
         if path.name != PARTIAL or path.is_symlink():
-            _remove_tree(path)
+            remove_tree(path)
     with suppress(OSError):
         os.rmdir(place / PARTIAL)
     with suppress(OSError):
@@ -432,11 +393,3 @@ def _clear(place: Path) -> None:
 def _clear_if_possible(place: Path) -> None:
     with suppress(OSError):
         _clear(place)
-
-
-def _remove_tree(path: Path) -> None:
-    """Remove a file, a link or a directory; no link is followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
