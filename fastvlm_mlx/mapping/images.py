@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -88,7 +89,7 @@ def find(folder: str, patterns: Iterable[str], shard: Shard, own: Iterable[str] 
         ImageError: the folder itself can't be read.
     """
     wanted = tuple(pattern.lower() for pattern in patterns)
-    left_out = frozenset(own)
+    left_out = frozenset(_stamps(own))
     found = Found()
     waiting = [""]
     while waiting:
@@ -115,10 +116,10 @@ def _sort_in(
     found: Found,
     waiting: list[str],
     wanted: tuple[str, ...],
-    left_out: frozenset[str],
+    left_out: frozenset[tuple[int, int]],
 ) -> None:
     name = f"{inside}{entry.name}"
-    if entry.name.startswith(".") or is_litter(entry.name) or entry.path in left_out:
+    if entry.name.startswith(".") or is_litter(entry.name) or _is_own(entry, left_out):
         return
     if entry.is_dir(follow_symlinks=False):
         waiting.append(f"{name}/")
@@ -128,6 +129,20 @@ def _sort_in(
         found.names.append(name)
     else:
         found.others += 1
+
+
+def _stamps(paths: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """What tells files apart by whichever way they are reached, through a link for example."""
+    for path in paths:
+        with suppress(OSError):
+            found = os.lstat(path)
+            yield found.st_dev, found.st_ino
+
+
+def _is_own(entry: os.DirEntry[str], left_out: frozenset[tuple[int, int]]) -> bool:
+    if not any(inode == entry.inode() for _, inode in left_out):
+        return False
+    return (entry.stat(follow_symlinks=False).st_dev, entry.inode()) in left_out
 
 
 def _is_meant(name: str, wanted: tuple[str, ...]) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.bundle.bundle import Bundle
-from fastvlm_mlx.errors import ImageError
+from fastvlm_mlx.bundle.files import sha256
+from fastvlm_mlx.errors import BundleError, ImageError
 from fastvlm_mlx.fastvlm import FastVLM
 from fastvlm_mlx.image.decode import DEFAULT_MAX_PIXELS, check_max_pixels
 from fastvlm_mlx.language.batch import DEFAULT_BATCH_SIZE, check_batch_size
@@ -42,6 +43,7 @@ class Job:
 
     Raises:
         OptionError: a value that is none of its option's.
+        ImageError: no folder can have that path.
     """
 
     bundle: str | Path
@@ -60,7 +62,7 @@ class Job:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bundle", os.path.abspath(self.bundle))
-        object.__setattr__(self, "folder", os.path.abspath(Path(self.folder).expanduser()))
+        object.__setattr__(self, "folder", _absolute(self.folder))
         object.__setattr__(self, "patterns", check_patterns(self.patterns))
         check_batch_size(self.batch_size)
         check_max_pixels(self.max_pixels)
@@ -149,15 +151,29 @@ class Job:
             yield path
 
 
+def _absolute(folder: str | Path) -> str:
+    try:
+        return os.path.abspath(Path(folder).expanduser())
+    # The home of a user whom nobody knows.
+    except RuntimeError as error:
+        raise ImageError(f"{folder} can't be read ({error}): give a folder of images") from error
+
+
 def _taken(refused: list[Row]) -> Iterator[Row]:
     while refused:
         yield refused.pop(0)
 
 
 def _fingerprint(bundle: Bundle) -> str:
-    """Of the files of a bundle: their hashes where a manifest has them, their sizes elsewhere."""
+    """Of the files of a bundle: the manifest's hashes, or those that they have."""
     if bundle.manifest is not None:
         files = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
     else:
-        files = {name: str(stamp.bytes) for name, stamp in bundle.stamps.items()}
+        # Another fine-tune of the same model has files of the same sizes.
+        try:
+            files = {name: sha256(bundle.path / name) for name in bundle.stamps}
+        except OSError as error:
+            raise BundleError(
+                f"{error.filename} can't be read ({error.strerror}): check its permissions"
+            ) from error
     return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()

@@ -243,7 +243,7 @@ def opened(path: Path, made_of: Mapping[str, Any], *, overwrite: bool) -> Iterat
         finally:
             journal.close()
     finally:
-        if not os.fstat(lock).st_size:
+        if not os.fstat(lock).st_size and is_at(lock, beside):
             # Made only to be locked.
             with suppress(OSError):
                 os.unlink(beside)

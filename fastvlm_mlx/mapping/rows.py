@@ -45,7 +45,9 @@ class Row(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def name(self) -> str:
         """The path in the folder, as the system's functions take it."""
-        return self.image if self.image_bytes is UNSET else named(self.image_bytes)
+        # What is UTF-8 may be something else to a system that is set to another encoding.
+        hexadecimal = self.image.encode().hex() if self.image_bytes is UNSET else self.image_bytes
+        return named(hexadecimal)
 
 
 _NULL = b"null"
@@ -95,11 +97,11 @@ def failed(name: str, error: ImageError, *, structured: bool = False) -> Row:
 def _row(name: str, **fields: Any) -> Row:
     raw = os.fsencode(name)
     try:
-        raw.decode()
+        image = raw.decode()
     except UnicodeDecodeError:
         shown = raw.decode(errors="replace")
         return Row(image=shown, image_bytes=raw.hex(), **fields)
-    return Row(image=name, **fields)
+    return Row(image=image, **fields)
 
 
 def line(row: Row) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 import stat
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -21,8 +23,20 @@ from fastvlm_mlx.models.names import ARCHIVES, Published
 MAX_BYTES = 100_000 * MB
 _FILE, _FACTS, _UNPACKED = "archive.zip", "archive.json", "unpacked"
 _BLOCK = 1 << 20
-_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+# No more digits than a size can have: Python refuses to read thousands.
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _AGAIN = "run the same command again, it resumes"
+_ANEW = "run the same command again, it downloads it anew"
+# What the system says of a name that can't be a file's, or is there already.
+_OF_NAMES = (
+    errno.EEXIST,
+    errno.EILSEQ,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+)
 
 
 def entry(model: Published) -> cache.Entry:
@@ -44,8 +58,14 @@ def entry(model: Published) -> cache.Entry:
     def make(target: Path, partial: Path) -> None:
         tell(f"downloading {url}")
         partial.mkdir(mode=0o700, exist_ok=True)
-        _download(url, partial)
-        _unpack(url, partial, target)
+        try:
+            _download(url, partial)
+            _unpack(url, partial, target)
+        finally:
+            shutil.rmtree(partial / _UNPACKED, ignore_errors=True)
+            if _known(partial) is None:
+                # Nothing can be added to it, and it may fill the disk.
+                _forget(partial)
 
     made = cache.obtain(key, planned, make, waiting=waiting)
     cache.announce(made)
@@ -60,6 +80,8 @@ def _download(url: str, partial: Path) -> None:
     have = file.stat().st_size if file.is_file() and known else 0
     if known and have == known[1]:
         return
+    if known and have > known[1]:
+        have = 0
     # Bytes are counted as they are sent.
     headers = {"Accept-Encoding": "identity"}
     if have and known:
@@ -68,6 +90,10 @@ def _download(url: str, partial: Path) -> None:
         with httpx2.stream(
             "GET", url, headers=headers, follow_redirects=True, timeout=30
         ) as response:
+            _check_way(url, [*response.history, response])
+            if response.status_code == 416:
+                # It has become shorter than what is there.
+                raise _changed(url, partial)
             if response.status_code not in (200, 206):
                 raise CheckpointError(
                     f"{url} can't be downloaded (HTTP {response.status_code}): try again later, or "
@@ -78,15 +104,17 @@ def _download(url: str, partial: Path) -> None:
                 raise CheckpointError(
                     f"{url} was answered with another part than asked for: {_AGAIN}"
                 )
+            etag = response.headers.get("ETag", "")
+            if at and known and (total != known[1] or etag not in ("", known[0])):
+                raise _changed(url, partial)
             if total is not None and total > MAX_BYTES:
                 raise CheckpointError(
                     f"{url} has {shown_bytes(total)}: expected an archive of a model, and less"
                 )
             if total is not None:
                 _check_room(total - at)
-            etag = response.headers.get("ETag", "")
             if not at:
-                file.unlink(missing_ok=True)
+                _forget(partial)
             if etag and total is not None and not etag.startswith("W/"):
                 facts = {"etag": etag, "bytes": total}
                 cache.write_whole(partial / _FACTS, json.dumps(facts))
@@ -96,7 +124,8 @@ def _download(url: str, partial: Path) -> None:
                     at += len(block)
                     if at > MAX_BYTES:
                         raise CheckpointError(f"{url} does not end: expected an archive of a model")
-    except httpx2.HTTPError as error:
+    # The latter where a proxy is set that needs a package which is not installed.
+    except (httpx2.HTTPError, ImportError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{url} can't be downloaded ({reason}): go online, then {_AGAIN}"
@@ -114,7 +143,29 @@ def _place_and_size(status: int, headers: object) -> tuple[int, int | None]:
         match = _RANGE.fullmatch(get("Content-Range", ""))
         return (int(match[1]), int(match[2])) if match else (-1, None)
     length = get("Content-Length", "")
-    return 0, int(length) if length.isascii() and length.isdigit() else None
+    return 0, int(length) if _LENGTH.fullmatch(length) else None
+
+
+def _check_way(url: str, responses: Sequence[object]) -> None:
+    """Nobody but the archive's server vouches for what it holds, so that no step of the way to it
+    may be open to others."""
+    schemes = {response.url.scheme for response in responses}  # type: ignore[attr-defined]
+    if url.startswith("https:") and schemes != {"https"}:
+        raise CheckpointError(
+            f"{url} was redirected to an address without https, where anybody on the way can "
+            "change it: try again in another network, or take the model from the hub"
+        )
+
+
+def _changed(url: str, partial: Path) -> CheckpointError:
+    _forget(partial)
+    return CheckpointError(f"{url} has changed since a part of it was downloaded: {_ANEW}")
+
+
+def _forget(partial: Path) -> None:
+    """Remove what was downloaded. First what describes it, which is never to describe another."""
+    (partial / _FACTS).unlink(missing_ok=True)
+    (partial / _FILE).unlink(missing_ok=True)
 
 
 def _known(partial: Path) -> tuple[str, int] | None:
@@ -144,16 +195,21 @@ def _unpack(url: str, partial: Path, target: Path) -> None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, place.open("xb") as stream:
                     shutil.copyfileobj(source, stream, _BLOCK)
+                    if stream.tell() != member.file_size:
+                        raise zipfile.BadZipFile(f"{member.filename} has another size")
         _top(url, unpacked).rename(target)
     except CheckpointError:
-        (partial / _FILE).unlink(missing_ok=True)
+        _forget(partial)
         raise
-    # What zipfile and zlib raise of a damaged archive, by where the damage is.
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        (partial / _FILE).unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{url} arrived damaged ({error}): run the same command again, it downloads it anew"
-        ) from error
+    # By where the damage is, zipfile raises errors of every kind, its decoders' own among them;
+    # that of bzip2 is an OSError without a number.
+    except Exception as error:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, OSError) and error.errno not in (None, *_OF_NAMES)
+        ):
+            raise
+        _forget(partial)
+        raise CheckpointError(f"{url} arrived damaged ({error}): {_ANEW}") from error
 
 
 def _is_left_out(member: zipfile.ZipInfo) -> bool:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import time
@@ -32,11 +31,15 @@ from fastvlm_mlx.bundle.schema import check, read_json, to_json
 from fastvlm_mlx.errors import BundleError, DestinationError, FastVLMError, printable
 from fastvlm_mlx.locks import lock_file
 from fastvlm_mlx.machine import tell
+from fastvlm_mlx.models.disk import remove_tree, sync_tree
+from fastvlm_mlx.models.disk import size as size
+from fastvlm_mlx.models.disk import write_whole as write_whole
 
 VARIABLE = "FASTVLM_CACHE"
 ENTRY, MODEL, PARTIAL, LOCK, HASHES = "entry.json", "model", "partial", ".lock", "hashes"
 _DIRECTORY = re.compile(r"[A-Za-z0-9._-]{1,80}-[0-9a-f]{16}")
 _INNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}")
+_HASHES = re.compile(r"[0-9a-f]{32}\.json(\.\d+\.new)?")
 # What stands in a model's directory, and the entry while it is written.
 _OWN = re.compile(rf"{re.escape(ENTRY)}(\.\d+\.new)?|{MODEL}|{PARTIAL}")
 
@@ -235,7 +238,9 @@ def obtain(key: Key, entry: Entry, make: Callable[[Path, Path], None], *, waitin
                 bytes=size(model),
                 seconds=round(time.perf_counter() - started, 1),
             )
-            _remove_tree(unfinished)
+            remove_tree(unfinished)
+            # Before the entry, so that a machine that loses its power keeps no half model with one.
+            sync_tree(model)
             _write(place, entry)
             undo.pop_all()
     made = find(key)
@@ -264,7 +269,7 @@ def remove(place: Path) -> int:
             with suppress(FileNotFoundError):
                 # First, so that nothing is taken for whole if this is interrupted.
                 os.unlink(place / ENTRY)
-            _remove_tree(place)
+            remove_tree(place)
     return taken
 
 
@@ -272,7 +277,7 @@ def remove_books() -> None:
     """Remove what is in the cache beside models, which is made again when it is needed."""
     root = directory()
     with writing():
-        _remove_tree(root / HASHES)
+        _remove_hashes(root / HASHES)
         for file in root.glob(f"*{LOCK}"):
             # Ours is empty.
             if _DIRECTORY.fullmatch(file.name.removesuffix(LOCK)) and not file.lstat().st_size:
@@ -281,14 +286,14 @@ def remove_books() -> None:
                     pass
 
 
-def size(path: Path) -> int:
-    """The bytes of all files; links are not followed."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
+def _remove_hashes(place: Path) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for file in [] if place.is_symlink() else list(place.iterdir()):
+            if _HASHES.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+    # What is left, somebody else has put there.
+    with suppress(OSError):
+        place.rmdir()
 
 
 def announce(entry: Entry) -> None:
@@ -299,17 +304,9 @@ def announce(entry: Entry) -> None:
     )
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all. Raises OSError."""
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    try:
-        with open(new, "w", encoding="utf-8", opener=_private) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
+def as_kept(text: str) -> str:
+    """A name as an entry has it: JSON can't hold the bytes of a path that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _used_now(entry: Entry) -> Entry:
@@ -317,10 +314,6 @@ def _used_now(entry: Entry) -> Entry:
     with suppress(OSError):
         os.utime(Path(entry.place, ENTRY))
     return entry
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _places() -> list[Path]:
@@ -343,7 +336,21 @@ def _is_place(path: Path) -> bool:
     except OSError:
         return False
     own = all(_OWN.fullmatch(name) or is_litter(name) for name in names)
-    return own and not path.is_symlink()
+    return own and not path.is_symlink() and _is_model(path / MODEL, path.name.rpartition("-")[0])
+
+
+def _is_model(path: Path, slug: str) -> bool:
+    """Whether in a directory there is nothing but what is called as a model is; what failed its
+    check and what is being made have names that begin or end differently."""
+    try:
+        names = [] if path.is_symlink() else os.listdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return all(
+        slug in name or name.startswith((".", "fastvlm-kept-")) or is_litter(name) for name in names
+    )
 
 
 def _read(place: Path) -> Entry | None:
@@ -360,7 +367,11 @@ def _read(place: Path) -> Entry | None:
 
 
 def _write(place: Path, entry: Entry) -> None:
-    facts = {k: v for k, v in asdict(entry).items() if k not in ("place", "used")}
+    facts = {
+        k: as_kept(v) if isinstance(v, str) else v
+        for k, v in asdict(entry).items()
+        if k not in ("place", "used")
+    }
     write_whole(place / ENTRY, to_json(facts) + "\n")
 
 
@@ -372,7 +383,7 @@ def _clear(place: Path) -> None:
         return
     for path in place.iterdir():
         if path.name != PARTIAL or path.is_symlink():
-            _remove_tree(path)
+            remove_tree(path)
     with suppress(OSError):
         os.rmdir(place / PARTIAL)
     with suppress(OSError):
@@ -382,11 +393,3 @@ def _clear(place: Path) -> None:
 def _clear_if_possible(place: Path) -> None:
     with suppress(OSError):
         _clear(place)
-
-
-def _remove_tree(path: Path) -> None:
-    """Remove a file, a link or a directory; no link is followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

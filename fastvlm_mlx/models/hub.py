@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from fastvlm_mlx.models.names import BUNDLE
 
 # No part of a bundle.
 _LEFT = (".*", "README.md")
+_COMMIT = re.compile(r"\w[\w-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,19 @@ def look(name: str, revision: str | None) -> Repository:
     with in_one_sentence(name, revision):
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
         files = {
-            file.rfilename: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None)
+            str(file.rfilename): RemoteFile(file.size, file.lfs.sha256 if file.lfs else None)
             for file in info.siblings or ()
         }
+        # It tells one model from another, and becomes a part of a path.
+        commit = str(info.sha or "")
+        if _COMMIT.fullmatch(commit) is None:
+            raise ValueError(f"it names no commit but {info.sha!r}")
     for file in files:
         if file.startswith("/") or ".." in file.split("/"):
             raise CheckpointError(
                 f"{name} lists {file}, which leads out of its directory: choose another repository"
             )
-    return Repository(name, revision, str(info.sha), files)
+    return Repository(name, revision, commit, files)
 
 
 def holds_bundle(repository: Repository) -> bool:
@@ -203,8 +209,19 @@ def in_one_sentence(repository: str, revision: str | None) -> Iterator[None]:
             f"{name} is no directory here and not whole in the hub's cache, and the hub can't be "
             "reached: go online once to download it, or give a directory"
         ) from error
-    except (hub.HfHubHTTPError, hub.HFValidationError, httpx2.HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    # The last four are what becomes of an answer that is no hub's, a login page for example; an
+    # ImportError, of a proxy that needs a package which is not installed.
+    except (
+        hub.HfHubHTTPError,
+        httpx2.HTTPError,
+        OSError,
+        ImportError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
                 f"{name} can't be downloaded, the disk of {error.filename or 'the cache'} is "
                 "full: make room, then run the same command again, it resumes"

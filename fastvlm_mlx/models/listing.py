@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,5 +117,7 @@ def _of_entry(entry: cache.Entry) -> Row:
 
 def _is_called(row: Row, name: str) -> bool:
     one = published(name)
-    asked = {name, str(Path(name).resolve())} | ({one.name} if one else set())
+    # `Path.resolve` raises where links lead in a circle.
+    asked = {cache.as_kept(text) for text in (name, os.path.realpath(name))}
+    asked |= {one.name} if one else set()
     return not asked.isdisjoint(row.names)

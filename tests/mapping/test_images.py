@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fastvlm_mlx.errors import ImageError, OptionError
-from fastvlm_mlx.mapping import images
+from fastvlm_mlx.mapping import Job, images
 from fastvlm_mlx.mapping.images import Shard, find
 
 
@@ -44,6 +44,19 @@ def test_patterns_and_what_is_our_own(folder):
     for pattern in ("", "é/*.png", 3):
         with pytest.raises(OptionError, match="--pattern"):
             images.check_patterns([pattern])
+
+
+def test_our_own_by_another_way(folder, tmp_path_factory):
+    link = tmp_path_factory.mktemp("links") / "to"
+    link.symlink_to(folder)
+    own = [os.path.join(folder, "notes.txt")]
+    assert "notes.txt" not in find(str(link), ("*",), Shard(), own).names
+    assert "notes.txt" in find(folder, ("*",), Shard(), [str(link)]).names
+
+
+def test_the_home_of_nobody():
+    with pytest.raises(ImageError, match="can't be read"):
+        Job("bundle", "~nobody-has-this-name/images", "What is it?")
 
 
 @pytest.mark.linux

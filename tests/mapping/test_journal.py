@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 
-from fastvlm_mlx.errors import DestinationError
+from fastvlm_mlx.errors import DestinationError, ImageError
 from fastvlm_mlx.mapping import journal, rows
 from fastvlm_mlx.mapping.rows import Row
 
@@ -45,6 +45,19 @@ def test_rows_come_back_as_they_were_written(path):
     assert [rows.read(line) for line in LINES] == ROWS
     assert add(path) == {"a.png": False, "b\n.png": True, "caf\udce9.png": False}
     assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize("raw", ["é.png".encode(), b"\xe9.png"])
+def test_a_name_is_the_same_where_the_system_has_another_encoding(monkeypatch, raw):
+    name = raw.decode("latin-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsencode", lambda name: name.encode("latin-1"))
+        patched.setattr(os, "fsdecode", lambda raw: raw.decode("latin-1"))
+        row = rows.failed(name, ImageError("no"))
+        assert row.name == name
+    assert os.fsencode(row.name) == raw
+    assert rows.read(rows.line(row)).name == row.name
 
 
 def test_cut_at_any_byte_it_is_gone_on_with(path, capsys, monkeypatch):
@@ -224,3 +237,11 @@ def test_every_row_has_the_same_keys():
     keys = set(Row.__struct_fields__) - {"image_bytes", "json"}
     assert set(msgspec.json.decode(LINES[0])) == set(msgspec.json.decode(LINES[1])) == keys
     assert set(msgspec.json.decode(LINES[2])) == keys | {"image_bytes"}
+
+
+def test_what_came_beside_the_rows_meanwhile_stays(path):
+    beside = path.with_name(f"{path.name}.run")
+    with journal.opened(path, MADE_OF, overwrite=False):
+        beside.unlink()
+        beside.write_text("another's")
+    assert beside.read_text() == "another's"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 
@@ -228,3 +229,16 @@ def test_an_option_that_is_none(job, tmp_path):
     for name, value in (("batch_size", 0), ("max_pixels", 0), ("patterns", ("",))):
         with pytest.raises(OptionError):
             replace(job, **{name: value})
+
+
+def test_another_model_of_the_same_sizes_is_another(demo_bundle, folder, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, bundle)
+    (bundle / "manifest.json").unlink()
+    job = Job(bundle, folder, PROMPT)
+    before = job.made_of()
+    weights = bundle / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert job.made_of()["bundle"] != before["bundle"]

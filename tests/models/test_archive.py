@@ -1,10 +1,14 @@
 """Apple's archives: resumed, checked, unpacked; a server on this machine stands for Apple's."""
 
+import errno
 import io
+import os
 import shutil
 import stat
 import zipfile
+from functools import partial
 
+import httpx2
 import pytest
 from hub_server import HubServer
 
@@ -118,6 +122,49 @@ class TestResuming:
             archive.entry(STAGE2)
         assert archive.entry(STAGE2).path.is_dir()
 
+    def test_one_that_changes_between_its_halves(self, server, stage2, monkeypatch):
+        """Its server goes on with another archive in place of beginning anew."""
+        reply = server.RequestHandlerClass.reply
+        monkeypatch.setattr(
+            server.RequestHandlerClass,
+            "reply",
+            lambda handler, status, content, headers=(): reply(
+                handler, status, content, {**dict(headers), "ETag": '"another"'}
+            ),
+        )
+        with pytest.raises(CheckpointError, match=r"has changed since .* downloads it anew"):
+            archive.entry(STAGE2)
+        assert list(cache.directory().iterdir()) == []
+        assert archive.entry(STAGE2).path.is_dir()
+
+    def test_one_that_has_become_longer(self, server, stage2, monkeypatch):
+        size = len(stage2) + 7
+        reply = server.RequestHandlerClass.reply
+
+        def longer(handler, status, content, headers=()):
+            headers = dict(headers)
+            if status == 206:
+                headers["Content-Range"] = headers["Content-Range"].rpartition("/")[0] + f"/{size}"
+            reply(handler, status, content, headers)
+
+        monkeypatch.setattr(server.RequestHandlerClass, "reply", longer)
+        with pytest.raises(CheckpointError, match="has changed since"):
+            archive.entry(STAGE2)
+
+    def test_a_part_that_is_too_long_is_fetched_anew(self, stage2):
+        self.file.write_bytes(stage2 + b"more")
+        assert archive.entry(STAGE2).path.is_dir()
+
+    def test_a_server_that_has_no_such_part(self, server, monkeypatch):
+        file = server.RequestHandlerClass.get_file
+        monkeypatch.setattr(
+            server.RequestHandlerClass, "get_file", lambda handler, *_: handler.reply(416, {})
+        )
+        with pytest.raises(CheckpointError, match="has changed since"):
+            archive.entry(STAGE2)
+        monkeypatch.setattr(server.RequestHandlerClass, "get_file", file)
+        assert archive.entry(STAGE2).path.is_dir()
+
 
 def link(target):
     member = zipfile.ZipInfo(f"{STAGE2.archive}/link")
@@ -134,6 +181,8 @@ def link(target):
         (link("/etc"), "which is no file below"),
         ({"readme.txt": ""}, "holds 0 directories with a config.json"),
         ({"a/config.json": "{}", "b/config.json": "{}"}, "holds 2 directories"),
+        ({"m": "", "m/config.json": "{}"}, "arrived damaged .*File exists"),
+        ({f"m/{'n' * 300}": "", "m/config.json": "{}"}, "arrived damaged .*too long"),
     ],
 )
 def test_an_archive_of_something_else(server, content, words, tmp_path):
@@ -146,8 +195,102 @@ def test_an_archive_of_something_else(server, content, words, tmp_path):
     server.files[f"{STAGE2.archive}.zip"] = content
     with pytest.raises(CheckpointError, match=words):
         archive.entry(STAGE2)
-    assert cache.entries() == []
+    assert list(cache.directory().iterdir()) == []
     assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_damage_anywhere_is_one_sentence(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_check_room", lambda needed: None)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as found:
+        found.writestr("m/config.json", '{"some": "text", "and": "text"}')
+        found.writestr("m/weights", bytes(range(90)))
+    whole = stream.getvalue()
+    file, target = tmp_path / archive._FILE, tmp_path / "target"
+    refused = 0
+    for at in range(0, len(whole), 3):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x81]) + whole[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                archive._unpack("URL", tmp_path, target)
+            except CheckpointError:
+                refused += 1
+                assert not file.exists()
+            else:
+                # The damage is in what nobody reads, a date for example.
+                assert (target / "config.json").read_text().startswith('{"some": "text"')
+                shutil.rmtree(target)
+    assert refused > len(whole) / 2
+
+
+def test_a_file_that_is_shorter_than_the_archive_says(tmp_path):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as found:
+        found.writestr("m/config.json", "{}")
+        found.filelist[0].file_size = 1000
+    (tmp_path / archive._FILE).write_bytes(stream.getvalue())
+    cache.directory().mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="has another size"):
+        archive._unpack("URL", tmp_path, tmp_path / "target")
+
+
+def test_what_can_t_be_resumed_does_not_stay(server, stage2, monkeypatch):
+    """A server that names no version of what it sends, and breaks off."""
+    reply = server.RequestHandlerClass.reply
+
+    def broken(handler, status, content, headers=()):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[: len(content) // 2])
+        handler.close_connection = True
+
+    monkeypatch.setattr(server.RequestHandlerClass, "reply", broken)
+    with pytest.raises(CheckpointError, match="it resumes"):
+        archive.entry(STAGE2)
+    assert list(cache.directory().iterdir()) == []
+    monkeypatch.setattr(server.RequestHandlerClass, "reply", reply)
+    assert archive.entry(STAGE2).path.is_dir()
+
+
+def test_a_full_disk_while_it_is_unpacked_keeps_the_download_alone(stage2, monkeypatch):
+    def full(source, stream, length):
+        stream.write(source.read(10))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfileobj", full)
+        with pytest.raises(DestinationError, match="is full"):
+            archive.entry(STAGE2)
+    (partial,) = cache.directory().glob("*/partial")
+    assert {path.name for path in partial.iterdir()} == {"archive.zip", "archive.json"}
+    assert archive.entry(STAGE2).path.is_dir()
+
+
+def test_a_way_that_others_can_change(server, stage2, monkeypatch):
+    monkeypatch.setattr(
+        httpx2, "stream", partial(redirected, httpx2.stream, server.url + "/data/fastvlm/resolve")
+    )
+    monkeypatch.setattr(archive, "ARCHIVES", "https://archives")
+    with pytest.raises(CheckpointError, match="without https"):
+        archive.entry(STAGE2)
+    assert cache.entries() == []
+
+
+def redirected(stream, base, method, url, **options):
+    """As if the https address had led there."""
+    return stream(method, url.replace("https://archives", f"{base}/main"), **options)
+
+
+def test_a_proxy_that_needs_a_package(server, stage2, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy")
+    with pytest.raises(CheckpointError, match=r"can't be downloaded"):
+        archive.entry(STAGE2)
 
 
 def test_one_that_is_not_there(server):

@@ -83,6 +83,23 @@ class TestMaking:
         assert first.bytes == 5
         assert replace(obtain(never), used=0) == replace(first, used=0)
 
+    def test_a_path_that_is_not_utf_8(self):
+        path = "/models/caf\udce9"
+        key, planned = cache.Key(path, {"files": "1"}), replace(PLANNED, name=path)
+        entry = obtain(key=key, planned=planned)
+        assert obtain(never, key, planned).path == entry.path
+        listing.rows()[0].names[0].encode()
+        assert len(listing.remove(path)) == 1
+
+    def test_it_is_on_the_disk_before_it_is_taken_for_whole(self, monkeypatch):
+        synced, replaced = [], []
+        fsync, move = os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), fsync(fd)))
+        monkeypatch.setattr(os, "replace", lambda *ends: (replaced.append([*synced]), move(*ends)))
+        entry = obtain()
+        for path in (entry.path, entry.path / "weights"):
+            assert path.stat().st_ino in replaced[-1]
+
     def test_another_identity_is_another_model(self):
         obtain()
         assert cache.find(cache.Key("owner/name", {"hub": "owner/name@2"})) is None
@@ -245,6 +262,31 @@ class TestRemoving:
         (tmp_path / "outside").mkdir()
         (tmp_path / "outside" / "precious").touch()
         return tmp_path / "outside"
+
+    def test_hashes_that_are_somebody_s_stay(self, cache_directory):
+        hashes = cache_directory / cache.HASHES
+        hashes.mkdir(parents=True)
+        cache_directory.chmod(0o700)
+        for name in ("0" * 32 + ".json", "0" * 32 + ".json.123.new", "thesis.txt"):
+            (hashes / name).touch()
+        listing.remove("all")
+        assert left(cache_directory) == ["hashes", "hashes/thesis.txt"]
+        (hashes / "thesis.txt").unlink()
+        listing.remove("all")
+        assert left(cache_directory) == []
+
+    def test_a_directory_that_has_a_model_of_its_own_stays(self, cache_directory):
+        mine = cache_directory / "resnet-0123456789abcdef" / "model" / "weights.bin"
+        mine.parent.mkdir(parents=True)
+        mine.touch()
+        listing.remove("all")
+        assert mine.exists()
+
+    def test_links_in_a_circle_are_a_name_like_any(self, tmp_path):
+        obtain()
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(OptionError, match="no model in the cache"):
+            listing.remove(str(tmp_path / "loop"))
 
     def test_links_are_not_followed(self, outside, cache_directory):
         entry = obtain()

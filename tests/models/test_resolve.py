@@ -295,3 +295,35 @@ def test_what_a_checkpoint_gets_from_the_runtime_alone():
 def test_what_is_not_looked_for_elsewhere(model, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     assert not is_elsewhere(model)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>Log in</html>",
+        [],
+        {},
+        {"id": "a/b", "siblings": []},
+        {"id": "a/b", "siblings": [{}], "sha": "c" * 40},
+        {"id": "a/b", "siblings": 3, "sha": "c" * 40},
+        {"id": "a/b", "siblings": [], "sha": "../../outside"},
+    ],
+)
+def test_an_answer_that_is_no_hub_s(asked_hub, answer, monkeypatch):
+    monkeypatch.setattr(
+        asked_hub.RequestHandlerClass, "do_GET", lambda handler: handler.reply(200, answer)
+    )
+    with pytest.raises(CheckpointError, match="can't be downloaded from the hub"):
+        resolve("a/b")
+
+
+def test_a_hub_behind_a_proxy_that_needs_a_package(monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    close_session()
+    with pytest.raises(CheckpointError, match=r"can't be downloaded .*SOCKS"):
+        resolve("a/b")
+    close_session()
