@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.bundle.kind import is_bundle
-
 # The verbs take them from here.
 from fastvlm_mlx.extras import EXTRAS as EXTRAS
 from fastvlm_mlx.extras import install as install
@@ -89,6 +87,8 @@ def resolve(call: typer.Context, model: str) -> Path:
         GateError: the export failed its check.
         DestinationError: the cache can't be written.
     """
+    from fastvlm_mlx.bundle.kind import is_bundle
+
     # What exports and downloads is not imported for a bundle that is here; what is no path at all
     # is told below.
     with suppress(OSError, RuntimeError, ValueError):
