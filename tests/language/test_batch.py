@@ -206,7 +206,8 @@ def test_what_gives_the_images_may_close_it_but_not_wait_for_it(model):
     asking.start()
     asking.join(10)
     assert found[-1:] == ["generator already executing"]
-    assert len(list(answers)) == 3
+    # Of the three, those that had ended before the fourth was wanted are found already.
+    assert len(found) - 1 + len(list(answers)) == 3
 
 
 _THREAD_OUTLIVES_MAIN = """
