@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -35,3 +37,36 @@ def test_no_assignment_that_fits_loses_less(parts: list[list[Choice]], share: fl
 def test_the_least_size_is_said() -> None:
     with pytest.raises(OptionError, match="smallest choices take 30"):
         allocate([[Choice(10, 1.0), Choice(50, 0.0)], [Choice(20, 0.0)]], 29)
+
+
+# One of the problems, about 1 in 25 of this size, for which scipy's solver prints a line.
+_PRINTS = """
+import numpy as np
+from model_export.quantization.bits.allocation import Choice, allocate
+
+random = np.random.default_rng(51)
+parts = []
+for _ in range(int(random.integers(20, 170))):
+    size = int(random.choice([896 * 896, 896 * 128, 896 * 4864])) // 64
+    scale = 10.0 ** random.uniform(-7, -2)
+    parts.append(
+        [
+            Choice(size * (bits * 8 + 4), float(scale * 4.0**-bits * random.uniform(0.5, 2)))
+            for bits in (3, 4, 5, 6, 8)
+        ]
+    )
+least, most = (sum(f(c.bytes for c in part) for part in parts) for f in (min, max))
+print("before")
+allocate(parts, int(least + (most - least) * random.uniform(0.05, 0.95)))
+print("after")
+"""
+
+
+def test_nothing_of_the_solver_reaches_standard_output() -> None:
+    done = subprocess.run([sys.executable, "-c", _PRINTS], capture_output=True, check=True)
+    assert done.stdout == b"before\nafter\n"
+
+
+def test_standard_output_may_be_closed() -> None:
+    code = "import os; os.close(1)" + _PRINTS.replace("print(", "str(")
+    subprocess.run([sys.executable, "-c", code], check=True)

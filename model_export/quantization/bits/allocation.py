@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,16 +71,17 @@ def _solve(parts: Sequence[Sequence[Choice]], budget: int, most: float) -> list[
     )
     # In the largest whole unit, and losses up to one: its tolerances are absolute.
     unit = int(np.gcd.reduce([choice.bytes for choice in choices]))
-    solved = milp(
-        losses / (losses.max(initial=0.0) or 1.0),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(sizes[None] / unit, -np.inf, budget // unit),
-        ],
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent_stdout():
+        solved = milp(
+            losses / (losses.max(initial=0.0) or 1.0),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(sizes[None] / unit, -np.inf, budget // unit),
+            ],
+            integrality=np.ones(len(choices)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if solved.status != 0:
         raise RuntimeError(f"the allocation was not solved: {solved.message}")
     starts = np.cumsum([0, *map(len, kept)])
@@ -85,3 +89,28 @@ def _solve(parts: Sequence[Sequence[Choice]], budget: int, most: float) -> list[
         indices[int(np.argmax(solved.x[start : start + len(indices)]))]
         for start, indices in zip(starts[:-1], kept, strict=True)
     ]
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what libraries print. scipy 1.17's HiGHS prints a line for some problems whatever it is
+    told (https://github.com/jump-dev/HiGHS.jl/issues/312), which would end up in what `--json`
+    prints."""
+    library = ctypes.CDLL(None)
+    library.fflush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:
+        # Standard output is closed.
+        yield
+        return
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.close(nothing)
+        yield
+    finally:
+        # C has a buffer of its own, where standard output is no terminal.
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
