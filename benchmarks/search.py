@@ -1,6 +1,8 @@
 """`--llm-bpw` beside what one could have asked for instead, at eight sizes and in both layouts.
 
     python -m benchmarks.search [CHECKPOINT] [--synthetic 0.5b] [--sizes 3,4.5] [--json FILE]
+    python -m benchmarks.search --synthetic 0.5b --keep  # the JSON in results, and docs' table
+    python -m benchmarks.search --table  # docs' table from the JSON in results
 
 The checkpoint is the demo's unless another is given, or made with random weights. At or below each
 size stand every form for the layers with every form for projector, embedding and head, and mlx-lm's
@@ -29,6 +31,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import tables
+from benchmarks.encoder import machine
 from benchmarks.synthetic import SIZES, make
 from fastvlm_mlx.bundle.config import VisionConfig
 from model_export import demo
@@ -43,6 +47,7 @@ from model_export.samples import documents, scenes
 from model_export.samples.calibration import load_calibration
 from model_export.samples.images import Sample, gate_samples
 
+NAME, PAGE = "search", tables.ROOT / "docs" / "quantization.md"
 DEMO = Path(demo.__path__[0]) / "checkpoint"
 TARGETS = (2.6, 3.0, 3.55, 4.0, 4.5, 5.5, 6.6, 8.0)
 # Drawn for no other purpose: scenes where the encoder is small; one document of each kind beside
@@ -179,7 +184,12 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128))
     parser.add_argument("--sizes", help="bits per weight with commas between, in place of eight")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", action="store_true", help="write the JSON and the page's table")
+    parser.add_argument("--table", action="store_true", help="write the table from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        tables.put(PAGE, NAME, table(tables.read(NAME)))
+        return
     targets = [float(t) for t in arguments.sizes.split(",")] if arguments.sizes else TARGETS
     with tempfile.TemporaryDirectory() as temporary:
         # What an earlier search has measured lies in the cache; this one is timed.
@@ -205,13 +215,36 @@ def main() -> None:
             f"| {', '.join(row.worse_than) or 'none'} | {row.seconds:.1f} |"
         )
     print(f"{peak / 1e9:.2f} GB resident at the peak; what one search measured the next ones reuse")
+    # Without the paths of this machine.
+    source = f"synthetic {arguments.synthetic}" if arguments.synthetic else checkpoint.name
+    result = {
+        "machine": machine(),
+        "checkpoint": source,
+        "peak_bytes": peak,
+        "rows": [vars(row) for row in found],
+    }
     if arguments.json:
-        result = {
-            "platform": platform.platform(),
-            "peak_bytes": peak,
-            "rows": [vars(row) for row in found],
-        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.keep:
+        tables.keep(NAME, result)
+        tables.put(PAGE, NAME, table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """What the page shows: KL divergences of both layouts, and what is better beyond a tie."""
+    rows = {(row["layout"], row["target"]): row for row in result["rows"]}
+    header = ["bits per weight"]
+    for layout in LAYOUTS:
+        header += [f"{layout}: the search", f"{layout}: the best other", "better beyond a tie"]
+    lines = []
+    for target in dict.fromkeys(target for _, target in rows):
+        cells = [f"{target:g}"]
+        for layout in LAYOUTS:
+            row = rows[layout, target]
+            cells += [f"{row['lost']:.2g}", f"{row['best_lost']:.2g}"]
+            cells.append(", ".join(row["worse_than"]) or "none")
+        lines.append(cells)
+    return tables.markdown(header, lines)
 
 
 if __name__ == "__main__":

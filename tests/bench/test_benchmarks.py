@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import search, tables
 from benchmarks.operations.__main__ import table as operations
 from benchmarks.peers import inputs
 from benchmarks.peers import report as peers
@@ -27,6 +27,7 @@ from fastvlm_mlx.bundle.config import VisionConfig
 from model_export.checkpoint.names import encoder_specs, from_transformers, is_unused
 
 PAGES = {
+    "search": (search.PAGE, search.table),
     "operations": (tables.MEASURED, operations),
     "peers": (tables.MEASURED, peers.tables),
     "resolution": (tables.ROOT / "docs" / "resolution.md", resolution.page),
