@@ -27,6 +27,8 @@ from model_export.samples import scenes
 SECONDS = 900
 # A sweep's eight exports take two minutes. Of them these are made unless slow tests are asked for.
 SOME_CHOICES = ("fp16-4", "palette4-4")
+# A small file that a page has one write.
+ECHO = re.compile(r"^echo '(.*)' > (\w[\w.]*)$", re.MULTILINE)
 FLOAT = re.compile(r"\d+(\.\d+)?(e[-+]\d+)?")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 MAKERS = {example.made: example for example in EXAMPLES if example.made}
@@ -128,6 +130,9 @@ def reader(tmp_path_factory):
     (folder / "photos").mkdir()
     shutil.copy(folder / "photo.jpg", folder / "photos")
     (folder / "things.json").write_text('{"type": "array", "items": {"enum": ["cat", "dog"]}}')
+    for page in PAGES:
+        for text, name in ECHO.findall((ROOT / page.name).read_text(encoding="utf-8")):
+            (folder / name).write_text(text)
     write_clip(folder / "clip.mp4")
     app = folder / "ml-fastvlm" / "app"
     (app / "FastVLM" / "model").mkdir(parents=True)
