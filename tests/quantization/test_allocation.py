@@ -7,7 +7,7 @@ import sys
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastvlm_mlx.errors import OptionError
@@ -17,6 +17,8 @@ CHOICE = st.builds(Choice, st.integers(1, 10**4).map(lambda n: n * 4096), st.flo
 PARTS = st.lists(st.lists(CHOICE, min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+@example(parts=[[Choice(1, 314.0)], [Choice(1, 0.0), Choice(1, 3e-5)]], share=0.0)
+@example(parts=[[Choice(1, 314.0), Choice(9, 0.0)], [Choice(1, 0.0), Choice(1, 3e-5)]], share=0.0)
 @given(parts=PARTS, share=st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
 def test_no_assignment_that_fits_loses_less(parts: list[list[Choice]], share: float) -> None:

@@ -15,6 +15,8 @@ from scipy.sparse import csr_array
 from fastvlm_mlx.errors import OptionError
 
 _REFINEMENTS = 10
+# Of the losses as the solver sees them, whose answer may lose 1e-6 more than the best.
+_LARGEST_LOSS = 1e4
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> list[int]:
             f"the size asked for is {budget:,} bytes and the smallest choices take {least:,}: ask "
             "for that or more"
         )
+    # Above the least that a part can lose, or a part that must lose much would hide what the others
+    # differ by.
+    parts = [_above_least(part) for part in parts]
     chosen = _solve(parts, budget, np.inf)
-    # The solver stops within 1e-6 of the largest loss it is given. What loses more than a whole
+    # The solver stops within 1e-10 of the largest loss it is given. What loses more than a whole
     # assignment is in no better one: without it the next solution is that much finer.
     for _ in range(_REFINEMENTS):
         total = _loss(parts, chosen)
@@ -52,6 +57,11 @@ def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> list[int]:
             break
         chosen = finer
     return chosen
+
+
+def _above_least(part: Sequence[Choice]) -> list[Choice]:
+    least = min(choice.loss for choice in part)
+    return [Choice(choice.bytes, choice.loss - least) for choice in part]
 
 
 def _loss(parts: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> float:
@@ -69,11 +79,11 @@ def _solve(parts: Sequence[Sequence[Choice]], budget: int, most: float) -> list[
         (np.ones(len(choices)), (owners, np.arange(len(choices)))),
         shape=(len(parts), len(choices)),
     )
-    # In the largest whole unit, and losses up to one: its tolerances are absolute.
+    # In the largest whole unit: the solver's tolerances are absolute.
     unit = int(np.gcd.reduce([choice.bytes for choice in choices]))
     with _silent_stdout():
         solved = milp(
-            losses / (losses.max(initial=0.0) or 1.0),
+            losses / (losses.max(initial=0.0) or 1.0) * _LARGEST_LOSS,
             constraints=[
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(sizes[None] / unit, -np.inf, budget // unit),
